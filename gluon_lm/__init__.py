@@ -1,0 +1,43 @@
+"""gluon_lm: word-level language models in MXNet Gluon, trained on one device or several.
+
+Importing the package is light: the public names load what they need when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "DataConfig": "config",
+    "DeviceConfig": "config",
+    "ModelConfig": "config",
+    "OptimConfig": "config",
+    "TrainingConfig": "config",
+    "Corpus": "data",
+    "Vocabulary": "data",
+    "load_corpus": "data",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DistributedError": "errors",
+    "GluonLMError": "errors",
+    "MissingDependency": "errors",
+    "TrainingDiverged": "errors",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

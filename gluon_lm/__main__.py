@@ -1,0 +1,58 @@
+"""``python -m gluon_lm``: lists the commands; ``python -m gluon_lm train ...`` runs one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from gluon_lm import __version__
+from gluon_lm.cli import run_command
+from gluon_lm.config import nearest, show
+from gluon_lm.errors import ConfigError
+
+COMMANDS = {
+    "train": "train a language model, or continue a run",
+    "evaluate": "loss, perplexity and bits per word of a run on a text",
+    "generate": "write text with a run",
+    "download": "fetch corpora",
+}
+
+
+def _list_commands() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"gluon_lm {__version__}: word-level language models in MXNet Gluon",
+            "",
+            "python -m gluon_lm COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "python -m gluon_lm COMMAND --help shows its flags.",
+        ]
+    )
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_list_commands())
+        return 0
+    if argv[0] == "--version":
+        print(f"gluon_lm {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS)
+        raise ConfigError(f"{show(command)}: must be a command, one of {', '.join(COMMANDS)}{hint}")
+    return int(import_module(f"gluon_lm.{command}").main(rest))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names, or list the commands."""
+    return run_command(_dispatch, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,447 @@
+"""The command line: parsers made from the fields of `gluon_lm.config`, and how a command ends.
+
+A command is ``main(argv=None) -> int``, which hands its work to `run_command`. What needs MXNet is imported
+inside that work, so that ``--help`` is quick and a machine without MXNet gets an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from gluon_lm.config import (
+    LINKED,
+    SECTIONS,
+    Config,
+    Kind,
+    Layer,
+    Resolved,
+    Section,
+    Setting,
+    build,
+    flag_of,
+    nearest,
+    option,
+    optional,
+    read_value,
+    resolve,
+    show,
+    switch,
+    text,
+    unavailable,
+    validate,
+)
+from gluon_lm.errors import ConfigError, GluonLMError
+
+_Section = TypeVar("_Section", bound=Section)
+_NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class DebugOptions(Section):
+    """What every command has."""
+
+    debug: bool = option(False, switch(), "show the traceback of an error")
+
+
+@dataclass(frozen=True)
+class RunOptions(Section):
+    """What `train` does with its run folder and its configuration."""
+
+    save: str | None = option(None, optional(text("RUN")), "run folder to write (default: under runs/)")
+    resume: str | None = option(None, optional(text("RUN")), "continue this run from its newest checkpoint")
+    continue_train: bool = option(False, switch(), "continue the run that --save names")
+    overwrite: bool = option(False, switch(), "replace the run folder if it exists")
+    config: str | None = option(
+        None, optional(text("FILE")), "YAML file with any of the values below; flags win"
+    )
+    recipe: str | None = option(
+        None,
+        optional(text("NAME")),
+        "values to start from: lm, mxnet, awd, mos, demo (default: as the model asks)",
+    )
+    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
+    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
+
+
+# Flags of the systems that these commands replace.
+_ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
+_INSTEAD = {
+    "--checkpoint": "to continue a run, use --resume RUN",
+    "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
+    "--test-mode": "for a short trial, use --max-steps 20",
+    "--model-dir": "name the run folder with --save",
+    "--model-name": "name the run folder with --save",
+    "--nhead": "there is no transformer here",
+}
+
+
+class _Store(argparse.Action):
+    """Note a flag as it was spelled, with its raw value; `CommandParser.parse` reads all of them together."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        flag = option_string or ""
+        if self.nargs == 0:
+            values = not flag.startswith("--no-")
+        namespace.given = {**getattr(namespace, "given", {}), self.dest: (flag, values)}
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help in which a flag's spellings share one place holder."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, _Store):
+            return super()._format_action_invocation(action)
+        return " ".join([", ".join(action.option_strings), str(action.metavar or "")]).rstrip()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a command line gave: `arguments` (positionals, plain flags) and the settings of the sections."""
+
+    arguments: argparse.Namespace
+    settings: Layer
+
+    def build(self, section: type[_Section]) -> _Section:
+        """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
+        return build(section, self.settings)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `argparse` parser whose flags come from sections of fields, and whose errors are `ConfigError`.
+
+    Parameters
+    ----------
+    command : str
+        Name of the module: ``train`` for ``python -m gluon_lm.train``.
+    description : str
+        One sentence on what it does.
+    example : str
+        One command line, shown at the end of the help.
+    """
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"python -m gluon_lm.{command}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        self._declared: dict[str, dataclasses.Field[Any]] = {}
+
+    def add_section(self, section: type[Section], title: str, only: Sequence[str] | None = None) -> None:
+        """Add a flag, under all its names, for each field of `section` (or for those that `only` names)."""
+        group = self.add_argument_group(title)
+        for declared in dataclasses.fields(section):
+            if only is not None and declared.name not in only:
+                continue
+            kind: Kind = declared.metadata["kind"]
+            flags = [flag_of(name) for name in (declared.name, *declared.metadata["aliases"])]
+            if kind.is_switch and section in SECTIONS.values():  # a YAML file may have switched it on
+                flags.append(flag_of(f"no_{declared.name}"))
+            quiet = declared.default is None or declared.default is False
+            note = "" if quiet else f" (default: {show(declared.default)})"
+            group.add_argument(
+                *flags,
+                action=_Store,
+                dest=declared.name,
+                nargs=0 if kind.is_switch else kind.nargs,
+                metavar=kind.metavar or None,
+                default=argparse.SUPPRESS,
+                help=(declared.metadata["help"] + note).replace("%", "%%"),
+            )
+            self._declared[declared.name] = declared
+
+    def error(self, message: str) -> NoReturn:
+        match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
+        if match and match.group(1).startswith("-"):
+            names, what = match.groups()
+            flag = names.split("/")[0]
+            declared = self._declared.get(flag[2:].replace("-", "_"))
+            if what.startswith("expected"):
+                rule = f", {declared.metadata['kind'].rule}" if declared else ""
+                raise ConfigError(f"{names}: needs a value{rule}; write {flag} VALUE")
+            if what.startswith("ignored explicit argument"):
+                raise ConfigError(f"{flag}: takes no value; write {flag} alone")
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse(self, argv: Sequence[str] | None = None, postponed: list[str] | None = None) -> Parsed:
+        """Read a command line.
+
+        Parameters
+        ----------
+        argv : sequence of str, optional
+            The process's own words if None.
+        postponed : list of str, optional
+            Where given, the problems are added to it instead of raised, if they are only of single values
+            that no rule between fields reads: the caller can then find the rest and raise them all.
+
+        Raises
+        ------
+        ConfigError
+            With every unknown flag and every value that breaks its field's rule.
+        """
+        self.usage = " ".join(["%(prog)s", *map(_usage_of, self._get_positional_actions()), "[flags]"])
+        namespace, rest = self.parse_known_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+        problems: list[str] = []
+        previous = ""
+        for word in rest:
+            flag, equals, _ = word.partition("=")
+            if word.startswith("-") and word != "-":
+                hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
+                hint = f"; {_INSTEAD[flag]}" if flag in _INSTEAD else hint
+                problems.append(f"{show(flag)}: unknown flag{hint}")
+                previous = "" if equals else flag
+            elif previous:
+                previous = ""  # the unknown flag's value, and no problem of its own
+            else:
+                problems.append(f"{show(word)}: belongs to no flag; see {self.prog} --help")
+        unreadable = bool(problems)
+        settings: Layer = {}
+        for name, (flag, raw) in vars(namespace).pop("given", {}).items():
+            before = len(problems)
+            settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
+            unreadable |= len(problems) > before and name in LINKED
+        if problems and (postponed is None or unreadable):
+            raise ConfigError(problems)
+        if postponed is not None:
+            postponed += problems
+        return Parsed(namespace, settings)
+
+
+def _usage_of(positional: argparse.Action) -> str:
+    name = str(positional.metavar or positional.dest.upper())
+    return {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} ..."}.get(str(positional.nargs), name)
+
+
+def normalise_argv(argv: Sequence[str]) -> list[str]:
+    """Flags with ``-`` for ``_``, and ``--lr=-1e-3`` for ``--lr -1e-3``, which argparse misreads."""
+    words: list[str] = []
+    for position, word in enumerate(argv):
+        if word == "--":
+            return words + list(argv[position:])
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            words.append(flag.replace("_", "-") + equals + value)
+        elif _NUMBER.match(word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+# ---------------------------------------------------------------- train
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """A `train` command line, resolved.
+
+    Attributes
+    ----------
+    config : Config
+    sources : dict of str to str
+        Where each value comes from, by field name; the recipe's source as ``recipe``.
+    recipe : str or None
+        Name of the recipe.
+    save, resume : str or None
+        The run folder to write, and the run to continue, as the user named them. With `resume`, `config`
+        holds the command line alone, unchecked: `over` lays it over the run's own configuration.
+    overwrite, print_config, dry_run, debug : bool
+    settings : Layer
+        The flags that were given.
+    """
+
+    config: Config
+    sources: dict[str, str]
+    recipe: str | None
+    save: str | None
+    resume: str | None
+    overwrite: bool
+    print_config: bool
+    dry_run: bool
+    debug: bool
+    settings: Layer
+
+    def describe(self) -> str:
+        """The answer to ``--print-config``: YAML with the source of each value behind it."""
+        return self.config.to_yaml(self.sources, self.recipe)
+
+    def over(self, config_file: Path) -> TrainCommand:
+        """The same command line over another YAML file: the ``config.yaml`` of the run that is resumed.
+
+        Raises
+        ------
+        ConfigError
+            As `parse_train`.
+        """
+        resolved = resolve(self.settings, config_file, default_recipe=None)
+        _check(resolved, self.print_config, [])
+        return dataclasses.replace(self, **vars(resolved))
+
+
+def _check(resolved: Resolved, print_only: bool, problems: list[str]) -> None:
+    problems = problems + validate(resolved.config, resolved.sources)
+    if not print_only:
+        problems += unavailable(resolved.config, resolved.sources)
+    if problems:
+        raise ConfigError(problems)
+
+
+def train_parser() -> CommandParser:
+    """The parser of `python -m gluon_lm.train`."""
+    parser = CommandParser(
+        "train",
+        "Train a word-level language model, keep its best checkpoint, and evaluate it on the test text.",
+        "python -m gluon_lm.train --data wikitext-2 --tied --nhid 200 --emsize 200 --epochs 20 --dropout 0.2",
+    )
+    parser.add_section(RunOptions, "run")
+    for name, section in SECTIONS.items():
+        parser.add_section(section, name)
+    parser.add_section(DebugOptions, "debugging")
+    return parser
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
+    """Read the command line of `train`: flags over ``--config`` over the recipe over the defaults.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found; features that this version lacks are no problem under ``--print-config``.
+    """
+    words = normalise_argv(sys.argv[1:] if argv is None else argv)
+    superfluous = [word for word in words if word in _ALWAYS_SO]
+    if superfluous:
+        print(f"warning: {' '.join(superfluous)}: always so here; leave it out", file=sys.stderr)
+    problems: list[str] = []
+    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO], postponed=problems)
+    run = parsed.build(RunOptions)
+    settings = {name: s for name, s in parsed.settings.items() if name not in RunOptions.__dataclass_fields__}
+    debug = settings.pop("debug", Setting(False, "default")).value
+
+    resume = run.resume
+    if run.continue_train:
+        if run.save is None:
+            problems.append(
+                "--continue-train: needs the run to continue; add --save RUN, or use --resume RUN"
+            )
+        elif resume is not None:
+            problems.append(
+                "--continue-train with --resume: both name the run to continue; leave one of them out"
+            )
+        resume = run.save
+    elif resume is not None and run.save not in (None, resume):
+        both = f"--save {show(run.save)} with --resume {show(resume)}"
+        problems.append(f"{both}: a run continues in its own folder; leave --save out")
+    if resume is not None and run.overwrite:
+        problems.append(
+            "--overwrite with --resume: a run is either continued or replaced; leave one of them out"
+        )
+    if resume is not None and run.config is not None:
+        problems.append(
+            "--config with --resume: a run continues with its own config.yaml; leave --config out"
+        )
+    if resume is not None and run.recipe is not None:
+        problems.append(
+            "--recipe with --resume: a run continues with its own config.yaml; leave --recipe out"
+        )
+
+    config_file = None if run.config is None or resume is not None else Path(run.config)
+    try:
+        resolved = resolve(settings, config_file, None if resume is not None else run.recipe)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if resume is None:
+        _check(resolved, run.print_config, problems)
+    elif problems:
+        raise ConfigError(problems)
+    return TrainCommand(
+        **vars(resolved),
+        save=run.save,
+        resume=resume,
+        overwrite=run.overwrite,
+        print_config=run.print_config,
+        dry_run=run.dry_run,
+        debug=debug,
+        settings=settings,
+    )
+
+
+# ---------------------------------------------------------------- how a command ends
+
+
+def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn what a user can cause into lines on standard error and an exit code.
+
+    Parameters
+    ----------
+    work : callable
+        Takes the words of the command line, returns the exit code.
+    argv : sequence of str, optional
+        The process's own words if None.
+
+    Returns
+    -------
+    int
+        What `work` returned; 2 for an error that the user can mend, 130 for Ctrl-C, 141 where the reader of
+        the output went away. Anything else that is raised is a bug and passes through with its traceback, as
+        every error does under ``--debug``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        code = work(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain about the same pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (GluonLMError, ImportError, OSError) as error:
+        lines = _explain(error)
+        if debug or not lines:
+            raise
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _explain(error: GluonLMError | ImportError | OSError) -> list[str]:
+    """The lines that tell a user what to mend; empty where the error is a bug of ours."""
+    if isinstance(error, ConfigError):
+        return [" ".join(problem.split()) for problem in error.problems]
+    if isinstance(error, GluonLMError):
+        return [" ".join(str(error).split())]
+    if isinstance(error, ImportError):
+        if error.name != "mxnet":
+            return []
+        return [
+            "MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for CUDA 11.2 GPUs"
+        ]
+    if error.errno is None and "cannot open shared object file" in str(error):
+        return [
+            f"MXNet's library does not load ({' '.join(str(error).split())}): install what is missing, "
+            "or the CPU build with pip install 'gluon_lm[cpu]'"
+        ]
+    where = "" if error.filename is None else f"{error.filename}: "
+    if isinstance(error, PermissionError):
+        return [f"{where}no permission; choose another folder, or change its permissions"]
+    if error.errno in _NO_SPACE:
+        return [f"{where}cannot be written ({error.strerror}); free some space, or choose another folder"]
+    return []

@@ -1,0 +1,829 @@
+"""What a run is: every knob, declared once, and how flags, YAML files and recipes become one frozen `Config`.
+
+A field of a section below is the only place where a knob exists: its flag, YAML key, help, rule and default
+are all read from there. Where values come from, highest first: flags, ``--config``, the recipe, the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from gluon_lm.errors import ConfigError
+
+DEFAULT_RECIPE = "lm"
+KVSTORES = ("device", "local")
+COMPRESSIONS = ("none", "2bit")
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+REGULARISED_CELLS = ("awd-lstm", "awd-gru", "awd-rnn")
+MODELS = CELLS + REGULARISED_CELLS
+
+
+# ---------------------------------------------------------------- kinds of value
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a value is read and which rule it obeys.
+
+    Parameters
+    ----------
+    read : callable
+        Takes the string of a flag, a YAML value or an already read value, returns the value, and raises
+        ``ValueError`` or ``TypeError`` where the rule is broken. ``read(read(x)) == read(x)``.
+    rule : str
+        The rule in words, as it follows "must be".
+    metavar : str
+        The value's place holder in ``--help``; empty for a switch.
+    nargs : str, optional
+        As in `argparse`: ``'+'`` for a flag with several values.
+    """
+
+    read: Callable[[Any], Any]
+    rule: str
+    metavar: str = ""
+    nargs: str | None = None
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether its flag takes no value."""
+        return not self.metavar
+
+
+def integer(low: int = 1, high: int | None = None) -> Kind:
+    """Whole numbers from `low` to `high`, both included."""
+
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise TypeError
+        number = int(value)
+        if number < low or (high is not None and number > high):
+            raise ValueError
+        return number
+
+    return Kind(
+        read, f"a whole number from {low} to {high}" if high else f"a whole number, {low} or more", "N"
+    )
+
+
+def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
+    """Finite numbers in [low, below), or in (low, below) where `above` is set."""
+
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number) or number < low or (above and number == low) or number >= below:
+            raise ValueError
+        return number
+
+    rule = f"a number above {low:g}" if above else f"a number, {low:g} or more"
+    return Kind(read, rule if below == math.inf else f"{rule} and below {below:g}", "X")
+
+
+def choice(*names: str) -> Kind:
+    """One of `names`; capitals, ``-`` and ``_`` make no difference."""
+    by_key = {_key(name): name for name in names}
+
+    def read(value: Any) -> str:
+        try:
+            return by_key[_key(value)]
+        except (KeyError, AttributeError):
+            near = difflib.get_close_matches(_key(str(value)), by_key, n=1)
+            raise ValueError(f"did you mean {by_key[near[0]]}?" if near else "") from None
+
+    return Kind(read, f"one of {', '.join(names)}", "{" + ",".join(names) + "}")
+
+
+def text(metavar: str) -> Kind:
+    """A name or a path."""
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError
+        if not value.strip():
+            raise ValueError
+        return value
+
+    return Kind(read, "a name or a path", metavar)
+
+
+def texts(*counts: int, rule: str, metavar: str) -> Kind:
+    """A tuple of names or paths, as many as one of `counts`."""
+    one = text(metavar).read
+
+    def read(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, (str, list, tuple)):
+            raise TypeError
+        items = tuple(one(item) for item in ([value] if isinstance(value, str) else value))
+        if len(items) not in counts:
+            raise ValueError
+        return items
+
+    return Kind(read, rule, metavar, "+")
+
+
+def integers(low: int, rule: str, nargs: str | None = None) -> Kind:
+    """A tuple of different whole numbers, `low` or more: ``0,1,2``, ``[0, 1, 2]`` or ``0``."""
+    one = integer(low).read
+
+    def read(value: Any) -> tuple[int, ...]:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        numbers = tuple(one(part) for item in items for part in str(item).split(","))
+        if len(set(numbers)) != len(numbers) or not numbers:
+            raise ValueError
+        return numbers
+
+    return Kind(read, rule, "N" if nargs else "N,N", nargs)
+
+
+def optional(kind: Kind, *also: object) -> Kind:
+    """`kind`, or None, written ``none`` (a flag), ``null`` (YAML) or as one of `also`."""
+    nothing = {"none", "null", *map(str, also)}
+
+    def read(value: Any) -> Any:
+        single = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        return None if single is None or str(single).lower() in nothing else kind.read(value)
+
+    return dataclasses.replace(kind, read=read, rule=f"{kind.rule}, or none")
+
+
+def switch() -> Kind:
+    """On or off: ``--name`` and ``--no-name``, in YAML true and false."""
+
+    def read(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+
+    return Kind(read, "true or false")
+
+
+def option(default: Any, kind: Kind, help: str, *aliases: str) -> Any:
+    """Declare a field of a section: its default, its `Kind`, its help and its other names (snake_case)."""
+    return field(default=default, metadata={"kind": kind, "help": help, "aliases": aliases})
+
+
+# ---------------------------------------------------------------- the sections
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the dataclasses whose fields are made with `option`."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The text and its vocabulary."""
+
+    data: tuple[str, ...] = option(
+        ("wikitext-2",),
+        texts(
+            1,
+            3,
+            rule="one corpus, folder or file, or three files (training, validation, test)",
+            metavar="DATA",
+        ),
+        "corpus (wikitext-2, wikitext-103, ptb, sotu), or your own text: a folder, one file, or three files",
+    )
+    data_dir: str = option("./data", text("DIR"), "where the corpora lie and are downloaded to")
+    tokenizer: str | None = option(
+        None, optional(choice("whitespace", "words")), "how your own text becomes words (default: whitespace)"
+    )
+    min_freq: int | None = option(None, optional(integer()), "leave words seen fewer times in training out")
+    max_vocab: int | None = option(None, optional(integer()), "keep this many of the most frequent words")
+    vocab: str | None = option(
+        None, optional(text("FILE")), "a vocabulary file to use instead of the training words"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The architecture and its dropouts."""
+
+    model: str = option("lstm", choice(*MODELS), "type of recurrent network")
+    embed_size: int = option(200, integer(), "size of the word embeddings", "emsize", "embed_dim")
+    hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim")
+    num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers")
+    tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer")
+    dropout: float = option(
+        0.2, real(0, 1), "dropout on the embedded words, between the layers and on the output"
+    )
+    init: str = option(
+        "uniform",
+        choice("uniform", "xavier"),
+        "first weights: uniform as PyTorch's example, xavier as MXNet's",
+    )
+    num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
+    last_hidden_size: int | None = option(
+        None, optional(integer(), -1), "hidden units of the last layer", "nhidlast"
+    )
+    dropout_input: float = option(
+        0.0, real(0, 1), "locked dropout on the embedded words", "dropouti", "dropout_i"
+    )
+    dropout_hidden: float = option(
+        0.0, real(0, 1), "locked dropout between the layers", "dropouth", "dropout_h"
+    )
+    dropout_embed: float = option(
+        0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e"
+    )
+    dropout_latent: float = option(0.0, real(0, 1), "locked dropout on the experts' vectors", "dropoutl")
+    weight_drop: float = option(
+        0.0, real(0, 1), "dropout on hidden-to-hidden weights", "wdrop", "weight_dropout"
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """The optimiser, its learning rate and what is added to the loss."""
+
+    optimizer: str = option("sgd", choice("sgd", "adam"), "update rule")
+    lr: float = option(20.0, real(0, above=True), "learning rate at the start")
+    lr_decay: float | None = option(
+        4.0,
+        optional(real(1, above=True)),
+        "divide the learning rate by this when validation is not a new best; none: never",
+        "decay",
+    )
+    clip_norm: float | None = option(
+        0.25,
+        optional(real(0, above=True)),
+        "largest norm of the whole gradient; none: any",
+        "clip",
+        "grad_clip",
+    )
+    weight_decay: float = option(0.0, real(0), "weight decay", "wdecay", "wd")
+    alpha: float = option(0.0, real(0), "weight of the activation regularisation")
+    beta: float = option(0.0, real(0), "weight of the temporal activation regularisation")
+    ntasgd: bool = option(False, switch(), "average the weights once validation stops improving (NT-ASGD)")
+    nonmono: int | None = option(
+        None, optional(integer()), "evaluations without improvement that start NT-ASGD"
+    )
+    when: tuple[int, ...] | None = option(
+        None,
+        optional(integers(1, "epochs, each a whole number, 1 or more", "+"), -1),
+        "epochs after which the learning rate is divided by 10",
+    )
+    max_seq_len_delta: int | None = option(
+        None, optional(integer(0)), "windows of random length, at most this much longer than --bptt"
+    )
+    small_batch_size: int | None = option(
+        None, optional(integer(), -1), "streams worked on at once, their gradients added up over the batch"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """How long, in which portions, and what is noted on the way."""
+
+    epochs: int = option(40, integer(), "passes over the training text", "epoch")
+    max_steps: int | None = option(None, optional(integer()), "stop after this many steps")
+    batch_size: int = option(20, integer(), "streams of text read side by side, over all devices together")
+    bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
+    seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
+    log_interval: int = option(200, integer(), "steps between two lines of the log")
+    eval_every: int | None = option(
+        None, optional(integer()), "steps between evaluations (default: each epoch)"
+    )
+    eval_batch_size: int = option(10, integer(), "streams of the validation and test text during training")
+    patience: int | None = option(
+        None, optional(integer()), "stop after this many evaluations with no new best"
+    )
+    checkpoint_every: int | None = option(
+        None, optional(integer()), "steps between checkpoints (default: at each evaluation)"
+    )
+    keep_checkpoints: int = option(2, integer(), "newest checkpoints to keep; the best one always stays")
+    gen_word_len: int = option(0, integer(0), "words to generate when training is done")
+
+
+@dataclass(frozen=True)
+class DeviceConfig(Section):
+    """Where it runs, and how gradients travel. Nothing given: the first usable GPU, else one CPU context."""
+
+    gpus: tuple[int, ...] | None = option(
+        None,
+        optional(integers(-1, "GPU numbers such as 0 or 0,1,2,3, or -1 for the CPU")),
+        "GPUs; -1: the CPU",
+        "gpu",
+    )
+    cpus: int | None = option(None, optional(integer()), "run on this many CPU contexts")
+    cuda: bool | None = option(None, optional(switch()), "use a GPU, or refuse to", "accel")
+    single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
+    kvstore: str | None = option(
+        None, optional(choice(*KVSTORES)), "how several devices add up their gradients"
+    )
+    gctype: str = option("none", choice(*COMPRESSIONS), "compression of the gradients between devices")
+    gcthreshold: float = option(0.5, real(0, above=True), "threshold of the 2-bit compression")
+
+    @property
+    def count(self) -> int | None:
+        """Number of devices that the flags ask for; None where the machine decides."""
+        if self.cpus is not None:
+            return self.cpus
+        if self.gpus is not None:
+            return len(self.gpus)
+        return 1 if self.single_gpu or self.cuda is False else None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run. A name is in one section only: YAML and flags are flat."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def to_yaml(self, sources: Mapping[str, str] | None = None, recipe: str | None = None) -> str:
+        """The configuration as flat YAML that `from_yaml` reads back equal.
+
+        Parameters
+        ----------
+        sources : mapping, optional
+            Where each value comes from, by field name; written behind the value as a comment.
+        recipe : str, optional
+            Name of the recipe that it started from.
+        """
+        sources = sources or {}
+        lines: list[str] = []
+
+        def add(name: str, value: Any) -> None:
+            # PyYAML reads some line breaks of Unicode back as others unless they are escaped.
+            readable = "".join(map(str, value if isinstance(value, tuple) else [value])).isprintable()
+
+            def dump(data: Any, **how: Any) -> str:
+                return str(yaml.safe_dump(data, allow_unicode=readable, width=math.inf, **how))
+
+            if isinstance(value, tuple):
+                line = f"{name}: {dump(list(value), default_flow_style=True)}"
+            else:
+                line = dump({name: value})
+            lines.append(line.rstrip("\n") + (f"  # {show(sources[name])}" if name in sources else ""))
+
+        if recipe is not None:
+            add("recipe", recipe)
+        for section in SECTIONS:
+            lines.append(f"\n# {section}" if lines else f"# {section}")
+            for name, value in vars(getattr(self, section)).items():
+                add(name, value)
+        return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Config:
+        """Read a YAML file (a `Path`) or YAML text (a `str`) over its recipe, if any, and the defaults.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be read, or holds keys or values that do not exist. Combinations are `validate`'s.
+        """
+        return resolve(config_file=source, default_recipe=None).config
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "devices": DeviceConfig,
+}
+_Section = TypeVar("_Section", bound=Section)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field or alias: ``hidden_size`` -> ``--hidden-size``."""
+    return "--" + name.replace("_", "-")
+
+
+@cache
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+    """Every field of every section, by name."""
+    return {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+
+
+@cache
+def _names() -> dict[str, str]:
+    """Field name of every YAML key, in its hyphenated form."""
+    return {_key(name): f.name for f in _fields().values() for name in (f.name, *f.metadata["aliases"])}
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of the field `name`, whichever section it is in."""
+    return next(values[name] for values in (vars(getattr(config, s)) for s in SECTIONS) if name in values)
+
+
+def show(value: Any) -> str:
+    """A value as a user would write it, on one line, shortened where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int, float)) for item in value):
+        shown = (" " if any(isinstance(item, str) for item in value) else ",").join(map(str, value))
+    else:
+        shown = value if isinstance(value, str) else reprlib.repr(value)
+    shown = shown if shown.isprintable() and shown.strip() else repr(shown)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+# ---------------------------------------------------------------- layers of settings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it comes from (``flag --nhid``, ``my.yaml``, ``recipe lm``)."""
+
+    value: Any
+    source: str
+
+
+Layer = dict[str, Setting]
+
+
+def read_value(declared: dataclasses.Field[Any], raw: Any, label: str, problems: list[str]) -> Any:
+    """Read one value by its field's rule; where it breaks it, add to `problems` and return the default."""
+    kind: Kind = declared.metadata["kind"]
+    try:
+        return kind.read(raw)
+    except (ValueError, TypeError, OverflowError) as error:
+        hint = str(error) if str(error).startswith("did you mean") else ""
+        if not hint and declared.default is not None and not kind.is_switch:
+            hint = f"for example {show(declared.default)}"
+        line = f"{label} {show(raw)}".rstrip() + f": must be {kind.rule}"
+        problems.append(f"{line}; {hint}" if hint else line)
+        return declared.default
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` where one of `known` is close to `name`, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
+    """The settings of a flat YAML file and the recipe that it names."""
+    layer: Layer = {}
+    recipe: str | None = None
+    try:
+        content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
+        loader = yaml.SafeLoader(content)
+        node = loader.get_single_node()
+        if node is None:
+            return layer, recipe
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(
+                f"{origin}: must be lines of the form name: value, for example hidden_size: 200"
+            )
+        read = partial(loader.construct_object, deep=True)
+        pairs = [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror}); name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # PyYAML's constructors raise all of these for explicit tags that do not fit their value.
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(
+            f"{origin}{where}: is not YAML that can be read ({what}); write name: value lines"
+        ) from None
+
+    seen: dict[str, int] = {}
+    for key, raw, line in pairs:
+        where = f"{origin} line {line}:"
+        name = "recipe" if key == "recipe" else _names().get(_key(key)) if isinstance(key, str) else None
+        if name is None:
+            known = [n.replace("-", "_") for n in _names()]
+            hint = (
+                nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
+            )
+            problems.append(f"{where} unknown key {show(key)}{hint}")
+        elif name in seen:
+            problems.append(
+                f"{where} {key}: given a second time, first in line {seen[name]}; keep one of them"
+            )
+        elif name == "recipe":
+            recipe = str(raw)
+        else:
+            value = read_value(_fields()[name], raw, f"{where} {key}:", problems)
+            layer[name] = Setting(value, origin)
+        if name is not None:
+            seen.setdefault(name, line)
+    return layer, recipe
+
+
+def config_folder() -> Path:
+    """The folder of the recipes: in the package when installed, beside it in a checkout."""
+    inside = Path(__file__).resolve().parent / "configs"
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def _choose_recipe(flags: Layer, file: Layer) -> str:
+    both = {**file, **flags}
+    if "num_experts" in both and both["num_experts"].value is not None:
+        return "mos"
+    if "model" in both and both["model"].value in REGULARISED_CELLS:
+        return "awd"
+    return DEFAULT_RECIPE
+
+
+def _replaced_by(layer: Layer) -> set[str]:
+    """The fields that `layer` takes the place of in the layers below, because both together make no sense.
+
+    So ``--cpus 2`` continues a run that was configured with GPUs, and ``--vocab FILE`` goes with any recipe.
+    """
+    values = {name: setting.value for name, setting in layer.items()}
+    replaced: set[str] = set()
+    if values.get("cpus"):
+        replaced |= {"gpus", "cuda", "single_gpu"}
+    if values.get("gpus"):
+        replaced |= {"cpus", "cuda", "single_gpu"}
+    if values.get("single_gpu"):
+        replaced |= {"cpus", "gpus"}
+    if values.get("cuda"):
+        replaced |= {"cpus"}
+    if values.get("cuda") is False:
+        replaced |= {"gpus", "single_gpu"}
+    if values.get("gctype") == "none":
+        replaced |= {"gcthreshold"}
+    if values.get("vocab"):
+        replaced |= {"min_freq", "max_vocab"}
+    if values.get("min_freq") or values.get("max_vocab"):
+        replaced |= {"vocab"}
+    return replaced
+
+
+def _merge(layers: Iterable[Layer]) -> Layer:
+    """Lay `layers`, lowest first, over each other."""
+    merged: Layer = {}
+    for layer in layers:
+        gpus, cuda = layer.get("gpus"), layer.get("cuda")
+        if gpus and gpus.value == (-1,) and not (cuda and cuda.value):
+            layer = {**layer, "gpus": Setting(None, gpus.source), "cuda": Setting(False, gpus.source)}
+        for name in _replaced_by(layer):
+            merged.pop(name, None)
+        merged.update(layer)
+    return merged
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, the source of each value by field name (and of ``recipe``), and the recipe."""
+
+    config: Config
+    sources: dict[str, str]
+    recipe: str | None
+
+
+def resolve(
+    flags: Layer | None = None,
+    config_file: str | Path | None = None,
+    recipe: str | None = None,
+    default_recipe: str | None = DEFAULT_RECIPE,
+) -> Resolved:
+    """Lay flags over the file over the recipe over the defaults.
+
+    Parameters
+    ----------
+    flags : Layer, optional
+        What was given on the command line.
+    config_file : Path or str, optional
+        A YAML file, or YAML text if it is a `str`.
+    recipe : str, optional
+        Name of a recipe; without it the file's, else the one that the model asks for, else `default_recipe`.
+    default_recipe : str or None
+        None: where nobody names a recipe, none is used.
+
+    Raises
+    ------
+    ConfigError
+        With every problem of the file and the recipe. Rules between fields are `validate`'s.
+    """
+    problems: list[str] = []
+    flags = flags or {}
+    file: Layer = {}
+    file_recipe: str | None = None
+    origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
+    if config_file is not None:
+        try:
+            file, file_recipe = _read_yaml(config_file, origin, problems)
+        except ConfigError as error:
+            problems.extend(error.problems)
+
+    if recipe is not None:
+        recipe_source = "flag --recipe"
+    elif file_recipe is not None:
+        recipe, recipe_source = file_recipe, origin
+    else:
+        recipe, recipe_source = (_choose_recipe(flags, file) if default_recipe else None), "default"
+
+    base: Layer = {}
+    if recipe is not None and recipe not in recipe_names():
+        hint = nearest(recipe, recipe_names())
+        named = _named("recipe", recipe, {"recipe": recipe_source})
+        problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
+    elif recipe is not None:
+        base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
+
+    merged = _merge((base, file, flags))
+    if problems:
+        raise ConfigError(problems)
+    sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}
+    sources = {name: merged[name].source if name in merged else "default" for name in _fields()}
+    return Resolved(Config(**sections), {"recipe": recipe_source, **sources}, recipe)
+
+
+def _make(section: type[_Section], values: Layer) -> _Section:
+    return section(**{f.name: values[f.name].value for f in dataclasses.fields(section) if f.name in values})
+
+
+def build(section: type[_Section], values: Layer) -> _Section:
+    """One section from the settings that were given, the defaults elsewhere.
+
+    Raises
+    ------
+    ConfigError
+        With every problem of a combination, where `section` is `DeviceConfig`.
+    """
+    merged = _merge([values])
+    made = _make(section, merged)
+    if isinstance(made, DeviceConfig):
+        sources = {name: setting.source for name, setting in merged.items()}
+        problems = _device_problems(made, sources, made.count or 1)
+        if problems:
+            raise ConfigError(problems)
+    return made
+
+
+# ---------------------------------------------------------------- rules between fields
+
+
+# The fields that the rules below read. Where one of these is wrong in itself, the rules blame the wrong flag.
+LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
+    "batch_size",
+    "num_experts",
+    "vocab",
+    "min_freq",
+    "max_vocab",
+}
+
+
+def device_count(config: Config) -> int | None:
+    """Number of devices that the run asks for; None where it takes every GPU (the mixture)."""
+    return config.devices.count if config.devices.count or config.model.num_experts else 1
+
+
+def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: int | None) -> list[str]:
+    problems = []
+
+    def named(name: str) -> str:
+        return _named(name, getattr(devices, name), sources)
+
+    def refuse_both(one: str, other: str) -> None:
+        problems.append(f"{named(one)} with {named(other)}: one contradicts the other; leave one of them out")
+
+    if devices.cpus is not None:
+        for name in ("gpus", "cuda", "single_gpu"):
+            if getattr(devices, name) not in (None, False):
+                refuse_both(name, "cpus")
+    if devices.gpus is not None:
+        if -1 in devices.gpus:
+            problems.append(
+                f"{named('gpus')}: -1 means the CPU and goes with no GPU; leave -1 or the GPUs out"
+            )
+        if devices.cuda is False:
+            refuse_both("gpus", "cuda")
+        if devices.single_gpu and len(devices.gpus) > 1:
+            refuse_both("gpus", "single_gpu")
+    if devices.single_gpu and devices.cuda is False:
+        refuse_both("single_gpu", "cuda")
+
+    if count == 1:
+        reason = (
+            "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
+        )
+        if devices.gctype != "none":
+            problems.append(f"{named('gctype')}: nothing to compress, {reason}")
+        if devices.kvstore is not None:
+            problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
+    if devices.gctype != "none" and devices.kvstore == "local":
+        problems.append(
+            f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device"
+        )
+    given = (
+        sources.get("gcthreshold", "").startswith("flag ") or devices.gcthreshold != DeviceConfig.gcthreshold
+    )
+    if given and devices.gctype == "none":
+        problems.append(
+            f"{named('gcthreshold')}: has no effect without compression; add --gctype 2bit, or leave it out"
+        )
+    return problems
+
+
+def _named(name: str, value: Any, sources: Mapping[str, str]) -> str:
+    """A flag with its value, as the user gave it, and its source where that was no flag."""
+    source = sources.get(name, "")
+    is_flag = source.startswith("flag ")
+    flag = source[len("flag ") :] if is_flag else flag_of(name)
+    if isinstance(value, bool):
+        shown = flag if value else flag_of(f"no_{name}")
+    else:
+        shown = f"{flag} {show(value)}"
+    return shown if is_flag or source in ("", "default") else f"{shown} ({source})"
+
+
+def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
+    """Every rule that `config` breaks, a line each; empty if it is sound.
+
+    Parameters
+    ----------
+    sources : mapping, optional
+        Where each value comes from, as in `Resolved`, to name it in the messages.
+    """
+    sources = sources or {}
+    problems: list[str] = []
+    for name, declared in _fields().items():
+        read_value(declared, get(config, name), flag_of(name), problems)
+    if problems:
+        return problems
+
+    count = device_count(config)
+    batch_size = config.training.batch_size
+    if count and batch_size % count:
+        below = batch_size // count * count
+        fix = f"use {below} or {below + count}" if below else f"use {count}"
+        named = _named("batch_size", batch_size, sources)
+        problems.append(f"{named}: must be a multiple of the number of devices, {count}; {fix}")
+    if config.data.vocab is not None:
+        for name in ("min_freq", "max_vocab"):
+            if get(config, name) is not None:
+                named = _named(name, get(config, name), sources)
+                problems.append(
+                    f"{named} with --vocab: the file already names every word; leave one of them out"
+                )
+    return problems + _device_problems(config.devices, sources, count)
+
+
+_WEIGHT_DROP = "the weight-dropped family"
+_REGULARISED_LOSS = "activation regularisation"
+_AVERAGING = "NT-ASGD"
+_MIXTURE = "the mixture of softmaxes"
+UNAVAILABLE = {
+    "model=awd-lstm": _WEIGHT_DROP,
+    "model=awd-gru": _WEIGHT_DROP,
+    "model=awd-rnn": _WEIGHT_DROP,
+    "weight_drop": _WEIGHT_DROP,
+    "dropout_input": _WEIGHT_DROP,
+    "dropout_hidden": _WEIGHT_DROP,
+    "dropout_embed": _WEIGHT_DROP,
+    "alpha": _REGULARISED_LOSS,
+    "beta": _REGULARISED_LOSS,
+    "ntasgd": _AVERAGING,
+    "nonmono": _AVERAGING,
+    "when": "the step schedule of the learning rate",
+    "max_seq_len_delta": "a random window length",
+    "num_experts": _MIXTURE,
+    "last_hidden_size": _MIXTURE,
+    "dropout_latent": _MIXTURE,
+    "small_batch_size": "gradient accumulation",
+}
+
+
+def unavailable(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
+    """The features that `config` asks for and that this version does not have, a line each."""
+    sources = sources or {}
+    asked: dict[str, list[str]] = {}
+    for name, declared in _fields().items():
+        value = get(config, name)
+        feature = UNAVAILABLE.get(f"{name}={value}")
+        if feature is None and value != declared.default:
+            feature = UNAVAILABLE.get(name)
+        if feature is not None:
+            asked.setdefault(feature, []).append(_named(name, value, sources))
+    return [
+        f"{', '.join(flags)}: {feature} is not available in this version" for feature, flags in asked.items()
+    ]

@@ -1,0 +1,83 @@
+"""What training needs of the devices and workers that share it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import mxnet as mx
+from mxnet import gluon
+
+
+class Communicator(ABC):
+    """The devices of this process, and the processes that train beside it.
+
+    Attributes
+    ----------
+    devices : list of Context
+        Devices of this process. The global batch is split over workers first, then over these.
+    rank, size : int
+        This process among the workers.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def __init__(self, devices: list[mx.Context]) -> None:
+        self.devices = devices
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this process decides, logs and writes for all."""
+        return self.rank == 0
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """How gradients travel, in a few words for the log."""
+
+    @abstractmethod
+    def broadcast_parameters(self, parameters: Sequence[gluon.Parameter]) -> None:
+        """Set every copy of every parameter to that of rank 0's first device."""
+
+    @abstractmethod
+    def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
+        """Replace every gradient on every device, in place, by its sum over all devices of all workers.
+
+        Always called with the same parameters in the same order.
+        """
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every worker."""
+        return value
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of another run."""
+
+    def checkpointed(self) -> None:
+        """Called after each checkpoint: forget what a checkpoint cannot hold, so that resuming changes nothing."""
+
+    def close(self) -> None:
+        """Let go of connections and processes."""
+
+
+class SingleDevice(Communicator):
+    """One device, one process: nothing to communicate."""
+
+    @property
+    def description(self) -> str:
+        return str(self.devices[0])
+
+    def broadcast_parameters(self, parameters):
+        pass
+
+    def reduce_gradients(self, parameters):
+        pass

@@ -1,0 +1,58 @@
+"""Scales that make 2-bit gradient compression work at one threshold for all parameters.
+
+MXNet's 2-bit compression sends +threshold, 0 or -threshold for each element and keeps the rest for the next step
+(Seide et al. 2014, "1-Bit Stochastic Gradient Descent"; Strom 2015). The threshold is one absolute number for all
+parameters. Gradients of different parameters differ in size by orders of magnitude, and next to a threshold of 0.5
+most are so small that nothing is ever sent. So each parameter's gradient is multiplied by a power of two, which is exact
+in floating point, that brings its root mean square to about 1/4: the default threshold of 0.5 is then twice that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mxnet as mx
+import numpy as np
+from mxnet import gluon
+
+CALIBRATION_STEPS = 20
+TARGET_RMS = 0.25
+
+
+class GradientScales:
+    """Per-parameter scales, measured on the first `CALIBRATION_STEPS` uncompressed gradients and then frozen.
+
+    Attributes
+    ----------
+    factors : list of float or None
+        A power of two for each parameter; None until calibrated.
+    """
+
+    def __init__(self) -> None:
+        self.factors: list[float] | None = None
+        self._steps = 0
+        self._square_sums: np.ndarray | float = 0.0
+
+    def observe(self, parameters: Sequence[gluon.Parameter]) -> None:
+        """Take in one step's gradients, device by device, before they are reduced."""
+        sums = [mx.nd.multi_sum_sq(*grads, num_arrays=len(grads))
+                for grads in zip(*(p.list_grad() for p in parameters))]
+        self._square_sums = self._square_sums + sum(s.asnumpy().astype(np.float64) for s in sums)
+        self._steps += 1
+        if self._steps == CALIBRATION_STEPS:
+            sizes = np.array([np.prod(p.shape) * len(sums) * self._steps for p in parameters], dtype=np.float64)
+            self.factors = [power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0
+                            for rms in np.sqrt(self._square_sums / sizes)]
+
+    def state_dict(self) -> dict:
+        """Plain JSON values; exact, because JSON keeps every digit of a float."""
+        return {"factors": self.factors, "steps": self._steps, "square_sums": np.asarray(self._square_sums).tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.factors, self._steps = state["factors"], state["steps"]
+        self._square_sums = np.asarray(state["square_sums"], dtype=np.float64)
+
+
+def power_of_two_near(value: float) -> float:
+    """The power of two nearest to a positive number on a logarithmic scale."""
+    return float(2.0 ** np.round(np.log2(value)))

@@ -1,0 +1,92 @@
+"""From device flags to MXNet contexts and the communicator that joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mxnet as mx
+
+from ..config import DeviceConfig
+from ..errors import DistributedError
+from .communicator import Communicator, SingleDevice
+from .kvstore import KVStoreCommunicator
+
+
+def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
+    """The contexts that the flags ask for; with none given, the first GPU or else one CPU context.
+
+    Raises
+    ------
+    DistributedError
+        For a GPU that is not there.
+    """
+    if config.cpus is not None:
+        return [mx.cpu(i) for i in range(config.cpus)]
+    if config.gpus is None and config.cuda is False:
+        return [mx.cpu(0)]
+    num_gpus = mx.context.num_gpus()
+    if config.gpus is not None:
+        wanted = list(config.gpus)
+        flag = "--gpus " + ",".join(map(str, wanted))
+    else:
+        wanted = [0] if num_gpus or config.cuda or config.single_gpu else []
+        flag = "--cuda" if config.cuda else "--single-gpu"
+    missing = [i for i in wanted if i >= num_gpus]
+    if missing:
+        raise DistributedError(f"{flag}: MXNet sees {_count_gpus(num_gpus)} here; "
+                               + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu()))
+    return [mx.gpu(i) for i in wanted] or [mx.cpu(0)]
+
+
+def resolve_single_device(config: DeviceConfig) -> mx.Context:
+    """The one context that a command which does not train runs on.
+
+    Raises
+    ------
+    DistributedError
+        For several devices, or a GPU that is not there.
+    """
+    devices = resolve_devices(config)
+    if len(devices) > 1:
+        raise DistributedError(f"{len(devices)} devices are named ({devices[0]} to {devices[-1]}), and this command runs on "
+                               "one; name one with --gpus N, or leave the flag out")
+    return devices[0]
+
+
+def _count_gpus(num_gpus: int) -> str:
+    return {0: "no GPU", 1: "one GPU"}.get(num_gpus, f"{num_gpus} GPUs")
+
+
+def _how_to_go_without_gpu() -> str:
+    if not mx.runtime.Features().is_enabled("CUDA"):
+        return "this MXNet is built for CPU: install gluon_lm[cu112], or leave the flag out (--cpus N trains on the CPU)"
+    return "check the driver with nvidia-smi, or leave the flag out (--cpus N trains on the CPU)"
+
+
+def _local_kvstore(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Communicator]:
+    def create(devices, config):
+        return KVStoreCommunicator(devices, kind, config.gcthreshold if config.gctype == "2bit" else None)
+    return create
+
+
+COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator]] = {
+    "device": _local_kvstore("device"),
+    "local": _local_kvstore("local"),
+}
+
+
+def create_communicator(config: DeviceConfig) -> Communicator:
+    """The devices of this process, joined as the flags say (KVStore ``device`` for several).
+
+    Raises
+    ------
+    DistributedError
+        For a GPU that is not there, or compression of the gradients of a single device.
+    """
+    devices = resolve_devices(config)
+    if len(devices) > 1:
+        return COMMUNICATORS[config.kvstore or "device"](devices, config)
+    if config.gctype != "none":
+        raise DistributedError(f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradient travels "
+                               "and there is nothing to compress; name several with --gpus 0,1 or --cpus 2")
+    return SingleDevice(devices)

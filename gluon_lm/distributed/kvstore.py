@@ -1,0 +1,85 @@
+"""Gradients summed over the devices of this process by MXNet's KVStore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mxnet as mx
+from mxnet import gluon
+
+from ..logs import LOGGER
+from .communicator import Communicator
+from .compression import GradientScales
+
+
+class KVStoreCommunicator(Communicator):
+    """KVStore ``local`` (sums on the CPU) or ``device`` (sums on the devices), optionally with 2-bit compression.
+
+    Parameters
+    ----------
+    devices : list of Context
+        At least two.
+    kvstore : str
+        ``local`` or ``device``.
+    threshold : float, optional
+        Compress gradients to two bits with this threshold (``device`` only). The first
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps go uncompressed and set each parameter's scale.
+    """
+
+    def __init__(self, devices: list[mx.Context], kvstore: str = "device", threshold: float | None = None) -> None:
+        super().__init__(devices)
+        self._kind, self._threshold = kvstore, threshold
+        self._scales = None if threshold is None else GradientScales()
+        self._store: mx.kvstore.KVStoreBase | None = None
+
+    @property
+    def description(self) -> str:
+        compression = "" if self._threshold is None else f", 2-bit gradients with threshold {self._threshold:g}"
+        return f"{len(self.devices)} devices ({self.devices[0]} to {self.devices[-1]}), KVStore {self._kind}{compression}"
+
+    def broadcast_parameters(self, parameters):
+        for parameter in parameters:
+            parameter.set_data(parameter.data(self.devices[0]))
+
+    def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
+        factors = self._scales.factors if self._scales else None
+        if self._scales and factors is None:
+            self._scales.observe(parameters)
+        store = self._open_store(parameters, compress=factors is not None)
+        for key, parameter in enumerate(parameters):
+            grads = parameter.list_grad()
+            if factors:
+                _multiply(grads, factors[key])
+            store.pushpull(key, grads, out=grads, priority=-key)
+            if factors:
+                _multiply(grads, 1 / factors[key])
+        if self._scales and factors is None and self._scales.factors:
+            self._store = None  # calibrated: the next step opens a store that compresses
+
+    def _open_store(self, parameters, compress: bool):
+        if self._store is None:
+            self._store = mx.kv.create(self._kind)
+            if compress:
+                self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
+            for key, parameter in enumerate(parameters):
+                self._store.init(key, parameter.data(self.devices[0]))
+        return self._store
+
+    def state_dict(self):
+        return self._scales.state_dict() if self._scales else {}
+
+    def load_state_dict(self, state):
+        if self._scales and state:
+            self._scales.load_state_dict(state)
+            LOGGER.info("2-bit compression: residuals start at zero, as they do after every checkpoint of a run that goes on")
+        self._store = None
+
+    def checkpointed(self):
+        """The store's residuals cannot be read out, so a checkpoint cannot hold them: a fresh store has none."""
+        if self._scales:
+            self._store = None
+
+
+def _multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
+    for array in arrays:
+        array *= factor

@@ -1,0 +1,46 @@
+"""The errors that a user can cause, and that a command answers with one line and exit code 2.
+
+A message names the value, the rule that it breaks, and what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GluonLMError(Exception):
+    """Base of every error that gluon_lm raises for something outside its own code."""
+
+
+class ConfigError(GluonLMError):
+    """Flags or a YAML file ask for something that cannot be.
+
+    Parameters
+    ----------
+    problems : str or sequence of str
+        Every problem found, so that all can be mended at once.
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class DataError(GluonLMError):
+    """A corpus cannot be found, fetched, read or used."""
+
+
+class CheckpointError(GluonLMError):
+    """A run folder or a checkpoint is missing, damaged, or belongs to another model."""
+
+
+class DistributedError(GluonLMError):
+    """Devices or workers cannot do what was asked of them."""
+
+
+class TrainingDiverged(GluonLMError):
+    """A loss or a gradient stopped being finite."""
+
+
+class MissingDependency(GluonLMError):
+    """An optional package is needed and not installed."""

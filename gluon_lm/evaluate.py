@@ -1,0 +1,67 @@
+"""``python -m gluon_lm.evaluate RUN``: perplexity of a run on a text, exact over every token."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from .cli import CommandParser, DebugOptions, Section, run_command
+from .config import DataConfig, DeviceConfig, choice, integer, option
+from .logs import LOGGER, log_to_terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(Section):
+    """How the text is read."""
+
+    split: str = option("test", choice("train", "valid", "test"), "part of the corpus")
+    eval_batch_size: int = option(1, integer(), "pieces that the text is cut into and that are read side by side")
+    bptt: int = option(None, integer(), "words in a window; the result is the same for any")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_evaluate, argv)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    parser = CommandParser("evaluate", "Loss, perplexity and bits per word of a run, exact over every token.",
+                           "python -m gluon_lm.evaluate runs/latest --split test")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
+    parser.add_section(EvaluateOptions, "evaluation")
+    parser.add_section(DataConfig, "data (default: the text of the run)", only=("data", "data_dir"))
+    parser.add_section(DeviceConfig, "devices")
+    parser.add_section(DebugOptions, "debugging")
+    parsed = parser.parse(argv)
+    options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
+    log_to_terminal()
+
+    from .runtime import keep_freed_memory
+
+    keep_freed_memory()
+    from .data import load_corpus
+    from .distributed import resolve_single_device
+    from .evaluation.static import evaluate
+    from .training.checkpoint import load_model
+
+    device = resolve_single_device(device_config)
+    model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
+    given = {name: parsed.settings[name].value for name in ("data", "data_dir") if name in parsed.settings}
+    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary)
+    result = evaluate(model, getattr(corpus, options.split), vocabulary.eos_id, device, options.eval_batch_size,
+                      options.bptt, progress=options.split)
+    LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    if options.eval_batch_size == 1:
+        LOGGER.info("one stream, state carried; all %s tokens count, the first one predicted from <eos>",
+                    f"{result.num_tokens:,}")
+    else:
+        LOGGER.info("%d streams, each begun from <eos> and the zero state, so that %d contexts are cut; all %s tokens count",
+                    options.eval_batch_size, options.eval_batch_size - 1, f"{result.num_tokens:,}")
+    LOGGER.info("%s loss %.5f | perplexity %.3f | bits per word %.4f | tokens %d", options.split, result.loss,
+                result.perplexity, result.bits_per_word, result.num_tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Perplexity of a fixed model on a text, exact over every token.
+
+Shapes: T time, N streams, R targets of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mxnet as mx
+import numpy as np
+
+from ..data.windows import Streams, Window
+from ..losses import target_losses
+from ..models import LanguageModel
+from ..progress import progress_bar
+
+_ROWS_PER_WINDOW = 1024  # tokens worked on at once; the result does not depend on it
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a text.
+
+    Attributes
+    ----------
+    loss_sum : float
+        Negative log-likelihood of all tokens, in nats.
+    num_tokens : int
+    """
+
+    loss_sum: float
+    num_tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return self.loss_sum / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``; infinite where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    @property
+    def bits_per_word(self) -> float:
+        """``loss / ln 2``."""
+        return self.loss / math.log(2)
+
+
+def evaluate(model: LanguageModel, ids: np.ndarray, eos: int, device: mx.Context, num_streams: int = 1,
+             bptt: int | None = None, progress: str | None = None,
+             interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    """Evaluate a model on a text, state carried from window to window.
+
+    Every token of `ids` counts once, the first one too: it is predicted from ``<eos>`` and the zero state, as the
+    first word of a line is. With more than one stream the text is cut into that many contiguous pieces, each begun in
+    the same way, so that their first words lack their true context.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    ids : ndarray of int32, shape (num_tokens,)
+    eos : int
+    device : Context
+        Where the model's parameters are.
+    num_streams : int
+        N.
+    bptt : int, optional
+        Window length; by default as many rows as make about a thousand tokens. The result is the same.
+    progress : str, optional
+        What to call the work in a progress bar.
+    interrupted : callable, optional
+        Asked at each window whether to give up.
+
+    Returns
+    -------
+    Evaluation, or None where it was interrupted
+    """
+    num_streams = min(num_streams, len(ids))
+    streams = Streams(ids, num_streams, eos)
+    bptt = bptt or max(1, _ROWS_PER_WINDOW // num_streams)
+    states = model.begin_state(num_streams, device)
+    total = 0.0
+    pending: mx.nd.NDArray | None = None
+    with progress_bar(total=len(ids), desc=progress, unit="token") as bar:
+        for window in streams.windows(bptt):
+            if interrupted():
+                return None
+            losses_R, states = _window_losses(model, window, states, device)
+            # Read the window before while the device works on this one.
+            total += _sum(pending)
+            pending = losses_R
+            bar.update(window.num_targets)
+    return Evaluation(total + _sum(pending), len(ids))
+
+
+def _window_losses(model: LanguageModel, window: Window, states, device):
+    tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
+    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[:window.num_targets], ctx=device, dtype="int32")
+    hidden_TNH, *states = model.encoder(tokens_TN, *states)
+    return target_losses(model.head, model.vocab_size, hidden_TNH, targets_R), states
+
+
+def _sum(losses_R: mx.nd.NDArray | None) -> float:
+    return 0.0 if losses_R is None else float(losses_R.asnumpy().sum(dtype=np.float64))

@@ -1,0 +1,63 @@
+"""Negative log-likelihood of every token, computed in chunks of rows.
+
+Logits for a whole window can be larger than the model: 1,120 tokens of a vocabulary of 33,278 take 149 MB, several
+times over. So every head sees a chunk of rows at a time, and memory depends on neither batch size nor window.
+
+Shapes: T time, N batch, H hidden width, R rows = T x N in time-major order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mxnet as mx
+
+from .models.heads import Head
+
+CHUNK_ELEMENTS = 1 << 23  # logits in a chunk: 32 MiB of float32
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Cut rows into the fewest near-equal chunks whose logits stay within `CHUNK_ELEMENTS`."""
+    num_chunks = max(1, -(-num_rows * vocab_size // CHUNK_ELEMENTS))
+    rows = -(-num_rows // num_chunks)
+    for start in range(0, num_rows, rows):
+        yield slice(start, min(start + rows, num_rows))
+
+
+def backward_through_head(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray,
+                          ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+    """Loss of a window, its gradient added to the head's parameters, and its gradient by the hidden vectors.
+
+    Parameters
+    ----------
+    head : Head
+    vocab_size : int
+    hidden_TNH : NDArray
+        The encoder's output, detached.
+    targets_R : NDArray of int32
+        Targets of the first R <= T x N rows in time-major order; the rows after them have none.
+
+    Returns
+    -------
+    loss_sum : NDArray, shape (1,)
+        Sum over the targets, in nats.
+    grad_TNH : NDArray
+        Gradient of that sum, to go on with through the encoder.
+    """
+    hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
+    grad_RH = mx.nd.zeros_like(hidden_RH)
+    loss_sums = []
+    for rows in row_chunks(targets_R.shape[0], vocab_size):
+        chunk_RH = hidden_RH[rows]
+        mx.autograd.mark_variables([chunk_RH], [grad_RH[rows]])
+        loss_sums.append(head.backward(chunk_RH, targets_R[rows]).sum())
+    return mx.nd.add_n(*loss_sums), grad_RH.reshape(hidden_TNH.shape)
+
+
+def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
+    """Negative log-likelihood, in nats, of each of the first R rows' targets (no gradient): shape (R,)."""
+    hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
+    losses = [-mx.nd.pick(head(hidden_RH[rows]), targets_R[rows])
+              for rows in row_chunks(targets_R.shape[0], vocab_size)]
+    return mx.nd.concat(*losses, dim=0)

@@ -1,0 +1,7 @@
+"""Models: recurrent layers, heads, and the language model made of them."""
+
+from .heads import HEADS, Head, SoftmaxHead
+from .language_model import Encoder, LanguageModel, State
+from .recurrent import CELLS, RecurrentLayer
+
+__all__ = ["CELLS", "HEADS", "Encoder", "Head", "LanguageModel", "RecurrentLayer", "SoftmaxHead", "State"]

@@ -1,0 +1,77 @@
+"""Registry of optimisers, and their state as plain arrays.
+
+A checkpoint must not hold pickles (`gluon.Trainer.save_states` writes one), so the state is taken out of the
+trainer's updaters here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mxnet as mx
+from mxnet import gluon
+
+from ..config import OptimConfig
+from ..errors import CheckpointError
+
+OPTIMIZERS = {"sgd": mx.optimizer.SGD, "adam": mx.optimizer.Adam}
+
+
+def create_optimizer(config: OptimConfig, devices: Sequence[mx.Context]) -> mx.optimizer.Optimizer:
+    """The optimiser of a run: SGD without momentum, or Adam (Kingma & Ba 2015) with MXNet's defaults."""
+    optimizer = OPTIMIZERS[config.optimizer](learning_rate=config.lr, wd=config.weight_decay)
+    if all(device.device_type == "cpu" for device in devices):
+        optimizer.aggregate_num = 0  # MXNet's update of several arrays at once takes twice as long on CPU
+    return optimizer
+
+
+def optimizer_state(trainer: gluon.Trainer, names: Sequence[str]) -> dict[str, mx.nd.NDArray]:
+    """State arrays of the optimiser as ``name/k``; the same on every device, so the first one's.
+
+    Parameters
+    ----------
+    trainer : gluon.Trainer
+    names : sequence of str
+        Names of the trainer's parameters, in its order.
+    """
+    return {f"{names[index]}/{k}": array
+            for index, state in trainer._updaters[0].states.items()
+            for k, array in enumerate(_as_tuple(state))}
+
+
+def load_optimizer_state(trainer: gluon.Trainer, names: Sequence[str], arrays: Mapping[str, mx.nd.NDArray],
+                         num_updates: int) -> None:
+    """Put back what `optimizer_state` took out, on every device.
+
+    Parameters
+    ----------
+    num_updates : int
+        Updates made so far; Adam's bias correction depends on it.
+
+    Raises
+    ------
+    CheckpointError
+        If the arrays are another optimiser's.
+    """
+    optimizer = trainer._optimizer
+    optimizer.begin_num_update = optimizer.num_update = num_updates
+    parameters = [trainer._params[index] for index in range(len(names))]
+    expected = set()
+    for device_index, updater in enumerate(trainer._updaters):
+        for index, (name, parameter) in enumerate(zip(names, parameters)):
+            weight = parameter.list_data()[device_index]
+            state = optimizer.create_state_multi_precision(index, weight)
+            for k, array in enumerate(_as_tuple(state)):
+                expected.add(f"{name}/{k}")
+                if num_updates and f"{name}/{k}" in arrays:
+                    arrays[f"{name}/{k}"].copyto(array)
+            updater.states[index], updater.states_synced[index] = state, True
+    if num_updates and expected != set(arrays):
+        raise CheckpointError(f"optimizer state holds {len(arrays)} arrays where {type(optimizer).__name__} has "
+                              f"{len(expected)}; it belongs to another optimiser or model")
+
+
+def _as_tuple(state) -> tuple:
+    if state is None:
+        return ()
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)

@@ -1,0 +1,142 @@
+"""``python -m gluon_lm.train``: train a language model, or continue a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli import TrainCommand, parse_train, run_command
+from .config import Config
+from .errors import ConfigError
+from .logs import LOGGER, log_to_file, log_to_terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_train, argv)
+
+
+def _train(argv: Sequence[str]) -> int:
+    command = parse_train(argv)
+    if command.resume is None and command.print_config:
+        print(command.describe(), end="")
+        return 0
+    log_to_terminal()
+    return _resume(command) if command.resume is not None else _start(command)
+
+
+def _start(command: TrainCommand) -> int:
+    from .data import load_corpus
+    from .training.run_folder import RunFolder, default_run_path, strip_model_suffix
+
+    config = command.config
+    if command.save is not None:
+        run = RunFolder(strip_model_suffix(command.save))
+        run.check_free(command.overwrite)
+    corpus = load_corpus(config.data)
+    if command.save is None:
+        run = RunFolder(default_run_path(corpus.name, config.model.model))
+        run.check_free(overwrite=False)
+    trainer = _build(command, corpus, run)
+    if command.dry_run:
+        LOGGER.info("dry run: everything is in order, nothing was written to %s", run.path)
+        return 0
+    run.create(command.describe(), command.overwrite)
+    corpus.vocabulary.save(run.vocabulary)
+    return _fit(trainer, run)
+
+
+def _resume(command: TrainCommand) -> int:
+    from .data import Vocabulary, load_corpus
+    from .training.checkpoint import CONFIG, VOCABULARY, load_checkpoint, newest_checkpoint
+    from .training.run_folder import find_run
+
+    run, path = find_run(command.resume)
+    path = path or newest_checkpoint(run)
+    before = Config.from_yaml(path / CONFIG)
+    command = command.over(path / CONFIG)
+    _check_unchanged(before, command.config, run.path)
+    if command.print_config:
+        print(command.describe(), end="")
+        return 0
+    corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
+    trainer = _build(command, corpus, run)
+    checkpoint = load_checkpoint(path)
+    trainer.restore(checkpoint)
+    if "lr" in command.settings:
+        trainer.state.lr = command.config.optim.lr
+    LOGGER.info("resuming %s at step %d, epoch %d", run.path, trainer.state.step, trainer.state.epoch + 1)
+    return 0 if command.dry_run else _fit(trainer, run)
+
+
+# What may differ from the run that is continued: how long, how often, and where; not what is trained, on what.
+_FREE_SECTIONS = ("devices",)
+_FREE_TRAINING = ("epochs", "max_steps", "log_interval", "eval_every", "eval_batch_size", "patience", "checkpoint_every",
+                  "keep_checkpoints", "gen_word_len")
+_FREE_OPTIM = ("lr", "lr_decay", "clip_norm", "weight_decay")
+
+
+def _check_unchanged(before: Config, now: Config, run_path: Path) -> None:
+    """Refuse to continue a run as something else."""
+    free = {"training": _FREE_TRAINING, "optim": _FREE_OPTIM, "data": ("data_dir",), "model": ("dropout",)}
+    problems = []
+    for section, names in free.items():
+        old, new = getattr(before, section), getattr(now, section)
+        for declared in dataclasses.fields(old):
+            was, wanted = getattr(old, declared.name), getattr(new, declared.name)
+            if declared.name not in names and was != wanted:
+                problems.append(f"--{declared.name.replace('_', '-')} {wanted}: {run_path} was trained with {was}; leave the "
+                                "flag out, or train anew")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _build(command: TrainCommand, corpus, run):
+    """Devices, model and trainer of a run."""
+    from .runtime import keep_freed_memory
+
+    keep_freed_memory()
+    from .distributed import create_communicator
+    from .models import LanguageModel
+    from .training.trainer import Trainer
+
+    config = command.config
+    communicator = create_communicator(config.devices)
+    model = LanguageModel(config.model, len(corpus.vocabulary))
+    model.initialize_parameters(config.training.seed, communicator.devices)
+    model.hybridize_for_use()
+    trainer = Trainer(config, corpus, model, communicator, run, command.describe())
+    num_parameters = sum(int(p.data(communicator.devices[0]).size) for p in model.named_parameters().values())
+    LOGGER.info("recipe %s | %s", command.recipe or "none", run.path)
+    LOGGER.info("%s", corpus.describe())
+    LOGGER.info("%s %s%s, %.2f million parameters | %s", config.model.model,
+                "x".join(map(str, model.encoder.layer_sizes)), ", tied" if config.model.tied else "",
+                num_parameters / 1e6, communicator.description)
+    return trainer
+
+
+def _fit(trainer, run) -> int:
+    from .training.run_folder import point
+
+    handler = log_to_file(run.log)
+    try:
+        if run.path.parent.name == "runs":
+            point(run.path.parent / "latest", run.path)
+        code = trainer.fit()
+        words = trainer.config.training.gen_word_len
+        if words and code == 0:
+            from .generation.generator import generate
+
+            LOGGER.info("generating...")
+            LOGGER.info("%s", " ".join(generate(trainer.model, trainer.corpus.vocabulary, words,
+                                                seed=trainer.config.training.seed)))
+        return code
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Checkpoints: one directory each, whole or absent, with everything that a resumed run needs to go on as if it had not stopped.
+
+    parameters.params   the model, by parameter name
+    optimizer.params    optimiser state, by parameter name
+    carried.params      recurrent state between two windows, all streams side by side
+    state.json          counters, decisions, the communicator's state, and the sha256 of every other file
+    config.yaml, vocab.txt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mxnet as mx
+
+from .. import __version__
+from ..config import Config
+from ..data import Vocabulary
+from ..errors import CheckpointError
+from ..models import LanguageModel
+from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
+
+PARAMETERS, OPTIMIZER, CARRIED = "parameters.params", "optimizer.params", "carried.params"
+STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
+_FORMAT = 1
+
+
+@dataclass
+class TrainingState:
+    """Where a run is, and what it has decided.
+
+    Attributes
+    ----------
+    step, epoch, row : int
+        Steps taken; epoch (from 0) and row of the streams at which the next window starts.
+    lr : float
+    evaluated_step : int
+        Step of the last evaluation on the validation text.
+    best_loss, best_step : float and int, or None
+        Lowest validation loss so far, in nats a token, and the step of its checkpoint.
+    evaluations_since_best : int
+    """
+
+    step: int = 0
+    epoch: int = 0
+    row: int = 0
+    lr: float = 0.0
+    evaluated_step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """The contents of one checkpoint, on the host.
+
+    Attributes
+    ----------
+    parameters, optimizer : dict of str to NDArray
+    carried : list of NDArray
+        Recurrent state of all streams, (1, N, H) each; empty at the start of an epoch.
+    training : TrainingState
+    communicator : dict
+    corpus : str
+        Digest of the corpus that it was trained on.
+    num_devices : int
+        Devices, over all workers, that trained it.
+    """
+
+    parameters: Mapping[str, mx.nd.NDArray]
+    optimizer: Mapping[str, mx.nd.NDArray]
+    carried: list[mx.nd.NDArray]
+    training: TrainingState
+    communicator: dict[str, Any] = field(default_factory=dict)
+    corpus: str = ""
+    num_devices: int = 1
+
+
+def save_checkpoint(run: RunFolder, checkpoint: Checkpoint, config_yaml: str, vocabulary: Vocabulary, *,
+                    keep: int, is_best: bool) -> Path:
+    """Write a checkpoint beside the others, then let ``latest`` (and ``best``) name it, then drop the oldest.
+
+    Every step is one rename on a synchronised file system, so a process killed at any moment leaves whole
+    checkpoints and links to whole checkpoints.
+
+    Parameters
+    ----------
+    keep : int
+        Newest checkpoints to keep; the best one stays besides.
+    """
+    final = run.checkpoints / f"{CHECKPOINT_PREFIX}{checkpoint.training.step}"
+    fresh = run.checkpoints / f".{final.name}.new-{os.getpid()}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
+        _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
+        _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
+        (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
+        vocabulary.save(fresh / VOCABULARY)
+        state = {
+            "format": _FORMAT,
+            "gluon_lm": __version__,
+            "training": dataclasses.asdict(checkpoint.training),
+            "communicator": checkpoint.communicator,
+            "corpus": checkpoint.corpus,
+            "num_devices": checkpoint.num_devices,
+            "sha256": {path.name: _sha256(path) for path in sorted(fresh.iterdir())},
+        }
+        (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in [*fresh.iterdir(), fresh]:
+            _synchronise(path)
+        if final.exists():  # the same step again, now evaluated
+            final.rename(run.checkpoints / f".{final.name}.old")
+        fresh.rename(final)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _synchronise(run.checkpoints)
+    if is_best:
+        point(run.best, final)
+    point(run.latest, final)
+    _synchronise(run.path)
+    _remove_old(run, keep)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after comparing every file with its hash.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, unreadable or not as it was written.
+    """
+    state = verify_checkpoint(path)
+    try:
+        carried = _load_arrays(path / CARRIED)
+        return Checkpoint(
+            parameters=_load_arrays(path / PARAMETERS),
+            optimizer=_load_arrays(path / OPTIMIZER),
+            carried=[carried[str(i)] for i in range(len(carried))],
+            training=TrainingState(**state["training"]),
+            communicator=state["communicator"],
+            corpus=state["corpus"],
+            num_devices=state["num_devices"],
+        )
+    except (KeyError, TypeError, mx.MXNetError) as error:
+        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of ``state.json``, once every file fits its hash.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
+                                  f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}")
+        for name, digest in state["sha256"].items():
+            if _sha256(path / name) != digest:
+                raise CheckpointError(f"{path}: is damaged ({name} is not as it was written){_others(path)}")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
+
+
+def newest_checkpoint(run: RunFolder) -> Path:
+    """The newest checkpoint, which must be whole.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or the newest one is damaged; the message then names the one before it.
+    """
+    for replaced in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*.old"):
+        name = replaced.name[1:-len(".old")]
+        if not (run.checkpoints / name).exists():  # killed while a checkpoint took the place of an older one
+            replaced.rename(run.checkpoints / name)
+    checkpoints = run.saved_checkpoints()
+    if not checkpoints:
+        raise CheckpointError(f"{run.path}: has no checkpoint yet; train it again with --overwrite")
+    verify_checkpoint(checkpoints[-1])
+    return checkpoints[-1]
+
+
+def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:
+    """A trained model, ready for evaluation, from a user's name for it.
+
+    Parameters
+    ----------
+    name : str or Path, optional
+        As `gluon_lm.training.run_folder.find_run` takes it. Of a run folder, the best checkpoint is taken, or the
+        newest where none was evaluated.
+    device : Context
+
+    Returns
+    -------
+    model, vocabulary, config, checkpoint path
+
+    Raises
+    ------
+    CheckpointError
+    """
+    run, path = find_run(name)
+    if path is None:
+        path = run.best.resolve() if run.best.exists() else newest_checkpoint(run)
+    verify_checkpoint(path)
+    config = Config.from_yaml(path / CONFIG)
+    vocabulary = Vocabulary.load(path / VOCABULARY)
+    model = LanguageModel(config.model, len(vocabulary))
+    model.initialize_parameters(config.training.seed, [device])
+    set_parameters(model, _load_arrays(path / PARAMETERS), path)
+    model.hybridize_for_use()
+    return model, vocabulary, config, path
+
+
+def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], origin: Path) -> None:
+    """Copy arrays into a model, on all its devices.
+
+    Raises
+    ------
+    CheckpointError
+        If a name or a shape is not the model's.
+    """
+    parameters = model.named_parameters()
+    differing = sorted(parameters.keys() ^ arrays.keys()) or [
+        name for name, parameter in parameters.items() if parameter.shape != arrays[name].shape]
+    if differing:
+        raise CheckpointError(f"{origin}: is of another architecture ({differing[0]} and {len(differing) - 1} more "
+                              "parameters differ); use the flags that it was trained with")
+    for name, parameter in parameters.items():
+        parameter.set_data(arrays[name])
+
+
+def _remove_old(run: RunFolder, keep: int) -> None:
+    best = run.best.resolve() if run.best.exists() else None
+    for path in run.saved_checkpoints()[:-keep]:
+        if path.resolve() != best:
+            shutil.rmtree(path)
+    for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
+        shutil.rmtree(leftover)
+
+
+def _others(path: Path) -> str:
+    """A word on the checkpoint to use instead of the one at `path`."""
+    run = RunFolder(path.resolve().parent.parent)
+    older = [p for p in run.saved_checkpoints() if checkpoint_step(p) < checkpoint_step(path.resolve())]
+    return f"; use the one before it, {run.checkpoints / older[-1].name}" if older else "; no older one is kept"
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
+    # From CPU memory: arrays remember their device, and a GPU of that number may not be there when they are read.
+    mx.nd.save(str(path), {name: array.as_in_context(mx.cpu()) for name, array in arrays.items()})
+
+
+def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
+    try:
+        arrays = mx.nd.load(str(path))
+    except mx.MXNetError as error:
+        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from error
+    return arrays if isinstance(arrays, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

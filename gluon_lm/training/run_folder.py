@@ -1,0 +1,140 @@
+"""The folder of a run: where things lie in it, how it is made, and how a user's name for it is understood."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError
+
+CHECKPOINT_PREFIX = "step-"
+_SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
+
+
+class RunFolder:
+    """Paths inside one run.
+
+    Attributes
+    ----------
+    path : Path
+        ``config.yaml``, ``vocab.txt``, ``log.txt``, ``metrics.jsonl``, ``checkpoints/step-N/``, and the links ``best``
+        and ``latest`` to two of these.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.vocabulary = self.path / "vocab.txt"
+        self.log = self.path / "log.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.latest = self.path / "latest"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a folder that cannot be made, before anything is computed.
+
+        Raises
+        ------
+        ConfigError
+            If it exists and must not be replaced, or nothing can be written there.
+        """
+        if self.path.exists() or self.path.is_symlink():
+            if not overwrite:
+                raise ConfigError(f"--save {self.path}: exists already; name another folder, continue it with "
+                                  f"--resume {self.path}, or replace it with --overwrite")
+            if not self.path.is_dir() or (any(self.path.iterdir()) and not self.config.is_file()):
+                raise ConfigError(f"--overwrite --save {self.path}: is not a run of ours (it has no config.yaml), "
+                                  "so it is not replaced; name another folder")
+        parent = next(p for p in self.path.absolute().parents if p.exists())
+        if not parent.is_dir():
+            raise ConfigError(f"--save {self.path}: {parent} is not a directory; name another folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--save {self.path}: no permission to write in {parent}; name another folder")
+
+    def create(self, config_yaml: str, overwrite: bool = False) -> None:
+        """Make the folder with its configuration in it, in one rename; an old one makes place if it may."""
+        self.check_free(overwrite)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
+        (fresh / self.checkpoints.name).mkdir(parents=True)
+        (fresh / self.config.name).write_text(config_yaml, encoding="utf-8")
+        if self.path.exists():
+            old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
+            self.path.rename(old)
+            fresh.rename(self.path)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(self.path)
+
+    def saved_checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        folders = [p for p in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if p.name[len(CHECKPOINT_PREFIX):].isdigit()]
+        return sorted(folders, key=checkpoint_step)
+
+
+def strip_model_suffix(path: str | Path) -> Path:
+    """``model.pt`` and ``model.params`` are the run folder ``model``."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in _SUFFIXES else path
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written, by its name."""
+    return int(checkpoint.name[len(CHECKPOINT_PREFIX):])
+
+
+def default_run_path(corpus: str, model: str) -> Path:
+    """``runs/<corpus>-<model>-<time>``, a name that is still free."""
+    stem = f"{corpus}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, n = Path("runs") / stem, 1
+    while path.exists():
+        n += 1
+        path = Path("runs") / f"{stem}-{n}"
+    return path
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` name `target`, which lies beside or below it, in one rename."""
+    fresh = link.with_name(f".{link.name}.new-{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    fresh.replace(link)
+
+
+def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
+    """Understand a user's name for a run.
+
+    Parameters
+    ----------
+    name : str or Path, optional
+        The run folder, a checkpoint inside it, or a reference's file name (``model.pt``); None is the newest run.
+
+    Returns
+    -------
+    RunFolder
+    Path or None
+        The checkpoint, if the name was one.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such run.
+    """
+    if name is None:
+        newest = Path("runs/latest")
+        if not newest.exists():
+            raise CheckpointError("no run is named and runs/latest does not exist; name a run folder, or train one with "
+                                  "python -m gluon_lm.train")
+        name = newest.resolve()
+    path = Path(name) if Path(name).is_dir() else strip_model_suffix(name)
+    if not path.is_dir():
+        raise CheckpointError(f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/)")
+    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        return RunFolder(path), None
+    checkpoint = path.resolve()
+    if checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "config.yaml").is_file():
+        return RunFolder(checkpoint.parent.parent), checkpoint
+    raise CheckpointError(f"{name}: is neither a run folder (config.yaml and checkpoints/) nor a checkpoint in one")

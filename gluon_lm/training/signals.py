@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM, asked for by a user or a scheduler, answered between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from ..logs import LOGGER
+
+
+class StopRequest:
+    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second SIGINT interrupts at once.
+
+    Attributes
+    ----------
+    signal : signal.Signals or None
+        The signal that asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that such a signal ended; 0 without one."""
+        return 0 if self.signal is None else 128 + int(self.signal)
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        then = "Ctrl-C again stops at once" if number == signal.SIGINT else "a checkpoint is written first"
+        LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)

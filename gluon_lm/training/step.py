@@ -1,0 +1,135 @@
+"""One step of training, shared by every recipe.
+
+Shapes: T time, N batch, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mxnet as mx
+import numpy as np
+from mxnet import gluon
+
+from ..data.windows import Window
+from ..distributed import Communicator
+from ..errors import TrainingDiverged
+from ..losses import backward_through_head
+from ..models import LanguageModel, State
+
+
+class StepResult(NamedTuple):
+    """Sums over one global window.
+
+    Attributes
+    ----------
+    loss_sum : float
+        Negative log-likelihood of all targets, in nats.
+    num_targets : int
+    grad_norm : float
+        Global L2 norm of the mean loss's gradient, before clipping.
+    """
+
+    loss_sum: float
+    num_targets: int
+    grad_norm: float
+
+
+class TrainingStep:
+    """Forward, backward, reduce, clip, update, over the devices of a communicator.
+
+    The loss is a *sum* over targets until the gradients of all devices are summed too; one factor then makes it
+    a mean and clips it, so that the arithmetic does not depend on how the batch was split.
+
+    Parameters
+    ----------
+    model : LanguageModel
+        Initialised on the communicator's devices.
+    optimizer : mxnet.optimizer.Optimizer
+    communicator : Communicator
+    clip_norm : float, optional
+        Bound on the global norm of the mean loss's gradient.
+    """
+
+    def __init__(self, model: LanguageModel, optimizer: mx.optimizer.Optimizer, communicator: Communicator,
+                 clip_norm: float | None) -> None:
+        self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
+        self._parameters = list(model.named_parameters().values())
+        self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
+        self._states: list[State] | None = None
+
+    def reset_state(self) -> None:
+        """Start the next window from the zero state."""
+        self._states = None
+
+    @property
+    def states(self) -> list[State] | None:
+        """The recurrent state that each device carries into the next window."""
+        return self._states
+
+    @states.setter
+    def states(self, states: list[State] | None) -> None:
+        self._states = states
+
+    def __call__(self, window: Window, seed: int, step: int) -> StepResult:
+        """Take one step.
+
+        Parameters
+        ----------
+        window : Window
+            This worker's columns.
+        seed, step : int
+            Decide the dropout masks, and nothing else does.
+
+        Raises
+        ------
+        TrainingDiverged
+            When the loss or the gradient is not finite. No parameter has changed then.
+        """
+        mx.random.seed(step_seed(seed, step))
+        for grads in zip(*(parameter.list_grad() for parameter in self._parameters)):
+            mx.nd.reset_arrays(*grads, num_arrays=len(grads))
+        loss_sums = self._forward_backward(window)
+        self._communicator.reduce_gradients(self._parameters)
+        # The only read-back of a step: whether to update at all depends on it.
+        loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
+        grad_norm = self._gradient_norm() / window.num_targets
+        if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
+            raise TrainingDiverged(
+                f"step {step}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be finite; "
+                f"no parameter was changed by this step. Lower --lr (now {self.trainer.learning_rate:g}) or --clip "
+                f"(now {self._clip_norm})")
+        clip_factor = 1.0
+        if self._clip_norm is not None and grad_norm > self._clip_norm:
+            clip_factor = self._clip_norm / grad_norm
+        self.trainer.update(window.num_targets / clip_factor)
+        return StepResult(loss_sum, window.num_targets, grad_norm)
+
+    def _forward_backward(self, window: Window) -> list[mx.nd.NDArray]:
+        devices = self._communicator.devices
+        width = window.tokens_TN.shape[1] // len(devices)
+        if self._states is None:
+            self._states = [self._model.begin_state(width, device) for device in devices]
+        loss_sums = []
+        for i, device in enumerate(devices):
+            part = window.columns(i * width, (i + 1) * width)
+            tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
+            targets_R = mx.nd.array(part.targets_TN.reshape(-1)[:part.num_targets], ctx=device, dtype="int32")
+            with mx.autograd.record():
+                hidden_TNH, *states = self._model.encoder(tokens_TN, *self._states[i])
+            self._states[i] = [state.detach() for state in states]
+            loss_sum, grad_TNH = backward_through_head(
+                self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R)
+            hidden_TNH.backward(grad_TNH)
+            loss_sums.append(loss_sum)
+        return loss_sums
+
+    def _gradient_norm(self) -> float:
+        grads = [p.list_grad()[0] for p in self._parameters]
+        squares = mx.nd.multi_sum_sq(*grads, num_arrays=len(grads)).asnumpy()
+        return float(np.sqrt(np.sum(squares, dtype=np.float64)))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for MXNet's generators at one step: their state cannot be saved, so each step starts them anew."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 1)

@@ -1,0 +1,278 @@
+"""The loop around the step: epochs, evaluation, learning rate, checkpoints, and stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mxnet as mx
+import numpy as np
+
+from ..config import Config
+from ..data import Corpus
+from ..data.windows import Streams
+from ..distributed import Communicator
+from ..errors import CheckpointError, DataError
+from ..evaluation.static import Evaluation, evaluate
+from ..logs import LOGGER, MetricsFile
+from ..models import LanguageModel
+from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
+from .run_folder import RunFolder
+from .signals import StopRequest
+from .step import StepResult, TrainingStep
+
+
+@dataclass
+class _Interval:
+    """Sums since the last line of the log."""
+
+    started: float
+    loss_sum: float = 0.0
+    num_targets: int = 0
+    num_steps: int = 0
+    grad_norm: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self.loss_sum += result.loss_sum
+        self.num_targets += result.num_targets
+        self.num_steps += 1
+        self.grad_norm = result.grad_norm
+
+
+class Trainer:
+    """Trains a model to the end of its configuration, or until asked to stop, and can be resumed from any checkpoint.
+
+    The learning rate is divided by ``lr_decay`` whenever the validation loss is not a new best.
+
+    Parameters
+    ----------
+    config : Config
+    corpus : Corpus
+    model : LanguageModel
+        Initialised on the communicator's devices.
+    communicator : Communicator
+    run : RunFolder
+        Exists already.
+    config_yaml : str
+        The resolved configuration, kept with every checkpoint.
+
+    Raises
+    ------
+    DataError
+        If the training text is shorter than one window for each stream.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, model: LanguageModel, communicator: Communicator, run: RunFolder,
+                 config_yaml: str) -> None:
+        self.config, self.corpus, self.model, self.run = config, corpus, model, run
+        self.state = TrainingState(lr=config.optim.lr)
+        self._communicator, self._config_yaml = communicator, config_yaml
+        self._names = list(model.named_parameters())
+        batch_size, bptt = config.training.batch_size, config.training.bptt
+        if len(corpus.train) < batch_size * bptt:
+            raise DataError(f"{corpus.name}: {len(corpus.train)} training tokens are less than one window for each stream, "
+                            f"--batch-size {batch_size} x --bptt {bptt} = {batch_size * bptt}; lower these or add text")
+        self._eos = corpus.vocabulary.eos_id
+        self._streams = Streams(corpus.train, batch_size, self._eos)
+        self._step = TrainingStep(model, create_optimizer(config.optim, communicator.devices), communicator,
+                                  config.optim.clip_norm)
+        self._saved_step: int | None = None
+        self._metrics: MetricsFile | None = None
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-self._streams.num_rows // self.config.training.bptt)
+
+    # ---------------------------------------------------------------- the loop
+
+    def fit(self) -> int:
+        """Train, then evaluate the best model on the test text.
+
+        Returns
+        -------
+        int
+            Exit code: 0 when the run ended by its own rules, 128 + N when signal N stopped it.
+
+        Raises
+        ------
+        TrainingDiverged
+            The checkpoints are as they were before the step.
+        """
+        self._metrics = MetricsFile(self.run.metrics, self.state.step)
+        self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
+        self._step.trainer.set_learning_rate(self.state.lr)
+        try:
+            with StopRequest() as stop:
+                self._train(stop)
+                if stop.signal != signal.SIGTERM:
+                    self._test_best()
+            return stop.exit_code
+        finally:
+            self._metrics.close()
+            self._communicator.close()
+
+    def _train(self, stop: StopRequest) -> None:
+        training, state = self.config.training, self.state
+        interval = _Interval(time.perf_counter())
+        epoch_started = time.perf_counter()
+        while True:
+            if self._evaluation_due():
+                self._validate(stop, time.perf_counter() - epoch_started)
+                epoch_started = time.perf_counter()
+                interval = _Interval(epoch_started)
+            elif training.checkpoint_every and state.step % training.checkpoint_every == 0:
+                self._save_unless_saved()
+            if stop.signal is not None:
+                self._save_unless_saved()
+                LOGGER.info("stopped at step %d; continue with --resume %s", state.step, self.run.path)
+                return
+            if self._finished():
+                return
+            interval.add(self._take_step())
+            if interval.num_steps == training.log_interval:
+                self._log_interval(interval)
+                interval = _Interval(time.perf_counter())
+
+    def _take_step(self) -> StepResult:
+        training, state = self.config.training, self.state
+        window = self._streams.window(state.row, training.bptt)
+        result = self._step(window, training.seed, state.step)
+        state.step += 1
+        state.row += len(window.tokens_TN)
+        if state.row >= self._streams.num_rows:
+            state.epoch, state.row = state.epoch + 1, 0
+            self._step.reset_state()
+        if state.step == 1:
+            self._metrics.write("first_step", 1, loss=result.loss_sum / result.num_targets, time=time.time())
+        return result
+
+    def _finished(self) -> bool:
+        training, state = self.config.training, self.state
+        return (state.epoch >= training.epochs
+                or (training.max_steps is not None and state.step >= training.max_steps)
+                or (training.patience is not None and state.evaluations_since_best >= training.patience))
+
+    def _evaluation_due(self) -> bool:
+        training, state = self.config.training, self.state
+        if state.step == state.evaluated_step:
+            return False
+        if self._finished():
+            return True
+        return state.step % training.eval_every == 0 if training.eval_every else state.row == 0
+
+    def _validate(self, stop: StopRequest, seconds: float) -> None:
+        state, optim = self.state, self.config.optim
+        result = self._evaluate(self.corpus.valid, "validation", lambda: stop.signal is not None)
+        if result is None:
+            return
+        state.evaluated_step = state.step
+        is_best = state.best_loss is None or result.loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_step, state.evaluations_since_best = result.loss, state.step, 0
+        else:
+            state.evaluations_since_best += 1
+        LOGGER.info("-" * 89)
+        LOGGER.info("| %s | time: %6.2fs | valid loss %5.4f | valid ppl %8.2f%s", self._position(), seconds, result.loss,
+                    result.perplexity, " | best" if is_best else "")
+        LOGGER.info("-" * 89)
+        self._metrics.write("valid", state.step, epoch=state.epoch, loss=result.loss, perplexity=result.perplexity,
+                            lr=state.lr, best=is_best, seconds=seconds)
+        if not is_best and optim.lr_decay is not None:
+            state.lr /= optim.lr_decay
+            self._step.trainer.set_learning_rate(state.lr)
+        self._save(is_best=is_best)
+
+    def _position(self) -> str:
+        state = self.state
+        if state.row == 0:
+            return f"end of epoch {state.epoch:3d}"
+        return f"epoch {state.epoch + 1:3d} step {state.step:6d}"
+
+    def _test_best(self) -> None:
+        """Evaluate the best checkpoint on the test text, or the newest parameters where none was evaluated."""
+        state = self.state
+        if state.best_step is not None:
+            best = load_checkpoint(self.run.best.resolve())
+            set_parameters(self.model, best.parameters, self.run.best)
+        result = self._evaluate(self.corpus.test, "test", lambda: False)
+        which = f"step {state.best_step if state.best_step is not None else state.step}"
+        LOGGER.info("=" * 89)
+        LOGGER.info("| End of training | %s | test loss %5.4f | test ppl %8.2f", which, result.loss, result.perplexity)
+        LOGGER.info("=" * 89)
+        self._metrics.write("test", state.step, loss=result.loss, perplexity=result.perplexity,
+                            bits_per_word=result.bits_per_word, num_tokens=result.num_tokens)
+
+    def _evaluate(self, ids: np.ndarray, what: str, interrupted: Callable[[], bool]) -> Evaluation | None:
+        return evaluate(self.model, ids, self._eos, self._communicator.devices[0],
+                        self.config.training.eval_batch_size, progress=what, interrupted=interrupted)
+
+    def _log_interval(self, interval: _Interval) -> None:
+        state = self.state
+        seconds = time.perf_counter() - interval.started
+        loss = interval.loss_sum / interval.num_targets
+        perplexity = math.exp(loss) if loss < 709 else math.inf
+        windows = self.windows_per_epoch
+        epoch, batch = (state.epoch + 1, state.row // self.config.training.bptt) if state.row else (state.epoch, windows)
+        LOGGER.info("| epoch %3d | %5d/%5d batches | lr %05.2f | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
+                    "%.0f tokens/s", epoch, batch, windows, state.lr,
+                    1000 * seconds / interval.num_steps, loss, perplexity, interval.grad_norm,
+                    interval.num_targets / seconds)
+        self._metrics.write("train", state.step, epoch=epoch, loss=loss, perplexity=perplexity, lr=state.lr,
+                            grad_norm=interval.grad_norm, tokens_per_second=interval.num_targets / seconds)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save_unless_saved(self) -> None:
+        if self.state.step not in (0, self._saved_step):
+            self._save(is_best=False)
+
+    def _save(self, is_best: bool) -> None:
+        states = self._step.states
+        checkpoint = Checkpoint(
+            parameters={name: p.data(self._communicator.devices[0])
+                        for name, p in self.model.named_parameters().items()},
+            optimizer=optimizer_state(self._step.trainer, self._names),
+            carried=[mx.nd.concat(*[part.as_in_context(mx.cpu()) for part in parts], dim=1)
+                     for parts in zip(*states)] if states else [],
+            training=self.state,
+            communicator=self._communicator.state_dict(),
+            corpus=self.corpus.digest,
+            num_devices=len(self._communicator.devices) * self._communicator.size,
+        )
+        save_checkpoint(self.run, checkpoint, self._config_yaml, self.corpus.vocabulary,
+                        keep=self.config.training.keep_checkpoints, is_best=is_best)
+        self._communicator.checkpointed()
+        self._saved_step = self.state.step
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, on any number of devices that divides the batch.
+
+        Raises
+        ------
+        DataError
+            If the corpus is not the one that the checkpoint was trained on.
+        CheckpointError
+            If the checkpoint is of another model or optimiser.
+        """
+        if checkpoint.corpus != self.corpus.digest:
+            raise DataError(f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
+                            "restore the text, or train anew with --overwrite")
+        devices = self._communicator.devices
+        set_parameters(self.model, checkpoint.parameters, self.run.path)
+        load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.step)
+        self.state = checkpoint.training
+        self._saved_step = self.state.step
+        if checkpoint.carried:
+            if checkpoint.carried[0].shape[1] != self.config.training.batch_size:
+                raise CheckpointError(f"{self.run.path}: carries {checkpoint.carried[0].shape[1]} streams; --batch-size must "
+                                      "stay as it was")
+            split = [mx.nd.split(array, len(devices), axis=1, squeeze_axis=False) if len(devices) > 1 else [array]
+                     for array in checkpoint.carried]
+            self._step.states = [[parts[i].as_in_context(device) for parts in split]
+                                 for i, device in enumerate(devices)]
+        if checkpoint.num_devices == len(devices) * self._communicator.size:
+            self._communicator.load_state_dict(checkpoint.communicator)

@@ -1,0 +1,540 @@
+"""How flags, YAML files, recipes and defaults become a configuration, and which ones are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gluon_lm.config import (
+    SECTIONS,
+    UNAVAILABLE,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    OptimConfig,
+    Setting,
+    TrainingConfig,
+    build,
+    config_folder,
+    device_count,
+    get,
+    recipe_names,
+    resolve,
+    unavailable,
+    validate,
+)
+from gluon_lm.errors import ConfigError
+
+FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
+
+
+def flags(**values):
+    return {name: Setting(value, f"flag --{name}") for name, value in values.items()}
+
+
+def problems_of(call, *args, **kwargs):
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    return caught.value.problems
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_names_and_aliases_are_unique():
+    names = [name for f in FIELDS.values() for name in (f.name, *f.metadata["aliases"])]
+    assert len(names) == len(set(names))
+    assert len(FIELDS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+
+
+def test_every_default_obeys_its_own_rule():
+    for name, f in FIELDS.items():
+        assert f.metadata["kind"].read(f.default) == f.default, name
+
+
+def test_every_unavailable_knob_is_a_field():
+    assert {row.split("=")[0] for row in UNAVAILABLE} <= set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    "name, raw, value",
+    [
+        ("model", "LSTM", "lstm"),
+        ("model", "RNN_TANH", "rnn_tanh"),
+        ("model", "rnn-relu", "rnn_relu"),
+        ("model", "AWD_LSTM", "awd-lstm"),
+        ("gctype", "2BIT", "2bit"),
+        ("lr", "1e-4", 1e-4),
+        ("lr", 20, 20.0),
+        ("lr_decay", "none", None),
+        ("clip_norm", "None", None),
+        ("gpus", "0,1,2,3", (0, 1, 2, 3)),
+        ("gpus", [2, 0], (2, 0)),
+        ("gpus", 3, (3,)),
+        ("when", ["10", "20,30"], (10, 20, 30)),
+        ("when", ["-1"], None),
+        ("last_hidden_size", "-1", None),
+        ("small_batch_size", -1, None),
+        ("data", "ptb", ("ptb",)),
+        ("data", ["a", "b", "c"], ("a", "b", "c")),
+        ("max_seq_len_delta", "0", 0),
+        ("cuda", None, None),
+        ("dropout", 0, 0.0),
+    ],
+)
+def test_values_are_read(name, raw, value):
+    read = FIELDS[name].metadata["kind"].read
+    assert read(raw) == value
+    assert type(read(raw)) is type(value)
+    assert read(read(raw)) == value
+
+
+@pytest.mark.parametrize(
+    "name, raw",
+    [
+        ("hidden_size", 0),
+        ("hidden_size", 20.0),
+        ("hidden_size", True),
+        ("hidden_size", "1e3"),
+        ("hidden_size", None),
+        ("bptt", "-1"),
+        ("epochs", "0"),
+        ("seed", 2**31),
+        ("seed", -1),
+        ("dropout", 1),
+        ("dropout", -0.1),
+        ("dropout", math.nan),
+        ("lr", 0),
+        ("lr", "inf"),
+        ("lr", 10**400),
+        ("lr_decay", 1),
+        ("clip_norm", 0),
+        ("gcthreshold", 0),
+        ("model", "transformer"),
+        ("model", 3),
+        ("gpus", "0,0"),
+        ("gpus", "0,x"),
+        ("gpus", -2),
+        ("gpus", True),
+        ("gpus", []),
+        ("data", ["a", "b"]),
+        ("data", {"a": 1}),
+        ("data", 5),
+        ("data", ""),
+        ("tied", "yes"),
+        ("tied", 1),
+        ("when", "0"),
+    ],
+)
+def test_values_that_break_their_rule_are_refused(name, raw):
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        FIELDS[name].metadata["kind"].read(raw)
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.hidden_size = 5  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- recipes
+
+LM = {
+    "model": "lstm", "embed_size": 200, "hidden_size": 200, "num_layers": 2, "tied": False,
+    "dropout": 0.2, "init": "uniform", "optimizer": "sgd", "lr": 20.0, "lr_decay": 4.0, "clip_norm": 0.25,
+    "epochs": 40, "batch_size": 20, "bptt": 35,
+}  # fmt: skip
+AWD = {
+    "embed_size": 400, "hidden_size": 1150, "num_layers": 3, "tied": True, "dropout": 0.4,
+    "dropout_input": 0.65, "dropout_hidden": 0.3, "dropout_embed": 0.1, "weight_drop": 0.5,
+    "optimizer": "sgd", "lr": 30.0, "lr_decay": None, "clip_norm": 0.25, "weight_decay": 1.2e-6,
+    "alpha": 2.0, "beta": 1.0, "ntasgd": True, "nonmono": 5, "epochs": 8000, "bptt": 70,
+}  # fmt: skip
+RECIPES = {
+    "lm": LM,
+    "mxnet": {**LM, "embed_size": 650, "hidden_size": 650, "dropout": 0.5, "init": "xavier"},
+    "awd": {**AWD, "model": "awd-lstm", "batch_size": 80},
+    "mos": {**AWD, "model": "lstm", "batch_size": 20, "num_experts": 10, "max_seq_len_delta": 40},
+    "demo": {
+        "model": "lstm", "embed_size": 600, "hidden_size": 600, "num_layers": 2, "tied": False,
+        "dropout": 0.5, "optimizer": "adam", "lr": 1e-4, "lr_decay": None, "clip_norm": 0.25,
+        "epochs": 20, "batch_size": 20, "bptt": 30, "min_freq": 10, "log_interval": 100,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_have_the_published_values(recipe):
+    resolved = resolve(recipe=recipe)
+    assert {name: get(resolved.config, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    assert resolved.recipe == recipe
+    assert validate(resolved.config, resolved.sources) == []
+
+
+def test_every_shipped_recipe_is_tested_and_sets_only_what_a_recipe_may():
+    assert set(recipe_names()) == set(RECIPES)
+    for recipe in recipe_names():
+        keys = yaml.safe_load((config_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
+        assert not set(keys) & {"data", "data_dir", "seed", *DeviceConfig.__dataclass_fields__}, recipe
+
+
+def test_defaults_are_the_lm_recipe():
+    assert resolve().config == Config()
+
+
+@pytest.mark.parametrize(
+    "given_flags, recipe",
+    [
+        ({}, "lm"),
+        ({"model": "gru"}, "lm"),
+        ({"model": "awd-gru"}, "awd"),
+        ({"num_experts": 15}, "mos"),
+        ({"num_experts": 15, "model": "awd-lstm"}, "mos"),
+        ({"num_experts": None}, "lm"),
+    ],
+)
+def test_recipe_follows_from_the_flags(given_flags, recipe):
+    resolved = resolve(flags(**given_flags))
+    assert (resolved.recipe, resolved.sources["recipe"]) == (recipe, "default")
+
+
+def test_recipe_follows_from_the_file():
+    assert resolve(config_file="n_experts: 3").recipe == "mos"
+    assert resolve(config_file="model: AWD-LSTM").recipe == "awd"
+    assert resolve(flags(model="lstm"), config_file="model: awd-lstm").recipe == "lm"
+    assert resolve(config_file="recipe: mxnet").config.model.hidden_size == 650
+    assert resolve(config_file="recipe: mxnet", recipe="demo").recipe == "demo"
+
+
+def test_unknown_recipe_gets_the_nearest():
+    assert problems_of(resolve, recipe="mxnett") == [
+        "--recipe mxnett: must be one of awd, demo, lm, mos, mxnet; did you mean mxnet?"
+    ]
+    assert "(config.yaml)" in problems_of(resolve, config_file="recipe: lmm")[0]
+
+
+# ---------------------------------------------------------------- precedence
+
+
+def test_flags_over_file_over_recipe_over_default():
+    resolved = resolve(flags(hidden_size=7), config_file="nhid: 8\nemsize: 9\n", recipe="mxnet")
+    model = resolved.config.model
+    assert (model.hidden_size, model.embed_size, model.dropout, model.weight_drop) == (7, 9, 0.5, 0.0)
+    names = ("hidden_size", "embed_size", "dropout", "weight_drop", "recipe")
+    assert [resolved.sources[name] for name in names] == [
+        "flag --hidden_size", "config.yaml", "recipe mxnet", "default", "flag --recipe"
+    ]  # fmt: skip
+
+
+NUMBERS = {
+    name: st.integers(1, 9)
+    for name in (
+        "embed_size",
+        "hidden_size",
+        "num_layers",
+        "epochs",
+        "batch_size",
+        "bptt",
+        "seed",
+        "patience",
+    )
+}
+LAYERS = st.fixed_dictionaries({}, optional=NUMBERS)
+
+
+@settings(deadline=None, max_examples=50)
+@given(LAYERS, LAYERS, st.sampled_from(["lm", "mxnet", "demo"]))
+def test_merging_takes_each_value_from_the_highest_layer(flag_values, file_values, recipe):
+    resolved = resolve(flags(**flag_values), config_file=yaml.safe_dump(file_values), recipe=recipe)
+    base = yaml.safe_load((config_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    for name in NUMBERS:
+        layers = [flag_values, file_values, base, {name: FIELDS[name].default}]
+        assert get(resolved.config, name) == next(layer[name] for layer in layers if name in layer)
+
+
+@pytest.mark.parametrize(
+    "above, below, expected",
+    [
+        ({"cpus": 2}, "gpus: [0, 1]\ncuda: true", {"cpus": 2, "gpus": None, "cuda": None}),
+        ({"gpus": (3,)}, "cpus: 4", {"cpus": None, "gpus": (3,)}),
+        ({"gpus": (3,)}, "single_gpu: true", {"single_gpu": False, "gpus": (3,)}),
+        ({"gpus": (-1,)}, "gpus: [0, 1]", {"gpus": None, "cuda": False}),
+        ({"cuda": False}, "gpus: [0, 1]", {"gpus": None, "cuda": False}),
+        ({"cuda": False}, "cpus: 4", {"cpus": 4, "cuda": False}),
+        ({"cuda": True}, "gpus: [0, 1]", {"gpus": (0, 1), "cuda": True}),
+        ({"cuda": True}, "cpus: 4", {"cpus": None, "cuda": True}),
+        ({"single_gpu": True}, "gpus: [0, 1]", {"gpus": None, "single_gpu": True}),
+        (
+            {"gctype": "none"},
+            "gctype: 2bit\ngcthreshold: 0.3\ncpus: 2",
+            {"gctype": "none", "gcthreshold": 0.5},
+        ),
+        ({"vocab": "v.txt"}, "recipe: demo", {"vocab": "v.txt", "min_freq": None}),
+        ({"max_vocab": 9}, "vocab: v.txt", {"vocab": None, "max_vocab": 9}),
+    ],
+)
+def test_a_higher_layer_replaces_what_contradicts_it(above, below, expected):
+    resolved = resolve(flags(**above), config_file=below)
+    assert {name: get(resolved.config, name) for name in expected} == expected
+    assert validate(resolved.config, resolved.sources) == []
+
+
+# ---------------------------------------------------------------- YAML
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_print_config_is_yaml_that_loads_back_equal(recipe, tmp_path):
+    resolved = resolve(flags(hidden_size=7, gpus=(0, 1), data=("a b", "#c", "é: d")), recipe=recipe)
+    printed = resolved.config.to_yaml(resolved.sources, resolved.recipe)
+    (tmp_path / "config.yaml").write_text(printed, encoding="utf-8")
+    assert Config.from_yaml(tmp_path / "config.yaml") == resolved.config
+    assert set(yaml.safe_load(printed)) == {"recipe", *FIELDS}
+    assert "hidden_size: 7  # flag --hidden_size\n" in printed
+    assert f"recipe: {recipe}  # flag --recipe\n" in printed
+    assert "seed: 1111  # default\n" in printed
+    assert f"lr: {resolved.config.optim.lr}  # recipe {recipe}\n" in printed
+
+
+def _values(f):
+    if f.default is False or f.default is True:
+        return st.booleans()
+    if isinstance(f.default, float):
+        return st.floats(1.01, 1e9) if f.name in ("lr", "lr_decay", "clip_norm") else st.floats(1e-12, 0.99)
+    if isinstance(f.default, int):
+        return st.integers(1, 2**31 - 1)
+    return st.just(f.default)
+
+
+CONFIGS = st.builds(
+    Config,
+    **{
+        name: st.builds(section, **{f.name: _values(f) for f in dataclasses.fields(section)})
+        for name, section in SECTIONS.items()
+        if name != "data"
+    },
+    data=st.builds(
+        DataConfig,
+        data=st.lists(st.text(min_size=1).filter(str.strip), min_size=3, max_size=3).map(tuple),
+        vocab=st.text(min_size=1).filter(lambda s: s.strip() and s.lower() not in ("none", "null")),
+    ),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(CONFIGS, st.text(max_size=8))
+def test_any_configuration_survives_yaml(config, source):
+    assert Config.from_yaml(config.to_yaml()) == config
+    assert Config.from_yaml(config.to_yaml(dict.fromkeys(FIELDS, source), "lm")) == config
+
+
+def test_yaml_takes_both_spellings_aliases_and_short_floats():
+    config = Config.from_yaml("batch-size: 3\nnhid: 4\nembed-dim: 5\nlr: 1e-4\nclip: none\ngpus: 0,1\n")
+    assert config.training.batch_size == 3
+    assert (config.model.hidden_size, config.model.embed_size) == (4, 5)
+    assert (config.optim.lr, config.optim.clip_norm, config.devices.gpus) == (1e-4, None, (0, 1))
+
+
+def test_empty_yaml_changes_nothing():
+    assert Config.from_yaml("# nothing\n") == Config()
+
+
+def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "hiden_size: 5\nlr: fast\nlr: 3\nnhid: 0\nhidden_size: 3\nqqqqqqqq: 1\n5: 6\n", encoding="utf-8"
+    )
+    assert problems_of(resolve, config_file=path) == [
+        f"{path} line 1: unknown key hiden_size; did you mean hidden_size?",
+        f"{path} line 2: lr: fast: must be a number above 0; for example 20",
+        f"{path} line 3: lr: given a second time, first in line 2; keep one of them",
+        f"{path} line 4: nhid: 0: must be a whole number, 1 or more; for example 200",
+        f"{path} line 5: hidden_size: given a second time, first in line 4; keep one of them",
+        f"{path} line 6: unknown key qqqqqqqq; --print-config lists every key",
+        f"{path} line 7: unknown key 5; --print-config lists every key",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a: [1",
+        "- 1",
+        "just words",
+        "lr: 1\n\tclip: 2",
+        "lr: !!python/object:os.system x",
+        "lr: !!bool x",
+        "lr: !!timestamp x",
+        "lr: 2001-99-99",
+        "lr: \x07",
+        "? [a]\n: 1",
+        "? {a: 1}\n: 1",
+        "lr: *nobody",
+        "a: " + "[" * 1000,
+        "lr: 1\n---\nlr: 2",
+    ],
+)
+def test_what_is_not_flat_yaml_is_refused_on_one_line(content, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    (problem,) = problems_of(resolve, config_file=path)
+    assert problem.startswith(str(path)) and "\n" not in problem
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_is_a_configuration_or_a_config_error(content):
+    try:
+        assert isinstance(Config.from_yaml(content), Config)
+    except ConfigError as error:
+        assert all("\n" not in problem for problem in error.problems)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("data: é".encode("latin-1"))
+    for name, reason in [("missing.yaml", "No such file"), ("", "directory"), ("latin.yaml", "UTF-8")]:
+        (problem,) = problems_of(Config.from_yaml, tmp_path / name)
+        assert reason in problem and str(tmp_path) in problem
+
+
+# ---------------------------------------------------------------- rules between fields
+
+
+def config_with(**values):
+    return resolve(flags(**values)).config
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"cpus": 3}, ["--batch-size 20", "multiple", "devices, 3", "use 18 or 21"]),
+        ({"gpus": tuple(range(21))}, ["--batch-size 20", "use 21"]),
+        ({"cpus": 2, "gpus": (0,)}, ["--gpus 0 with --cpus 2", "leave one of them out"]),
+        ({"cpus": 2, "cuda": True}, ["--cuda with --cpus 2"]),
+        ({"cpus": 2, "single_gpu": True}, ["--single-gpu with --cpus 2"]),
+        ({"gpus": (0,), "cuda": False}, ["--gpus 0 with --no-cuda"]),
+        ({"gpus": (0, 1), "single_gpu": True}, ["--gpus 0,1 with --single-gpu"]),
+        ({"single_gpu": True, "cuda": False}, ["--single-gpu with --no-cuda"]),
+        ({"gpus": (0, -1)}, ["--gpus 0,-1", "-1 means the CPU"]),
+        ({"gctype": "2bit"}, ["--gctype 2bit", "nothing to compress", "--gpus 0,1"]),
+        ({"gctype": "2bit", "cpus": 1}, ["--gctype 2bit", "one device"]),
+        ({"gctype": "2bit", "gpus": (3,)}, ["--gctype 2bit", "one device"]),
+        (
+            {"gctype": "2bit", "cpus": 2, "kvstore": "local"},
+            ["--gctype 2bit with --kvstore local", "kvstore device"],
+        ),
+        ({"kvstore": "device"}, ["--kvstore device", "one device"]),
+        ({"gcthreshold": 0.3}, ["--gcthreshold 0.3", "no effect", "--gctype 2bit"]),
+        ({"vocab": "v.txt", "min_freq": 2}, ["--min-freq 2 with --vocab"]),
+        ({"vocab": "v.txt", "max_vocab": 2}, ["--max-vocab 2 with --vocab"]),
+    ],
+)
+def test_combinations_that_cannot_be(values, words):
+    (problem,) = validate(
+        dataclasses.replace(
+            Config(),
+            **{
+                name: section(**{k: v for k, v in values.items() if k in section.__dataclass_fields__})
+                for name, section in SECTIONS.items()
+            },
+        )
+    )
+    assert all(word in problem for word in words), problem
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gctype": "2bit", "gpus": (0, 1, 2, 3)},
+        {"gctype": "2bit", "gcthreshold": 0.1, "cpus": 4},
+        {"kvstore": "local", "cpus": 2},
+        {"gpus": (0,), "cuda": True},
+        {"gpus": (0,), "single_gpu": True},
+        {"cpus": 4, "cuda": False},
+        {"tied": True, "hidden_size": 300},
+        {"max_vocab": 5, "min_freq": 2},
+        {"clip_norm": None, "lr_decay": None},
+    ],
+)
+def test_combinations_that_can_be(values):
+    assert validate(config_with(**values)) == []
+
+
+def test_threshold_at_its_default_is_refused_as_a_flag_and_accepted_in_a_file():
+    resolved = resolve(flags(gcthreshold=0.5))
+    assert len(validate(resolved.config, resolved.sources)) == 1
+    resolved = resolve(config_file=Config().to_yaml())
+    assert validate(resolved.config, resolved.sources) == []
+
+
+def test_problems_name_the_recipe_or_file_of_a_value():
+    resolved = resolve(flags(cpus=3), config_file="gctype: 2bit\nkvstore: local")
+    assert validate(resolved.config, resolved.sources) == [
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21",
+        "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; "
+        "use --kvstore device",
+    ]
+
+
+def test_a_configuration_made_in_python_is_checked_as_well():
+    config = Config(model=ModelConfig(dropout=1.5, hidden_size=0), training=TrainingConfig(bptt=0))
+    assert validate(config) == [
+        "--hidden-size 0: must be a whole number, 1 or more; for example 200",
+        "--dropout 1.5: must be a number, 0 or more and below 1; for example 0.2",
+        "--bptt 0: must be a whole number, 1 or more; for example 35",
+    ]
+
+
+@pytest.mark.parametrize(
+    "values, count",
+    [
+        ({}, 1),
+        ({"cuda": True}, 1),
+        ({"cpus": 4}, 4),
+        ({"gpus": (2, 3)}, 2),
+        ({"num_experts": 2}, None),
+        ({"num_experts": 2, "single_gpu": True}, 1),
+        ({"num_experts": 2, "cuda": False}, 1),
+    ],
+)
+def test_number_of_devices(values, count):
+    assert device_count(config_with(**values)) == count
+
+
+def test_devices_of_any_command():
+    assert build(DeviceConfig, flags(gpus=(-1,))) == DeviceConfig(cuda=False)
+    assert build(DeviceConfig, flags(gpus=(0, 1))) == DeviceConfig(gpus=(0, 1))
+    assert len(problems_of(build, DeviceConfig, flags(gpus=(0, 1), cpus=2, cuda=True))) == 2
+
+
+# ---------------------------------------------------------------- what this version lacks
+
+
+def test_a_feature_is_refused_with_one_line():
+    config = Config(
+        model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=5, ntasgd=True)
+    )
+    assert unavailable(config) == [
+        "--num-experts 15, --last-hidden-size 650: the mixture of softmaxes is not available in this version",
+        "--ntasgd, --nonmono 5: NT-ASGD is not available in this version",
+    ]
+
+
+@pytest.mark.parametrize("row", UNAVAILABLE)
+def test_each_knob_of_a_missing_feature_is_refused(row):
+    name, _, value = row.partition("=")
+    f = FIELDS[name]
+    other = value or {bool: True, float: 0.5}.get(type(f.default), (5,) if name == "when" else 5)
+    (line,) = unavailable(resolve(flags(**{name: other}), recipe="lm").config)
+    assert line.endswith(f"{UNAVAILABLE[row]} is not available in this version")
+
+
+def test_what_there_is_is_not_refused():
+    assert unavailable(Config()) == []
+    assert unavailable(resolve(recipe="demo").config) == []
+    assert unavailable(resolve(recipe="mxnet").config) == []
+    assert len(unavailable(resolve(recipe="awd").config)) == 3
