@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option
 from .logs import LOGGER, log_to_terminal
+from .runtime import prepare_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     log_to_terminal()
-
-    from .runtime import keep_freed_memory
-
-    keep_freed_memory()
+    prepare_process()
     from .data import load_corpus
     from .distributed import resolve_single_device
     from .evaluation.static import evaluate

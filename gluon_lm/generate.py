@@ -13,6 +13,7 @@ from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, real, text
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
+from .runtime import prepare_process
 
 WORDS_PER_LINE = 20
 
@@ -45,10 +46,7 @@ def _generate(argv: Sequence[str]) -> int:
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise ConfigError(f"--outf {out}: must be a file in a folder that exists; name another")
     log_to_terminal()
-
-    from .runtime import keep_freed_memory
-
-    keep_freed_memory()
+    prepare_process()
     from .distributed import resolve_single_device
     from .generation.generator import generate
     from .training.checkpoint import load_model

@@ -18,8 +18,8 @@ CHUNK_ELEMENTS = 1 << 23  # logits in a chunk: 32 MiB of float32
 
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Cut rows into the fewest near-equal chunks whose logits stay within `CHUNK_ELEMENTS`."""
-    num_chunks = max(1, -(-num_rows * vocab_size // CHUNK_ELEMENTS))
+    """Cut rows (at least one) into the fewest near-equal chunks whose logits stay within `CHUNK_ELEMENTS`."""
+    num_chunks = -(-num_rows // max(1, CHUNK_ELEMENTS // vocab_size))
     rows = -(-num_rows // num_chunks)
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))

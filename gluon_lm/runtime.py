@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 # Parameter numbers of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def prepare_process(num_cpu_contexts: int = 1) -> None:
+    """Set what MXNet and its OpenMP library read when they are loaded; call it before MXNet is imported.
+
+    MXNet takes half of the processors it counts, as if each core showed two. So it is told the number of cores, shared
+    out over the CPU contexts. A lone context's threads wait for work actively: a time step of a recurrent layer is too
+    short to wake a sleeping thread for. What the user has set in the environment stays.
+
+    Parameters
+    ----------
+    num_cpu_contexts : int
+        CPU contexts that will compute at the same time.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
+    if num_cpu_contexts == 1:
+        os.environ.setdefault("OMP_WAIT_POLICY", "active")
+    keep_freed_memory()
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; two hardware threads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add((topology / "thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
 
 
 def keep_freed_memory() -> bool:

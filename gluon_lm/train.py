@@ -11,6 +11,8 @@ from .cli import TrainCommand, parse_train, run_command
 from .config import Config
 from .errors import ConfigError
 from .logs import LOGGER, log_to_file, log_to_terminal
+from .runtime import prepare_process
+from .training.run_folder import RunFolder, default_run_path, find_run, point, strip_model_suffix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,55 +22,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     command = parse_train(argv)
-    if command.resume is None and command.print_config:
+    run, checkpoint = None, None
+    if command.resume is not None:
+        run, checkpoint = find_run(command.resume)
+        before = Config.from_yaml(run.config)
+        command = command.over(run.config)
+        _check_unchanged(before, command.config, run.path)
+    elif command.save is not None:
+        run = RunFolder(strip_model_suffix(command.save))
+        if not command.print_config:
+            run.check_free(command.overwrite)
+    if command.print_config:
         print(command.describe(), end="")
         return 0
     log_to_terminal()
-    return _resume(command) if command.resume is not None else _start(command)
+    prepare_process(command.config.devices.cpus or 1)
+    if command.resume is not None:
+        return _resume(command, run, checkpoint)
+    return _start(command, run)
 
 
-def _start(command: TrainCommand) -> int:
+def _start(command: TrainCommand, run: RunFolder | None) -> int:
     from .data import load_corpus
-    from .training.run_folder import RunFolder, default_run_path, strip_model_suffix
 
-    config = command.config
-    if command.save is not None:
-        run = RunFolder(strip_model_suffix(command.save))
-        run.check_free(command.overwrite)
-    corpus = load_corpus(config.data)
-    if command.save is None:
-        run = RunFolder(default_run_path(corpus.name, config.model.model))
+    corpus = load_corpus(command.config.data)
+    if run is None:
+        run = RunFolder(default_run_path(corpus.name, command.config.model.model))
         run.check_free(overwrite=False)
     trainer = _build(command, corpus, run)
     if command.dry_run:
-        LOGGER.info("dry run: everything is in order, nothing was written to %s", run.path)
+        LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
     run.create(command.describe(), command.overwrite)
     corpus.vocabulary.save(run.vocabulary)
     return _fit(trainer, run)
 
 
-def _resume(command: TrainCommand) -> int:
+def _resume(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     from .data import Vocabulary, load_corpus
-    from .training.checkpoint import CONFIG, VOCABULARY, load_checkpoint, newest_checkpoint
-    from .training.run_folder import find_run
+    from .training.checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint
 
-    run, path = find_run(command.resume)
     path = path or newest_checkpoint(run)
-    before = Config.from_yaml(path / CONFIG)
-    command = command.over(path / CONFIG)
-    _check_unchanged(before, command.config, run.path)
-    if command.print_config:
-        print(command.describe(), end="")
-        return 0
+    checkpoint = load_checkpoint(path)
     corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
     trainer = _build(command, corpus, run)
-    checkpoint = load_checkpoint(path)
     trainer.restore(checkpoint)
     if "lr" in command.settings:
         trainer.state.lr = command.config.optim.lr
-    LOGGER.info("resuming %s at step %d, epoch %d", run.path, trainer.state.step, trainer.state.epoch + 1)
-    return 0 if command.dry_run else _fit(trainer, run)
+    LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
+    if command.dry_run:
+        LOGGER.info("dry run: everything is in order, and nothing was written")
+        return 0
+    run.update_config(command.describe())
+    return _fit(trainer, run)
 
 
 # What may differ from the run that is continued: how long, how often, and where; not what is trained, on what.
@@ -95,9 +101,6 @@ def _check_unchanged(before: Config, now: Config, run_path: Path) -> None:
 
 def _build(command: TrainCommand, corpus, run):
     """Devices, model and trainer of a run."""
-    from .runtime import keep_freed_memory
-
-    keep_freed_memory()
     from .distributed import create_communicator
     from .models import LanguageModel
     from .training.trainer import Trainer
@@ -118,8 +121,6 @@ def _build(command: TrainCommand, corpus, run):
 
 
 def _fit(trainer, run) -> int:
-    from .training.run_folder import point
-
     handler = log_to_file(run.log)
     try:
         if run.path.parent.name == "runs":

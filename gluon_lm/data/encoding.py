@@ -1,0 +1,428 @@
+"""From text to token ids in a memory map, made once for each content and kept in a cache.
+
+Every line ends with ``<eos>``, blank lines included, and so does a last line without a line break. Only
+``\\n`` ends a line; other white space sets words apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..errors import DataError
+from ..progress import progress_bar
+from .files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
+from .tokenizers import TOKENIZERS
+from .vocabulary import EOS, UNK, Vocabulary
+
+LOGGER = logging.getLogger("gluon_lm")
+
+# Part of every cache key: raise it when the same text and options come to give other ids, or other files.
+_FORMAT = 1
+_BLOCK_TOKENS = 1 << 22
+_DTYPE = np.dtype("<i4")
+EMPTY = "{}: is empty; put text into it, or name another file"
+_BOM = b"\xef\xbb\xbf"
+
+# ---------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of a file from `start` to `stop`, or to its end."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+    def blocks(self) -> Iterator[bytes]:
+        """The content, in blocks of bounded size; `DataError` where it cannot be read."""
+        with open_text(self.path) as file:
+            file.seek(self.start)
+            left = self.stop - self.start if self.stop is not None else None
+            while block := file.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left)):
+                left = None if left is None else left - len(block)
+                yield block
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """A text file opened in binary mode, in a block where what goes wrong with it is a `DataError`."""
+    try:
+        if path.exists() and not path.is_file():
+            what = "is a directory" if path.is_dir() else "is not a regular file"
+            raise DataError(f"{path}: {what} where a text file is wanted; name a file")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: does not exist; name a text file that does") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); mend that, or name another text file"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Text:
+    """One part of a corpus: spans of files that are read one after the other."""
+
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, *paths: Path) -> Text:
+        """The text of whole files."""
+        return cls(tuple(Span(path) for path in paths))
+
+    @property
+    def name(self) -> str:
+        """The file, or the first and the number of files, for messages."""
+        more = len(self.spans) - 1
+        return f"{self.spans[0].path}" + (f" and {more} more files" if more else "")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the text; files that are missing count nothing."""
+        sizes = ((span, span.path.stat().st_size) for span in self.spans if span.path.is_file())
+        return sum((size if span.stop is None else span.stop) - span.start for span, size in sizes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the content; for one whole file its SHA-256."""
+        return _joined([_hash_blocks(span) for span in self.spans])
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces that are cut at white space, every span ended by a line break.
+
+        Raises
+        ------
+        DataError
+            If it is not UTF-8, cannot be read, or is no longer the text whose `digest` was asked for.
+        """
+        hashes = []
+        for span in self.spans:
+            sha256 = hashlib.sha256()
+            position, rest = span.start, b""
+            for block in span.blocks():
+                sha256.update(block)
+                rest += block
+                cut = max(rest.rfind(b"\n"), rest.rfind(b" ")) + 1
+                if cut:
+                    yield _decode(span.path, position, rest[:cut])
+                    position, rest = position + cut, rest[cut:]
+                last = block[-1:]
+            if position == span.start and not rest:
+                raise DataError(EMPTY.format(span.path))
+            if last != b"\n":
+                yield _decode(span.path, position, rest) + "\n"
+            hashes.append(sha256.hexdigest())
+        if _joined(hashes) != self.digest:
+            raise DataError(f"{self.name}: changed while it was read; start again when it is whole")
+
+
+def _hash_blocks(span: Span) -> str:
+    sha256 = hashlib.sha256()
+    for block in span.blocks():
+        sha256.update(block)
+    return sha256.hexdigest()
+
+
+def _joined(hashes: list[str]) -> str:
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _decode(path: Path, position: int, block: bytes) -> str:
+    """Decode the bytes that begin at `position` of a file."""
+    if position == 0 and block.startswith(_BOM):
+        position, block = len(_BOM), block[len(_BOM) :]
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = position + error.start
+        line = sum(before.count(b"\n") for before in Span(path, 0, wrong).blocks()) + 1
+        raise DataError(
+            f"{path} line {line}: byte 0x{block[error.start]:02x} (byte {wrong} of the file) is not UTF-8; "
+            "convert the file to UTF-8"
+        ) from error
+
+
+# ---------------------------------------------------------------- cache
+
+
+def default_cache_dir() -> Path:
+    """``$GLUON_LM_CACHE``, else ``gluon_lm`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
+    named = os.environ.get("GLUON_LM_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gluon_lm"
+
+
+class Cache:
+    """Folders of files made from text, found again by a key that says what they were made from.
+
+    An entry is written beside its place and renamed, under a lock, so that a process that is killed leaves
+    nothing half-written in it, and two that start at once do the work once. An entry that does not hold what
+    was written is made anew. Where the folder cannot be written, a temporary one serves until `close`, and a
+    warning says so.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        `default_cache_dir` if None.
+    """
+
+    _INDEX = "entry.json"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or default_cache_dir()
+        self._temporary: Path | None = None
+
+    def entry(
+        self, key: list[Any], build: Callable[[Path], Mapping[str, Any]]
+    ) -> tuple[Path, dict[str, Any]]:
+        """The folder of an entry and the values that were returned when it was built.
+
+        Parameters
+        ----------
+        key : list
+            Everything that decides the entry's content, as JSON values.
+        build : callable
+            Writes the files of a new entry into the folder that it is given, and returns values for JSON.
+        """
+        name = hashlib.sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:32]
+        while True:
+            place = self._folder / name
+            found = self._read(place)
+            try:
+                return place, found if found is not None else self._build(place, build)
+            except OSError as error:
+                if self._temporary is not None:
+                    raise DataError(
+                        f"{self._folder}: cannot be written ({error.strerror}); free space, or set "
+                        "GLUON_LM_CACHE to a folder that can"
+                    ) from error
+                self._use_temporary(error)
+
+    def _use_temporary(self, error: OSError) -> None:
+        blocked = self._folder
+        try:
+            self._folder = self._temporary = Path(tempfile.mkdtemp(prefix="gluon_lm-"))
+        except OSError:
+            raise DataError(
+                f"{blocked}: cannot be written ({error.strerror}), nor can {tempfile.gettempdir()}; set "
+                "GLUON_LM_CACHE to a folder that can"
+            ) from error
+        LOGGER.warning(
+            "the cache %s cannot be written (%s): the text is encoded anew at each start; set GLUON_LM_CACHE "
+            "to a folder that can be written",
+            blocked,
+            error.strerror,
+        )
+
+    def _read(self, place: Path) -> dict[str, Any] | None:
+        """The values of a whole entry; None for one that is missing or damaged."""
+        try:
+            index = json.loads((place / self._INDEX).read_text(encoding="utf-8"))
+            whole = all(file_hash(place / file) == sha256 for file, sha256 in index["sha256"].items())
+            return dict(index["values"]) if whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _build(self, place: Path, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        with exclusive_lock(place.with_name(f".{place.name}.lock")):
+            found = self._read(place)
+            if found is not None:
+                return found
+            fresh = place.with_name(f".{place.name}.partial")
+            for remains in (fresh, place):
+                if remains.exists():
+                    shutil.rmtree(remains)
+            try:
+                fresh.mkdir()
+                values = dict(build(fresh))
+                sha256 = {path.name: file_hash(path) for path in sorted(fresh.iterdir())}
+                index = json.dumps({"sha256": sha256, "values": values}, indent=1)
+                (fresh / self._INDEX).write_text(index, encoding="utf-8")
+                for path in [*fresh.iterdir(), fresh]:
+                    synchronise(path)
+                fresh.rename(place)
+                synchronise(self._folder)
+            except BaseException:
+                shutil.rmtree(fresh, ignore_errors=True)
+                raise
+            return values
+
+    def close(self) -> None:
+        """Remove the temporary folder, if there is one; maps that are open stay valid."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------- encoding
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How a text was counted.
+
+    Attributes
+    ----------
+    num_lines, num_tokens : int
+        Lines, blank ones included; words and one ``<eos>`` for each line.
+    num_unk : int
+        Tokens that are ``<unk>``.
+    num_replaced : int
+        Those of them that are another word in the text, one that the vocabulary lacks.
+    """
+
+    num_lines: int
+    num_tokens: int
+    num_unk: int
+    num_replaced: int
+
+
+_IDS = "ids.i32"
+_VOCABULARY = "vocab.txt"
+
+
+def build_vocabulary(
+    cache: Cache,
+    text: Text,
+    tokenizer: str,
+    min_freq: int = 1,
+    max_size: int | None = None,
+) -> Vocabulary:
+    """The vocabulary of a text, as `Vocabulary.from_counts` makes it. The text's ids come into the cache too.
+
+    The text is read once: words get provisional ids by first appearance, and when all is counted, final ones.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        provisional = folder / "provisional.i32"
+        word_ids = _GrowingIds()
+        num_lines = _write_ids(text, tokenizer, word_ids, provisional)
+        counts_V = np.zeros(len(word_ids), np.int64)
+        for ids in _blocks(provisional):
+            counts_V += np.bincount(ids, minlength=len(counts_V))
+        vocabulary = Vocabulary.from_counts(
+            list(word_ids), counts_V.tolist(), min_freq=min_freq, max_size=max_size
+        )
+        vocabulary.save(folder / _VOCABULARY)
+
+        final_V = vocabulary.encode(word_ids)
+        is_unk_V = final_V == vocabulary.unk_id
+        num_unk = int(counts_V[is_unk_V].sum())
+        written_unk = int(counts_V[word_ids[UNK]]) if UNK in word_ids else 0
+
+        def remap(into: Path) -> dict[str, Any]:
+            with open(into / _IDS, "wb") as file:
+                for ids in _blocks(provisional):
+                    file.write(final_V[ids].astype(_DTYPE, copy=False).data)
+            return asdict(Counts(num_lines, int(counts_V.sum()), num_unk, num_unk - written_unk))
+
+        cache.entry(_ids_key(text, tokenizer, vocabulary), remap)
+        provisional.unlink()
+        return {}
+
+    folder, _ = cache.entry(["vocabulary", text.digest, tokenizer, min_freq, max_size], build)
+    return Vocabulary.load(folder / _VOCABULARY)
+
+
+def encode_text(
+    cache: Cache, text: Text, tokenizer: str, vocabulary: Vocabulary
+) -> tuple[np.ndarray, Counts]:
+    """Token ids of a text.
+
+    Returns
+    -------
+    ids : ndarray of int32, shape (num_tokens,)
+        A read-only memory map.
+    counts : Counts
+
+    Raises
+    ------
+    DataError
+        If the text has no words, is not UTF-8 or cannot be read.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        word_ids = _KnownIds(vocabulary)
+        num_lines = _write_ids(text, tokenizer, word_ids, folder / _IDS)
+        num_tokens = num_unk = 0
+        for ids in _blocks(folder / _IDS):
+            num_tokens += len(ids)
+            num_unk += int(np.count_nonzero(ids == vocabulary.unk_id))
+        return asdict(Counts(num_lines, num_tokens, num_unk, word_ids.num_replaced))
+
+    folder, counts = cache.entry(_ids_key(text, tokenizer, vocabulary), build)
+    return np.memmap(folder / _IDS, dtype=_DTYPE, mode="r"), Counts(**counts)
+
+
+def _ids_key(text: Text, tokenizer: str, vocabulary: Vocabulary) -> list[Any]:
+    return ["ids", text.digest, tokenizer, vocabulary.digest]
+
+
+class _GrowingIds(dict[str, int]):
+    """Gives a new word the next id."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = new = len(self)
+        return new
+
+
+class _KnownIds(dict[str, int]):
+    """Gives a word that the vocabulary lacks the id of ``<unk>``, and counts it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(vocabulary.ids)
+        self._unk_id = vocabulary.unk_id
+        self.num_replaced = 0
+
+    def __missing__(self, word: str) -> int:
+        self.num_replaced += 1
+        return self._unk_id
+
+
+def _write_ids(text: Text, tokenizer: str, word_ids: Mapping[str, int], path: Path) -> int:
+    """Write the id of every token of `text`; returns the number of lines."""
+    tokenize = TOKENIZERS[tokenizer]
+    num_lines = num_tokens = 0
+    with (
+        open(path, "wb") as file,
+        progress_bar(total=text.num_bytes, desc=f"encoding {text.name}", unit="B") as bar,
+    ):
+        for piece in text.pieces():
+            words = tokenize(piece.replace("\n", f" {EOS} "))
+            file.write(np.fromiter(map(word_ids.__getitem__, words), dtype=_DTYPE, count=len(words)).data)
+            num_lines += piece.count("\n")
+            num_tokens += len(words)
+            bar.update(len(piece))
+    if num_tokens <= num_lines:
+        raise DataError(
+            f"{text.name}: has no words, only white space; put text into it, or name another file"
+        )
+    return num_lines
+
+
+def _blocks(path: Path) -> Iterator[np.ndarray]:
+    """The ids in a file, in blocks of bounded size."""
+    ids = np.memmap(path, dtype=_DTYPE, mode="r")
+    for start in range(0, len(ids), _BLOCK_TOKENS):
+        yield ids[start : start + _BLOCK_TOKENS]

@@ -1,0 +1,45 @@
+"""``python -m gluon_lm.download NAME...``: fetch corpora, so that later commands need no network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli import CommandParser, DebugOptions, run_command
+from .config import DataConfig
+from .data.corpora import CORPORA, SPLITS, find_spec, unknown_corpus
+from .errors import ConfigError
+from .logs import LOGGER, log_to_terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_download, argv)
+
+
+def _download(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "download",
+        "Fetch corpora and check every file; what is there already is not fetched again.",
+        "python -m gluon_lm.download wikitext-2 ptb",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"corpora: {', '.join(CORPORA)}")
+    parser.add_section(DataConfig, "data", only=("data_dir",))
+    parser.add_section(DebugOptions, "debugging")
+    parsed = parser.parse(argv)
+    data_dir = Path(parsed.build(DataConfig).data_dir).expanduser()
+    specs = {name: find_spec(name) for name in parsed.arguments.names}
+    problems = [unknown_corpus(name) for name, spec in specs.items() if spec is None]
+    if problems:
+        raise ConfigError(problems)
+    log_to_terminal()
+    for spec in filter(None, specs.values()):
+        texts = spec.texts(spec.default_folder(data_dir), SPLITS)
+        where = ", ".join(f"{split} {text.name}" for split, text in texts.items())
+        LOGGER.info("%s (licence %s): %s", spec.name, spec.licence, where)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# The virtual environment of a checkout. The other scripts source this file and call `use_environment EXTRA...`;
+# by itself, `bash scripts/environment.sh EXTRA...` installs extras of setup.py (cpu where none is named), and
+# `bash scripts/environment.sh peers` what scripts/benchmark.py compares with.
+#
+#   GLUON_LM_VENV  where the environment lies (default: .venv in the checkout)
+#   PYTHON         the Python that it is made with (default: the first usable one of python3.11, python3, ...)
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$(realpath -m "${GLUON_LM_VENV:-$ROOT/.venv}")"
+OWNED="$VENV/.gluon_lm-owned"          # written first: this folder is ours to delete
+INSTALLED="$VENV/.gluon_lm-installed"  # written last: the installation is whole, and of what
+
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 2
+}
+
+# Names the Python $1: what an environment made with it depends on. Fails where it does not run.
+describe_python() {
+    "$1" -c 'import os, platform, sys; print(os.path.realpath(sys.executable), platform.python_version())' 2>/dev/null
+}
+
+is_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate seen=""
+    if [ -n "${PYTHON:-}" ]; then
+        is_supported "$PYTHON" && { printf '%s\n' "$PYTHON"; return; }
+        fail "PYTHON=$PYTHON: $("$PYTHON" --version 2>&1 | head -n 1); Python 3.9, 3.10 or 3.11 is needed"
+    fi
+    for candidate in python3.11 python3.10 python3 python python3.9; do
+        command -v "$candidate" >/dev/null || continue
+        is_supported "$candidate" && { printf '%s\n' "$candidate"; return; }
+        seen="$seen $candidate ($("$candidate" --version 2>&1 | head -n 1))"
+    done
+    fail "Python 3.9, 3.10 or 3.11 is needed and not among${seen:- the commands here}; install one," \
+        "as in 'apt-get install python3.11 python3.11-venv', or name it with PYTHON=/path/to/python"
+}
+
+# What decides whether an installation is up to date.
+fingerprint() {
+    printf '%s\n' "$ROOT"
+    cat "$ROOT/setup.py" "$ROOT/pyproject.toml"
+    grep '^__version__' "$ROOT/gluon_lm/__init__.py"
+}
+
+# Whether the environment is whole, stands where it was made, and has the Python it was made with.
+is_whole() {
+    local described
+    [ -f "$INSTALLED" ] || return 1
+    described="$(describe_python "$VENV/bin/python")" || return 1
+    [ "$(sed -n 1p "$INSTALLED")" = "$VENV $described" ] || return 1
+    [ -z "${PYTHON:-}" ] || [ "$(describe_python "$PYTHON")" = "$described" ]
+}
+
+make_environment() {
+    local python version
+    python="$(find_python)" || exit $?
+    # An active environment's Python is a link, maybe into the folder that is about to go.
+    python="$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')"
+    if [ -e "$VENV" ]; then
+        [ -f "$OWNED" ] || [ -z "$(ls -A "$VENV")" ] ||
+            fail "$VENV: exists and was not made by this script; set GLUON_LM_VENV to another folder, or remove it"
+        rm -rf "$VENV"
+    fi
+    version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make virtual environments: apt-get install python$version-venv, then run this again"
+    printf 'making %s with %s\n' "$VENV" "$(describe_python "$python")"
+    mkdir -p "$VENV" && touch "$OWNED"
+    "$python" -m venv "$VENV"
+}
+
+pip_install() {
+    local quiet=--quiet
+    [ -t 1 ] && quiet=--progress-bar=on
+    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$quiet" "$@" </dev/null ||
+        fail "the installation failed, see above; running this again starts it anew"
+}
+
+# Makes $VENV hold gluon_lm (editable) with the extras named, those installed before included, and puts it on PATH.
+# Nothing is installed where it does already.
+use_environment() {
+    local wanted hash extra before=""
+    exec 9<"$ROOT/setup.py"
+    if command -v flock >/dev/null; then
+        flock 9  # two scripts started at once: the second waits
+    fi
+    hash="$(fingerprint | sha256sum | cut -d ' ' -f 1)"
+    is_whole || make_environment
+    [ ! -f "$INSTALLED" ] || before="$(sed -n 3p "$INSTALLED")"
+    wanted="$(printf '%s\n' $before "$@" | sort -u | paste -s -d ' ')"
+    if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
+        printf 'installing gluon_lm with %s (about 100 MB to download at the first time)\n' "$wanted"
+        rm -f "$INSTALLED"
+        case " $wanted " in *" peers "*) install_gluonnlp ;; esac
+        (cd "$ROOT" && pip_install -e ".[${wanted// /,}]")
+        printf '%s\n' "$VENV $(describe_python "$VENV/bin/python")" "$hash" "$wanted" >"$INSTALLED.new"
+        mv "$INSTALLED.new" "$INSTALLED"
+    fi
+    exec 9<&-
+    export PATH="$VENV/bin:$PATH"
+    unset PYTHONHOME
+}
+
+# gluonnlp 0.10.0 ships C code that an old Cython wrote and that Python 3.11 refuses. Without it, it is written anew.
+install_gluonnlp() {
+    local folder
+    "$VENV/bin/python" -c 'import gluonnlp' 2>/dev/null && return
+    folder="$(mktemp -d)"
+    pip_install "numpy>=1.23.5,<1.24" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
+    "$VENV/bin/python" -m pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
+        --dest "$folder" gluonnlp==0.10.0 || fail "gluonnlp 0.10.0 cannot be downloaded, see above"
+    tar -xzf "$folder"/gluonnlp-0.10.0.tar.gz -C "$folder"
+    rm "$folder"/gluonnlp-0.10.0/src/gluonnlp/data/fast_bert_tokenizer.c
+    pip_install --no-build-isolation --no-deps "$folder/gluonnlp-0.10.0"
+    rm -rf "$folder"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    set -euo pipefail
+    [ $# -gt 0 ] || set -- cpu
+    [ "$*" != peers ] || set -- cpu peers
+    use_environment "$@"
+    printf '%s has gluon_lm with: %s\n' "$VENV" "$(sed -n 3p "$INSTALLED")"
+fi

