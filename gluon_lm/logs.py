@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import logging.handlers
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,32 @@ LOGGER = logging.getLogger("gluon_lm")
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """Send the package's log lines to standard output, bare. For commands; a library user configures logging."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.handlers[:] = [handler]
+    """Send the package's log lines to standard output, bare, and hold them for the file of a run that is made later.
+
+    For commands; a library user configures logging.
+    """
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.handlers[:] = [terminal, logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL)]
     LOGGER.setLevel(level)
     LOGGER.propagate = False
 
 
-def log_to_file(path: Path) -> logging.Handler:
-    """Append the package's log lines to a file, with the time before each; remove the handler when done."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    LOGGER.addHandler(handler)
-    return handler
+@contextlib.contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append the package's log lines to a file, with the time before each, beginning with those that were held."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    for held in [h for h in LOGGER.handlers if isinstance(h, logging.handlers.MemoryHandler)]:
+        held.setTarget(file)
+        held.close()
+        LOGGER.removeHandler(held)
+    LOGGER.addHandler(file)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(file)
+        file.close()
 
 
 class MetricsFile:

@@ -36,6 +36,7 @@ def _train(argv: Sequence[str]) -> int:
         print(command.describe(), end="")
         return 0
     log_to_terminal()
+    LOGGER.info("recipe %s", command.recipe or "none")
     prepare_process(command.config.devices.cpus or 1)
     if command.resume is not None:
         return _resume(command, run, checkpoint)
@@ -53,8 +54,7 @@ def _start(command: TrainCommand, run: RunFolder | None) -> int:
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
-    run.create(command.describe(), command.overwrite)
-    corpus.vocabulary.save(run.vocabulary)
+    run.create(command.describe(), corpus.vocabulary, command.overwrite)
     return _fit(trainer, run)
 
 
@@ -112,17 +112,16 @@ def _build(command: TrainCommand, corpus, run):
     model.hybridize_for_use()
     trainer = Trainer(config, corpus, model, communicator, run, command.describe())
     num_parameters = sum(int(p.data(communicator.devices[0]).size) for p in model.named_parameters().values())
-    LOGGER.info("recipe %s | %s", command.recipe or "none", run.path)
     LOGGER.info("%s", corpus.describe())
     LOGGER.info("%s %s%s, %.2f million parameters | %s", config.model.model,
                 "x".join(map(str, model.encoder.layer_sizes)), ", tied" if config.model.tied else "",
                 num_parameters / 1e6, communicator.description)
+    LOGGER.info("run folder %s", run.path)
     return trainer
 
 
 def _fit(trainer, run) -> int:
-    handler = log_to_file(run.log)
-    try:
+    with log_to_file(run.log):
         if run.path.parent.name == "runs":
             point(run.path.parent / "latest", run.path)
         code = trainer.fit()
@@ -134,9 +133,6 @@ def _fit(trainer, run) -> int:
             LOGGER.info("%s", " ".join(generate(trainer.model, trainer.corpus.vocabulary, words,
                                                 seed=trainer.config.training.seed)))
         return code
-    finally:
-        LOGGER.removeHandler(handler)
-        handler.close()
 
 
 if __name__ == "__main__":

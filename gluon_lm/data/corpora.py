@@ -26,7 +26,7 @@ _NAMINGS = ("{}.txt", "{}.tokens", "wiki.{}.tokens", "wiki.{}.raw", "ptb.{}.txt"
 Texts = Mapping[str, Text]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     """A text as token ids.
 
@@ -63,6 +63,9 @@ class Corpus:
             *(f"{split}={value}" for split, value in self.hashes.items()),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Corpus({self.name}, {dict(self.counts)}, {self.vocabulary!r})"
 
     def describe(self) -> str:
         """Two lines: how large it is, and how it was counted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
+import re
 import shutil
 import zipfile
 import zlib
@@ -20,10 +20,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DataError, MissingDependency
+from ..logs import LOGGER
 from ..progress import progress_bar
 from .files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
-
-LOGGER = logging.getLogger("gluon_lm")
 
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 16
@@ -143,7 +142,6 @@ _FAILURES = (
     zlib.error,
     EOFError,
     ValueError,
-    NotImplementedError,
     RuntimeError,
 )
 _LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -222,14 +220,12 @@ def _download_missing(
 
 
 def _one_line(error: BaseException) -> str:
-    # requests wraps urllib3's errors, whose own text repeats the address and names objects in memory.
+    """Why a mirror failed, without the address and the objects that urllib3 puts before it."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     reason = getattr(error, "reason", None)
-    error = reason if isinstance(reason, BaseException) else error
-    words = " ".join(str(error).split())
-    if words.startswith("<"):
-        words = words.partition(">: ")[2] or words
+    words = " ".join(str(reason if isinstance(reason, BaseException) else error).split())
+    words = re.sub(r"^(<\S+ object at \w+>|\w+\(host=[^)]*\)): ", "", words)
     return words[:200] or type(error).__name__
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -22,12 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
+from ..logs import LOGGER
 from ..progress import progress_bar
 from .files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
 from .tokenizers import TOKENIZERS
 from .vocabulary import EOS, UNK, Vocabulary
-
-LOGGER = logging.getLogger("gluon_lm")
 
 # Part of every cache key: raise it when the same text and options come to give other ids, or other files.
 _FORMAT = 1

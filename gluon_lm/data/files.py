@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-LOGGER = logging.getLogger("gluon_lm")
+from ..logs import LOGGER
 
 BLOCK_BYTES = 1 << 20
 

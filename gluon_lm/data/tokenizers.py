@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-Tokenizer = Callable[[str], "list[str]"]
+Tokenizer = Callable[[str], list[str]]
 
 # In order: special words; initials (U.S.); numbers with separators (1,234.56); words, also with
 # inner hyphens; what follows an apostrophe ('s, 't); runs of dashes and of dots; any other sign by itself.

@@ -15,7 +15,7 @@ def square_sums(arrays: Sequence[mx.nd.NDArray]) -> mx.nd.NDArray:
 
 
 def _square_sum(vector: mx.nd.NDArray) -> mx.nd.NDArray:
-    # MXNet's reductions (multi_sum_sq, norm) add element after element in float32 on CPU: over the gradient of
-    # an embedding, 33,278 x 200, they come out 1 % too small. Dot products of blocks are right to 1e-5, and faster.
+    # MXNet's reductions (multi_sum_sq, norm) add element after element in float32 on CPU: over an embedding's
+    # gradient, 33,278 x 200, they come out 1 % too small. Dot products of blocks are right to 1e-5, faster.
     blocks = [vector[start : start + _BLOCK] for start in range(0, vector.size, _BLOCK)]
     return mx.nd.concat(*[mx.nd.dot(block, block) for block in blocks], dim=0).sum()

@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
 
 CHECKPOINT_PREFIX = "step-"
@@ -54,13 +55,14 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ConfigError(f"--save {self.path}: no permission to write in {parent}; name another folder")
 
-    def create(self, config_yaml: str, overwrite: bool = False) -> None:
-        """Make the folder with its configuration in it, in one rename; an old one makes place if it may."""
+    def create(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> None:
+        """Make the folder, with its configuration and vocabulary in it, in one rename; an old one makes way if it may."""
         self.check_free(overwrite)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
         (fresh / self.checkpoints.name).mkdir(parents=True)
         (fresh / self.config.name).write_text(config_yaml, encoding="utf-8")
+        vocabulary.save(fresh / self.vocabulary.name)
         if self.path.exists():
             old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
             self.path.rename(old)

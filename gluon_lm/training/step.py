@@ -11,6 +11,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from ..config import show
 from ..data.windows import Window
 from ..distributed import Communicator
 from ..errors import TrainingDiverged
@@ -78,7 +79,7 @@ class TrainingStep:
         Parameters
         ----------
         window : Window
-            This worker's columns.
+            All columns; each device of each worker takes its own.
         seed, step : int
             Decide the dropout masks, and nothing else does.
 
@@ -98,8 +99,8 @@ class TrainingStep:
         if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
             raise TrainingDiverged(
                 f"step {step}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be finite; "
-                f"no parameter was changed by this step. Lower --lr (now {self.trainer.learning_rate:g}) or --clip "
-                f"(now {self._clip_norm})")
+                f"no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
+                f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})")
         clip_factor = 1.0
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
@@ -108,12 +109,13 @@ class TrainingStep:
 
     def _forward_backward(self, window: Window) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
-        width = window.tokens_TN.shape[1] // len(devices)
+        width = window.tokens_TN.shape[1] // (len(devices) * self._communicator.size)
+        first = self._communicator.rank * len(devices)
         if self._states is None:
             self._states = [self._model.begin_state(width, device) for device in devices]
         loss_sums = []
         for i, device in enumerate(devices):
-            part = window.columns(i * width, (i + 1) * width)
+            part = window.columns((first + i) * width, (first + i + 1) * width)
             if not part.num_targets:  # a short row alone that ends before this device's columns
                 for parameter in self._parameters:
                     parameter.data(device)._fresh_grad = True  # zero, and the other devices' are added

@@ -1,0 +1,356 @@
+"""Device flags, and every communicator back-end: the conformance tests run for each; 2-bit against numpy."""
+
+from __future__ import annotations
+
+import json
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import gluon
+
+from gluon_lm.config import DeviceConfig
+from gluon_lm.distributed import (
+    COMMUNICATORS,
+    KVStoreCommunicator,
+    SingleDevice,
+    create_communicator,
+    resolve_devices,
+    resolve_single_device,
+)
+from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
+from gluon_lm.errors import DistributedError
+
+SHAPES = [(6, 4), (5,), (3, 2)]
+
+
+def cpus(count):
+    return [mx.cpu(i) for i in range(count)]
+
+
+def make_parameters(devices):
+    parameters = [gluon.Parameter(f"p{i}", shape=shape) for i, shape in enumerate(SHAPES)]
+    for parameter in parameters:
+        parameter.initialize(mx.init.Zero(), ctx=devices)
+    return parameters
+
+
+def draw(step, num_devices, sizes=(1.0, 1.0, 1.0)):
+    """One step's gradients, ``[parameter][device]``, of about the given sizes, in float32."""
+    rng = np.random.RandomState(1000 + step)
+    return [
+        [(size * rng.randn(*shape)).astype(np.float32) for _ in range(num_devices)]
+        for shape, size in zip(SHAPES, sizes)
+    ]
+
+
+def reduce(communicator, parameters, gradients):
+    """Set the gradients, reduce them, and return what is then on each device: ``[parameter][device]``."""
+    for parameter, arrays in zip(parameters, gradients):
+        for grad, array in zip(parameter.list_grad(), arrays):
+            grad[:] = array
+    before = [parameter.list_grad() for parameter in parameters]
+    communicator.reduce_gradients(parameters)
+    assert all(now is then for p, grads in zip(parameters, before) for now, then in zip(p.list_grad(), grads))
+    return [[grad.asnumpy() for grad in parameter.list_grad()] for parameter in parameters]
+
+
+def assert_all_equal(found, expected):
+    """Every device has exactly the expected array of each parameter."""
+    for arrays, array in zip(found, expected):
+        for on_device in arrays:
+            np.testing.assert_array_equal(on_device, array)
+
+
+# ---------------------------------------------------------------- conformance
+
+BACK_ENDS = {
+    "single": lambda: SingleDevice(cpus(1)),
+    **{
+        f"{kind}-{n}": lambda kind=kind, n=n: COMMUNICATORS[kind](cpus(n), DeviceConfig(cpus=n, kvstore=kind))
+        for kind in COMMUNICATORS
+        for n in (2, 3)
+    },
+    "device-2bit": lambda: KVStoreCommunicator(cpus(2), "device", threshold=0.5),
+}
+
+
+@pytest.fixture(params=sorted(BACK_ENDS))
+def communicator(request):
+    communicator = BACK_ENDS[request.param]()
+    yield communicator
+    communicator.close()
+
+
+def test_one_process_is_rank_0_of_1(communicator):
+    assert (communicator.rank, communicator.size, communicator.is_primary) == (0, 1, True)
+    assert communicator.broadcast_object({"lr": 5.0, "best": None}) == {"lr": 5.0, "best": None}
+    communicator.barrier()
+
+
+def test_description_is_one_line_that_names_the_devices(communicator):
+    assert "\n" not in communicator.description
+    assert str(communicator.devices[-1]) in communicator.description
+
+
+def test_broadcast_gives_every_device_the_first_ones_values(communicator):
+    parameters = make_parameters(communicator.devices)
+    for parameter in parameters:
+        for i, data in enumerate(parameter.list_data()):
+            data[:] = i + 1
+    communicator.broadcast_parameters(parameters)
+    for parameter in parameters:
+        for data in parameter.list_data():
+            np.testing.assert_array_equal(data.asnumpy(), np.ones(parameter.shape))
+
+
+def test_reduce_leaves_the_sum_on_every_device_in_place(communicator):
+    parameters = make_parameters(communicator.devices)
+    for step in range(3):
+        # Small whole numbers add up exactly in any order.
+        gradients = [
+            [np.round(3 * array) for array in arrays] for arrays in draw(step, len(communicator.devices))
+        ]
+        assert_all_equal(reduce(communicator, parameters, gradients), [sum(arrays) for arrays in gradients])
+
+
+def test_reduce_changes_no_parameter(communicator):
+    parameters = make_parameters(communicator.devices)
+    for parameter in parameters:
+        parameter.set_data(mx.nd.full(parameter.shape, 7))
+    reduce(communicator, parameters, draw(0, len(communicator.devices)))
+    for parameter in parameters:
+        for data in parameter.list_data():
+            assert np.all(data.asnumpy() == 7)
+
+
+def test_state_goes_through_json_and_checkpoints_between_steps_change_no_sum(communicator):
+    parameters = make_parameters(communicator.devices)
+    count = len(communicator.devices)
+    first = reduce(communicator, parameters, draw(0, count))
+    communicator.load_state_dict(json.loads(json.dumps(communicator.state_dict())))
+    communicator.checkpointed()
+    for arrays, again in zip(first, reduce(communicator, parameters, draw(0, count))):
+        np.testing.assert_array_equal(arrays[0], again[0])
+
+
+def test_close_twice(communicator):
+    reduce(communicator, make_parameters(communicator.devices), draw(0, len(communicator.devices)))
+    communicator.close()
+    communicator.close()
+
+
+# ---------------------------------------------------------------- 2-bit compression
+
+SIZES = (3.0, 1e-2, 2e-4)
+
+
+class NumpyCompression:
+    """MXNet's 2-bit compression with scales, step by step in float32: what each device should hold."""
+
+    def __init__(self, num_devices, threshold):
+        self.threshold, self.num_devices = np.float32(threshold), num_devices
+        self.factors, self.observed = None, []
+        self.reset()
+
+    def reset(self):
+        self.residuals = [[np.zeros(shape, np.float32) for _ in range(self.num_devices)] for shape in SHAPES]
+
+    def reduce(self, gradients):
+        if self.factors is None:
+            self.observed.append(gradients)
+            if len(self.observed) == CALIBRATION_STEPS:
+                rms = [
+                    np.sqrt(np.mean(np.square(np.array([step[k] for step in self.observed], np.float64))))
+                    for k in range(len(SHAPES))
+                ]
+                self.factors = [np.float32(2.0 ** round(np.log2(TARGET_RMS / value))) for value in rms]
+            return [np.sum(np.array(arrays, np.float64), axis=0) for arrays in gradients]
+        sums = []
+        for arrays, residuals, factor in zip(gradients, self.residuals, self.factors):
+            total = np.zeros(arrays[0].shape, np.float32)
+            for array, residual in zip(arrays, residuals):
+                residual += array * factor
+                sent = self.threshold * (
+                    (residual >= self.threshold).astype(np.float32) - (residual <= -self.threshold)
+                )
+                residual -= sent
+                total += sent
+            sums.append(total / factor)
+        return sums
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("threshold", [0.5, 0.125])
+def test_two_bits_agree_with_numpy_with_residuals(num_devices, threshold):
+    communicator = KVStoreCommunicator(cpus(num_devices), "device", threshold)
+    parameters, expected = make_parameters(communicator.devices), NumpyCompression(num_devices, threshold)
+    for step in range(CALIBRATION_STEPS):
+        gradients = draw(step, num_devices, SIZES)
+        sums = expected.reduce(gradients)
+        for arrays, array in zip(reduce(communicator, parameters, gradients), sums):
+            for on_device in arrays:
+                np.testing.assert_allclose(on_device, array, rtol=1e-5, atol=1e-6 * np.abs(array).max())
+    assert communicator.state_dict()["factors"] == [float(factor) for factor in expected.factors]
+    assert len(set(expected.factors)) == len(SIZES)
+    for step in range(CALIBRATION_STEPS, CALIBRATION_STEPS + 12):
+        if step == CALIBRATION_STEPS + 7:
+            communicator.checkpointed()
+            expected.reset()
+        gradients = draw(step, num_devices, SIZES)
+        assert_all_equal(reduce(communicator, parameters, gradients), expected.reduce(gradients))
+
+
+def calibrated(num_devices=2, steps=CALIBRATION_STEPS, sizes=SIZES):
+    communicator = KVStoreCommunicator(cpus(num_devices), "device", 0.5)
+    parameters = make_parameters(communicator.devices)
+    for step in range(steps):
+        reduce(communicator, parameters, draw(step, num_devices, sizes))
+    return communicator, parameters
+
+
+@pytest.mark.parametrize("steps", [7, CALIBRATION_STEPS, CALIBRATION_STEPS + 5])
+def test_two_bits_resume_exactly_where_both_start_without_residuals(steps):
+    first, parameters = calibrated(steps=steps)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.checkpointed()
+    second = KVStoreCommunicator(cpus(2), "device", 0.5)
+    second.load_state_dict(state)
+    others = make_parameters(second.devices)
+    for step in range(steps, steps + 20):
+        expected = reduce(first, parameters, draw(step, 2, SIZES))
+        assert_all_equal(reduce(second, others, draw(step, 2, SIZES)), [arrays[0] for arrays in expected])
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_checkpoint_forgets_the_residuals(checkpoint):
+    communicator, parameters = calibrated(sizes=(1.0, 1.0, 1.0))
+    assert communicator.state_dict()["factors"] == [0.25] * 3
+    # A quarter of 0.3 crosses the threshold of 0.5 at the seventh step.
+    gradients = [[np.full(shape, 0.3, np.float32)] * 2 for shape in SHAPES]
+    for _ in range(5):
+        assert not reduce(communicator, parameters, gradients)[0][0].any()
+    if checkpoint:
+        communicator.checkpointed()
+    sent = [bool(reduce(communicator, parameters, gradients)[0][0].any()) for _ in range(2)]
+    assert sent == [False, not checkpoint]
+
+
+@pytest.mark.parametrize("size", [1e2, 1.0, 1e-2, 1e-3, 1e-4])
+def test_at_its_defaults_something_arrives_and_nothing_is_lost(size):
+    defaults = DeviceConfig(cpus=2, gctype="2bit")
+    communicator = create_communicator(defaults)
+    parameters = make_parameters(communicator.devices)
+    steps, sizes = 30, (size, size / 3, size / 10)
+    for step in range(CALIBRATION_STEPS):
+        reduce(communicator, parameters, draw(step, 2, sizes))
+    sent = [np.zeros(shape) for shape in SHAPES]
+    true = [np.zeros(shape) for shape in SHAPES]
+    for step in range(CALIBRATION_STEPS, CALIBRATION_STEPS + steps):
+        gradients = draw(step, 2, sizes)
+        found = reduce(communicator, parameters, gradients)
+        for k in range(len(SHAPES)):
+            assert len(np.unique(found[k][0])) <= 5  # two devices send -1, 0 or 1 each
+            sent[k] += found[k][0]
+            true[k] += sum(gradients[k])
+    for k in range(len(SHAPES)):
+        assert np.count_nonzero(sent[k]) > 0.8 * sent[k].size
+        # What is not sent waits in the residuals, so the sums stay close over many steps.
+        assert np.corrcoef(sent[k].ravel(), true[k].ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("device", [0, 1])
+def test_two_bits_do_not_hide_a_gradient_that_is_not_finite(what, device):
+    communicator, parameters = calibrated()
+    gradients = draw(50, 2, SIZES)
+    gradients[0][device].flat[0] = what
+    found = reduce(communicator, parameters, gradients)
+    for i in range(2):
+        assert not all(np.isfinite(arrays[i]).all() for arrays in found)
+
+
+def test_a_parameter_without_gradients_in_calibration_keeps_its_size():
+    communicator, parameters = calibrated(sizes=(1.0, 0.0, 1.0))
+    assert communicator.state_dict()["factors"][1] == 1.0
+    assert_all_equal(
+        reduce(communicator, parameters, [[np.full(shape, 0.75, np.float32)] * 2 for shape in SHAPES])[1:2],
+        [np.full(SHAPES[1], 1.0)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1.0, 1.0), (1.3, 1.0), (1.5, 2.0), (0.3, 0.25), (3e-5, 2.0**-15)]
+)
+def test_power_of_two_near(value, expected):
+    assert power_of_two_near(value) == expected
+
+
+# ---------------------------------------------------------------- device flags
+
+without_gpu = pytest.mark.skipif(mx.context.num_gpus() > 0, reason="this machine has a GPU")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_cpus(count):
+    assert resolve_devices(DeviceConfig(cpus=count)) == cpus(count)
+    communicator = create_communicator(DeviceConfig(cpus=count))
+    assert communicator.devices == cpus(count)
+    assert isinstance(communicator, SingleDevice if count == 1 else KVStoreCommunicator)
+
+
+def test_no_cuda_means_the_cpu():
+    assert resolve_devices(DeviceConfig(cuda=False)) == [mx.cpu(0)]
+
+
+@without_gpu
+def test_nothing_given_without_a_gpu_means_one_cpu_context():
+    assert resolve_devices(DeviceConfig()) == [mx.cpu(0)]
+    assert isinstance(create_communicator(DeviceConfig()), SingleDevice)
+
+
+@pytest.mark.gpu
+def test_nothing_given_with_a_gpu_means_the_first():
+    assert resolve_devices(DeviceConfig()) == [mx.gpu(0)]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (DeviceConfig(gpus=(0, 1)), "--gpus 0,1"),
+        (DeviceConfig(cuda=True), "--cuda"),
+        (DeviceConfig(single_gpu=True), "--single-gpu"),
+        (DeviceConfig(gpus=(3,)), "--gpus 3"),
+    ],
+)
+@pytest.mark.parametrize("resolve", [resolve_devices, create_communicator])
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(config, flag, resolve):
+    with pytest.raises(DistributedError) as caught:
+        resolve(config)
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{flag}: MXNet sees no GPU here")
+        and "--cpus N" in message
+        and "\n" not in message
+    )
+
+
+@pytest.mark.gpu
+def test_a_gpu_beyond_the_last_is_refused():
+    with pytest.raises(DistributedError, match=r"--gpus 99: MXNet sees .*GPU"):
+        resolve_devices(DeviceConfig(gpus=(99,)))
+
+
+def test_compression_on_one_device_is_refused():
+    with pytest.raises(
+        DistributedError, match=r"--gctype 2bit: there is one device .*nothing to compress"
+    ) as caught:
+        create_communicator(DeviceConfig(cpus=1, gctype="2bit"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_command_for_one_device_refuses_several():
+    assert resolve_single_device(DeviceConfig(cpus=1)) == mx.cpu(0)
+    with pytest.raises(DistributedError, match="2 devices are named"):
+        resolve_single_device(DeviceConfig(cpus=2))

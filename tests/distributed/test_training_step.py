@@ -1,0 +1,330 @@
+"""The training step: the same on any number of devices, equal to numpy's, safe where it is not finite."""
+
+from __future__ import annotations
+
+import mxnet as mx
+import numpy as np
+import pytest
+import reference
+from builders import VOCAB_SIZE, build_model, relative_error, values_of
+
+from gluon_lm.config import OptimConfig
+from gluon_lm.data.windows import Streams
+from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
+from gluon_lm.distributed.compression import CALIBRATION_STEPS
+from gluon_lm.errors import TrainingDiverged
+from gluon_lm.optim.clipping import square_sums
+from gluon_lm.optim.optimizers import create_optimizer
+from gluon_lm.training.step import TrainingStep, step_seed
+
+EOS, BATCH, BPTT = 0, 4, 5
+# Windows of an epoch: three of 20 targets and one of 6, whose second row is short.
+NUM_TOKENS = 3 * BPTT * BATCH + 6
+
+
+def text(num_tokens=NUM_TOKENS):
+    return np.random.RandomState(4).randint(0, VOCAB_SIZE, num_tokens).astype(np.int32)
+
+
+def communicator_on(num_devices, kvstore="device", threshold=None):
+    devices = [mx.cpu(i) for i in range(num_devices)]
+    return SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices, kvstore, threshold)
+
+
+def build_step(communicator, clip_norm=None, optimizer="sgd", lr=0.5, **config):
+    model = build_model(communicator.devices, **config)
+    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr), communicator.devices)
+    return model, TrainingStep(model, rule, communicator, clip_norm)
+
+
+def train(step, num_steps=10, ids=None, seed=3):
+    """Take steps over as many epochs as that takes, as the trainer does; what each returned."""
+    windows = list(Streams(text() if ids is None else ids, BATCH, EOS).windows(BPTT))
+    results = []
+    for k in range(num_steps):
+        if k % len(windows) == 0:
+            step.reset_state()
+        results.append(step(windows[k % len(windows)], seed, k))
+    return results
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("kvstore", ["device", "local"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_norm": 0.3, "model": "lstm"},
+        {"clip_norm": 0.3, "model": "gru", "tied": True},
+        {"clip_norm": None, "model": "lstm", "tied": True, "optimizer": "adam", "lr": 0.01},
+    ],
+    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied"],
+)
+def test_any_number_of_devices_gives_the_parameters_of_one(num_devices, kvstore, settings):
+    one, one_step = build_step(communicator_on(1), **settings)
+    many, many_step = build_step(communicator_on(num_devices, kvstore), **settings)
+    first = values_of(one)
+    for expected, found in zip(train(one_step), train(many_step)):
+        assert found.num_targets == expected.num_targets
+        assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    expected = values_of(one)
+    for i in range(num_devices):
+        for name, value in values_of(many, mx.cpu(i)).items():
+            assert relative_error(value, expected[name]) < 1e-5, name
+            assert relative_error(first[name], expected[name]) > 1e-3, name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("in_last_row", [1, 2])
+def test_a_last_row_that_does_not_reach_every_device(tied, in_last_row):
+    """The last window is one short row: some devices have no target in it."""
+    num_tokens = BPTT * BATCH + in_last_row
+    one, one_step = build_step(communicator_on(1), tied=tied)
+    four, four_step = build_step(communicator_on(4), tied=tied)
+    results = train(one_step, 4, text(num_tokens)), train(four_step, 4, text(num_tokens))
+    assert [result.num_targets for result in results[1]] == [20, in_last_row] * 2
+    assert [r.loss_sum for r in results[1]] == pytest.approx([r.loss_sum for r in results[0]], rel=1e-5)
+    for i in range(4):
+        for name, value in values_of(four, mx.cpu(i)).items():
+            assert relative_error(value, values_of(one)[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_states_are_carried_on_each_device(num_devices):
+    model, step = build_step(communicator_on(num_devices))
+    assert step.states is None
+    train(step, 1)
+    assert len(step.states) == num_devices
+    for i, states in enumerate(step.states):
+        assert [state.context for state in states] == [mx.cpu(i)] * 4
+        assert all(state.shape[1] == BATCH // num_devices for state in states)
+        assert all(np.abs(state.asnumpy()).max() > 0 for state in states)
+    step.reset_state()
+    assert step.states is None
+
+
+# ---------------------------------------------------------------- against numpy
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_norm": None},
+        {"clip_norm": 0.05},
+        {"clip_norm": 100.0},
+        {"clip_norm": 0.05, "model": "rnn_tanh", "tied": True},
+        {"clip_norm": None, "optimizer": "adam", "lr": 0.01},
+    ],
+    ids=["mean", "clipped", "not-clipped", "clipped-tied", "adam"],
+)
+def test_ten_steps_agree_with_numpy(num_devices, settings):
+    model, step = build_step(communicator_on(num_devices), **settings)
+    cell, lr = settings.get("model", "lstm"), settings.get("lr", 0.5)
+    rule = reference.Adam(lr) if settings.get("optimizer") == "adam" else reference.SGD(lr)
+    parameters = values_of(model)
+    windows = list(Streams(text(), BATCH, EOS).windows(BPTT))
+    for k, result in enumerate(train(step)):
+        if k % len(windows) == 0:
+            states = reference.zero_states(cell, parameters, BATCH)
+        window = windows[k % len(windows)]
+        loss, gradients, states = reference.loss_and_gradients(
+            cell, parameters, window.tokens_TN, window.targets_TN, states, window.num_targets
+        )
+        update, norm = reference.clipped_mean(gradients, window.num_targets, settings["clip_norm"])
+        rule.update(parameters, update)
+        assert result.num_targets == window.num_targets
+        assert result.loss_sum == pytest.approx(loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, value in values_of(model).items():
+        assert relative_error(value, parameters[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_a_clipped_update_has_the_length_of_the_bound(num_devices):
+    model, step = build_step(communicator_on(num_devices), clip_norm=0.05, lr=1.0)
+    before = values_of(model)
+    (result,) = train(step, 1)
+    assert result.grad_norm > 0.1
+    change = np.sqrt(sum(((value - before[name]) ** 2).sum() for name, value in values_of(model).items()))
+    assert change == pytest.approx(0.05, rel=1e-5)
+
+
+def test_the_norm_is_exact_where_rows_differ_in_size():
+    """A reduction that adds in order in float32 is nearly 1 % off here."""
+    rng = np.random.RandomState(0)
+    values = (rng.randn(33278, 100) * np.exp(rng.randn(33278, 1))).astype(np.float32)
+    found = square_sums([mx.nd.array(values), mx.nd.array(values[0]), mx.nd.ones((2, 3))]).asnumpy()
+    exact = [np.square(array.astype(np.float64)).sum() for array in (values, values[0], np.ones((2, 3)))]
+    np.testing.assert_allclose(found, exact, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the same again
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_two_runs_with_one_seed_are_equal_to_the_bit(num_devices):
+    def run(seed):
+        model, step = build_step(communicator_on(num_devices), clip_norm=0.3, dropout=0.4)
+        results = train(step, seed=seed)
+        return [result.loss_sum for result in results], [
+            value for i in range(num_devices) for value in values_of(model, mx.cpu(i)).values()
+        ]
+
+    losses, values = run(seed=3)
+    mx.nd.random.uniform(shape=(3,))
+    losses_again, values_again = run(seed=3)
+    assert losses_again == losses
+    for value, again in zip(values, values_again):
+        np.testing.assert_array_equal(value, again)
+    assert run(seed=4)[0] != losses
+
+
+def test_dropout_masks_depend_on_the_step_alone():
+    """A run that is stopped and continued drops what it would have dropped."""
+    windows = list(Streams(text(), BATCH, EOS).windows(BPTT))
+
+    def loss(seed, number):
+        _, step = build_step(communicator_on(1), dropout=0.5)
+        return step(windows[0], seed, number).loss_sum
+
+    assert loss(1, 7) == loss(1, 7)
+    assert len({loss(1, 7), loss(1, 8), loss(2, 7)}) == 3
+
+
+def test_devices_draw_different_masks():
+    _, step = build_step(communicator_on(2), dropout=0.5)
+    window = Streams(np.tile(text(10), 4), BATCH, EOS).window(0, BPTT)  # the same column four times
+    step(window, 1, 0)
+    first, second = (states[0].asnumpy() for states in step.states)
+    assert not np.allclose(first[:, 0], second[:, 0])
+
+
+def test_step_seeds_are_distinct_and_in_range():
+    seeds = {step_seed(seed, step) for seed in range(30) for step in range(100)}
+    assert len(seeds) > 2990  # chance alone makes two of these equal once in 500 tries
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+# ---------------------------------------------------------------- not finite
+
+
+def run_into(communicator, damage, warm_up=0, **settings):
+    """Take `warm_up` good steps, do the damage, and take a step that must be refused."""
+    model, step = build_step(communicator, clip_norm=0.25, **settings)
+    windows = list(Streams(text(), BATCH, EOS).windows(BPTT))
+    for k in range(warm_up):
+        step(windows[0], 0, k)
+    damage(model)
+    before = [values_of(model, device) for device in communicator.devices]
+    with pytest.raises(TrainingDiverged) as caught:
+        step(windows[0], 0, 417)
+    for device, values in zip(communicator.devices, before):
+        for name, value in values_of(model, device).items():
+            np.testing.assert_array_equal(value, values[name])
+    return str(caught.value)
+
+
+def spoil(name, what):
+    def damage(model):
+        parameter = model.named_parameters()[name]
+        values = parameter.list_data()[0].asnumpy()
+        values.flat[:] = what
+        parameter.set_data(mx.nd.array(values))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.embedding.weight", "encoder.layers.1.h2h_weight", "head.decoder.bias"]
+)
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_and_says_so(name, what, num_devices):
+    message = run_into(communicator_on(num_devices), spoil(name, what))
+    assert message.startswith("step 417: ") and "\n" not in message
+    assert "--lr (now 0.5)" in message and "--clip (now 0.25)" in message
+
+
+def test_a_loss_that_is_finite_does_not_hide_a_gradient_that_is_not():
+    # Decoder weights near the largest float32 make the gradient of the hidden vectors overflow; vectors
+    # of zero, from an encoder of zeros, keep every logit at zero.
+    def damage(model):
+        for parameter in model.named_parameters().values():
+            parameter.set_data(mx.nd.zeros(parameter.shape))
+        signs = np.where(np.arange(VOCAB_SIZE) % 2, 1, -1)[:, None] * np.ones((1, 5))
+        model.named_parameters()["head.decoder.weight"].set_data(mx.nd.array(3e38 * signs))
+
+    message = run_into(communicator_on(1), damage)
+    assert f"loss {np.log(VOCAB_SIZE):g} " in message
+
+
+def test_two_bits_do_not_hide_it_either():
+    message = run_into(
+        communicator_on(2, threshold=0.5),
+        spoil("encoder.layers.0.h2h_weight", np.nan),
+        warm_up=CALIBRATION_STEPS + 2,
+    )
+    assert message.startswith("step 417: ")
+
+
+def test_a_learning_rate_far_too_large_ends_in_this_error():
+    _, step = build_step(communicator_on(1), lr=1e30, model="rnn_relu")
+    with pytest.raises(TrainingDiverged, match=r"^step [1-9]: loss"):
+        train(step)
+
+
+# ---------------------------------------------------------------- compression
+
+
+def test_two_bit_training_learns_as_much_as_without():
+    """At the default threshold, after calibration, on gradients of a few hundredths."""
+
+    def run(threshold):
+        model, step = build_step(
+            communicator_on(2, threshold=threshold),
+            clip_norm=0.25,
+            lr=1.0,
+            model="rnn_tanh",
+            embed_size=16,
+            hidden_size=16,
+            num_layers=1,
+        )
+        results = train(step, CALIBRATION_STEPS + 40, ids=np.arange(80, dtype=np.int32) % 4)
+        for value, first in zip(values_of(model, mx.cpu(1)).values(), values_of(model).values()):
+            np.testing.assert_array_equal(value, first)
+        return [result.loss_sum / result.num_targets for result in results]
+
+    compressed, exact = run(0.5), run(None)
+    assert compressed[:CALIBRATION_STEPS] == exact[:CALIBRATION_STEPS]
+    assert compressed[CALIBRATION_STEPS + 1] != exact[CALIBRATION_STEPS + 1]
+    assert compressed[CALIBRATION_STEPS] > 0.2
+    assert compressed[-1] < 0.05
+
+
+# ---------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings", [{"model": "lstm"}, {"model": "gru", "tied": True}], ids=["lstm", "gru-tied"]
+)
+def test_the_gpu_gives_the_parameters_of_the_cpu(settings):
+    cpu, cpu_step = build_step(SingleDevice([mx.cpu(0)]), clip_norm=0.3, **settings)
+    gpu, gpu_step = build_step(SingleDevice([mx.gpu(0)]), clip_norm=0.3, **settings)
+    losses = [[result.loss_sum for result in train(step)] for step in (cpu_step, gpu_step)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, value in values_of(gpu, mx.gpu(0)).items():
+        assert relative_error(value, values_of(cpu)[name]) < 1e-4, name
+
+
+@pytest.mark.gpu
+def test_two_runs_on_the_gpu_draw_the_same_masks():
+    def run():
+        _, step = build_step(SingleDevice([mx.gpu(0)]), dropout=0.4)
+        return [result.loss_sum for result in train(step)]
+
+    assert run() == pytest.approx(run(), rel=1e-5)

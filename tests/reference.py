@@ -1,0 +1,224 @@
+"""The language model once more, in plain numpy and float64, with back-propagation written out by hand.
+
+Nothing here is shared with the package, so that an error would have to be made twice to go unseen. Parameters
+are dictionaries of arrays by the names that `LanguageModel.named_parameters` gives; a tied model has no
+``head.decoder.weight``. No dropout.
+
+Shapes: T time, N batch, V vocabulary, E embedding width, I and H widths of a layer, R = T x N rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NUM_STATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 1, "lstm": 2}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+# ---------------------------------------------------------------- cells: forward returns (h, c, saved)
+
+
+def _rnn_forward(activation, x, h, c, Wx, Wh, bx, bh):
+    new_h = activation(x @ Wx.T + bx + h @ Wh.T + bh)
+    return new_h, None, (x, h, new_h)
+
+
+def _rnn_backward(slope, saved, grad_h, grad_c, Wx, Wh):
+    x, h, new_h = saved
+    pre = grad_h * slope(new_h)
+    return pre @ Wx, pre @ Wh, None, pre.T @ x, pre.T @ h, pre.sum(0), pre.sum(0)
+
+
+def _lstm_forward(x, h, c, Wx, Wh, bx, bh):
+    i, f, g, o = np.split(x @ Wx.T + bx + h @ Wh.T + bh, 4, axis=1)
+    i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
+    new_c = f * c + i * g
+    return o * np.tanh(new_c), new_c, (x, h, c, i, f, g, o, new_c)
+
+
+def _lstm_backward(saved, grad_h, grad_c, Wx, Wh):
+    x, h, c, i, f, g, o, new_c = saved
+    tanh_c = np.tanh(new_c)
+    grad_c = grad_c + grad_h * o * (1 - tanh_c**2)
+    pre = np.concatenate(
+        [
+            grad_c * g * i * (1 - i),
+            grad_c * c * f * (1 - f),
+            grad_c * i * (1 - g**2),
+            grad_h * tanh_c * o * (1 - o),
+        ],
+        axis=1,
+    )
+    return pre @ Wx, pre @ Wh, grad_c * f, pre.T @ x, pre.T @ h, pre.sum(0), pre.sum(0)
+
+
+def _gru_forward(x, h, c, Wx, Wh, bx, bh):
+    xr, xz, xn = np.split(x @ Wx.T + bx, 3, axis=1)
+    hr, hz, hn = np.split(h @ Wh.T + bh, 3, axis=1)
+    r, z = sigmoid(xr + hr), sigmoid(xz + hz)
+    n = np.tanh(xn + r * hn)
+    return (1 - z) * n + z * h, None, (x, h, hn, r, z, n)
+
+
+def _gru_backward(saved, grad_h, grad_c, Wx, Wh):
+    x, h, hn, r, z, n = saved
+    pre_n = grad_h * (1 - z) * (1 - n**2)
+    pre_r = pre_n * hn * r * (1 - r)
+    pre_z = grad_h * (h - n) * z * (1 - z)
+    pre_x = np.concatenate([pre_r, pre_z, pre_n], axis=1)
+    pre_h = np.concatenate([pre_r, pre_z, pre_n * r], axis=1)
+    return (pre_x @ Wx, pre_h @ Wh + grad_h * z, None, pre_x.T @ x, pre_h.T @ h, pre_x.sum(0), pre_h.sum(0))
+
+
+CELLS = {
+    "rnn_tanh": (lambda *a: _rnn_forward(np.tanh, *a), lambda *a: _rnn_backward(lambda y: 1 - y**2, *a)),
+    "rnn_relu": (
+        lambda *a: _rnn_forward(lambda v: np.maximum(v, 0), *a),
+        lambda *a: _rnn_backward(lambda y: (y > 0).astype(float), *a),
+    ),
+    "lstm": (_lstm_forward, _lstm_backward),
+    "gru": (_gru_forward, _gru_backward),
+}
+
+
+# ---------------------------------------------------------------- the model
+
+
+def _layer_names(i):
+    return [f"encoder.layers.{i}.{part}" for part in ("i2h_weight", "h2h_weight", "i2h_bias", "h2h_bias")]
+
+
+def num_layers(parameters):
+    return sum(name.endswith(".i2h_weight") for name in parameters)
+
+
+def zero_states(cell, parameters, batch_size):
+    return [
+        np.zeros((batch_size, parameters[_layer_names(i)[1]].shape[1]))
+        for i in range(num_layers(parameters))
+        for _ in range(NUM_STATES[cell])
+    ]
+
+
+def encode(cell, parameters, tokens_TN, states):
+    """Hidden vectors of the last layer, the new states, and what the way back needs."""
+    forward, _ = CELLS[cell]
+    count = NUM_STATES[cell]
+    outputs_TNI = parameters["encoder.embedding.weight"][tokens_TN]
+    new_states, tape = [], []
+    for i in range(num_layers(parameters)):
+        weights = [parameters[name] for name in _layer_names(i)]
+        h, c = states[i * count], states[i * count + 1] if count == 2 else None
+        hidden, saved = [], []
+        for x in outputs_TNI:
+            h, c, kept = forward(x, h, c, *weights)
+            hidden.append(h)
+            saved.append(kept)
+        new_states += [h, c][:count]
+        tape.append(saved)
+        outputs_TNI = np.stack(hidden)
+    return outputs_TNI, new_states, tape
+
+
+def decoder_weight(parameters):
+    return parameters.get("head.decoder.weight", parameters["encoder.embedding.weight"])
+
+
+def log_probs(cell, parameters, tokens_TN, states):
+    hidden_TNH, new_states, _ = encode(cell, parameters, tokens_TN, states)
+    return log_softmax(
+        hidden_TNH @ decoder_weight(parameters).T + parameters["head.decoder.bias"]
+    ), new_states
+
+
+def loss_and_gradients(cell, parameters, tokens_TN, targets_TN, states, num_targets=None):
+    """Summed loss of the first `num_targets` rows (or all), its gradients by name, and the new states."""
+    _, backward = CELLS[cell]
+    count = NUM_STATES[cell]
+    hidden_TNH, new_states, tape = encode(cell, parameters, tokens_TN, states)
+    T, N, H = hidden_TNH.shape
+    num_targets = T * N if num_targets is None else num_targets
+    hidden_RH, targets_R = hidden_TNH.reshape(-1, H)[:num_targets], targets_TN.reshape(-1)[:num_targets]
+    weight_VH = decoder_weight(parameters)
+    log_probs_RV = log_softmax(hidden_RH @ weight_VH.T + parameters["head.decoder.bias"])
+    loss = -log_probs_RV[np.arange(num_targets), targets_R].sum()
+
+    gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
+    logits_grad_RV = np.exp(log_probs_RV)
+    logits_grad_RV[np.arange(num_targets), targets_R] -= 1
+    tied = "head.decoder.weight" not in parameters
+    gradients["encoder.embedding.weight" if tied else "head.decoder.weight"] += logits_grad_RV.T @ hidden_RH
+    gradients["head.decoder.bias"] += logits_grad_RV.sum(0)
+    grad_RH = np.zeros((T * N, H))
+    grad_RH[:num_targets] = logits_grad_RV @ weight_VH
+    grad_TNH = grad_RH.reshape(T, N, H)
+
+    for i in reversed(range(num_layers(parameters))):
+        names = _layer_names(i)
+        Wx, Wh = parameters[names[0]], parameters[names[1]]
+        grad_h, grad_c = np.zeros((N, Wh.shape[1])), np.zeros((N, Wh.shape[1])) if count == 2 else None
+        grad_inputs = []
+        for t in reversed(range(T)):
+            grad_x, grad_h, grad_c, *by_weights = backward(tape[i][t], grad_TNH[t] + grad_h, grad_c, Wx, Wh)
+            for name, value in zip(names, by_weights):
+                gradients[name] += value
+            grad_inputs.append(grad_x)
+        grad_TNH = np.stack(grad_inputs[::-1])
+    np.add.at(gradients["encoder.embedding.weight"], tokens_TN, grad_TNH)
+    return loss, gradients, new_states
+
+
+def text_loss(cell, parameters, ids, eos):
+    """Summed negative log-likelihood of a text, word by word, the first one after `eos`."""
+    states, previous, total = zero_states(cell, parameters, 1), eos, 0.0
+    for word in ids:
+        log_probs_11V, states = log_probs(cell, parameters, np.array([[previous]]), states)
+        total -= log_probs_11V[0, 0, word]
+        previous = word
+    return total
+
+
+# ---------------------------------------------------------------- training
+
+
+def clipped_mean(gradients, num_targets, clip_norm):
+    """Gradients of the mean loss, their common L2 norm cut to `clip_norm`, and that norm before the cut."""
+    mean = {name: value / num_targets for name, value in gradients.items()}
+    norm = np.sqrt(sum((value**2).sum() for value in mean.values()))
+    factor = min(1.0, clip_norm / norm) if clip_norm is not None else 1.0
+    return {name: factor * value for name, value in mean.items()}, norm
+
+
+class SGD:
+    def __init__(self, lr, weight_decay=0.0):
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def update(self, parameters, gradients):
+        for name, value in parameters.items():
+            value -= self.lr * (gradients[name] + self.weight_decay * value)
+
+
+class Adam:
+    """Kingma & Ba 2015, as at the end of their section 2: epsilon is added before the bias correction."""
+
+    def __init__(self, lr, beta1=0.9, beta2=0.999, epsilon=1e-8):
+        self.lr, self.beta1, self.beta2, self.epsilon = lr, beta1, beta2, epsilon
+        self.step, self.moments = 0, {}
+
+    def update(self, parameters, gradients):
+        self.step += 1
+        lr = self.lr * np.sqrt(1 - self.beta2**self.step) / (1 - self.beta1**self.step)
+        for name, value in parameters.items():
+            first, second = self.moments.get(name, (0.0, 0.0))
+            first = self.beta1 * first + (1 - self.beta1) * gradients[name]
+            second = self.beta2 * second + (1 - self.beta2) * gradients[name] ** 2
+            self.moments[name] = first, second
+            value -= lr * first / (np.sqrt(second) + self.epsilon)

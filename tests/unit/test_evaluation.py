@@ -1,0 +1,87 @@
+"""Perplexity of a text: exact over every token, whatever the windows."""
+
+from __future__ import annotations
+
+import math
+
+import mxnet as mx
+import numpy as np
+import pytest
+import reference
+from builders import VOCAB_SIZE, build_model, values_of
+
+from gluon_lm.evaluation.static import Evaluation, evaluate
+from gluon_lm.models import CELLS
+
+EOS = 3
+
+
+def text(num_tokens=57):
+    return np.random.RandomState(8).randint(0, VOCAB_SIZE, num_tokens).astype(np.int32)
+
+
+def run(model, ids, **how):
+    return evaluate(model, ids, EOS, mx.cpu(0), **how)
+
+
+@pytest.mark.parametrize("cell", sorted(CELLS))
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_stream_is_the_sum_over_all_words_in_their_full_context(cell, tied):
+    model = build_model(model=cell, tied=tied, dropout=0.5)
+    result = run(model, text())
+    assert result.num_tokens == 57
+    assert result.loss_sum == pytest.approx(
+        reference.text_loss(cell, values_of(model), text(), EOS), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_the_window_length_changes_nothing(num_streams):
+    model = build_model()
+    expected = run(model, text(), num_streams=num_streams)
+    for bptt in (1, 2, 7, 56, 57, 500):
+        found = run(model, text(), num_streams=num_streams, bptt=bptt)
+        assert found.num_tokens == expected.num_tokens
+        assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_streams", [2, 5, 57, 100])
+@pytest.mark.parametrize("bptt", [None, 4])
+def test_streams_drop_no_word(num_streams, bptt):
+    model = build_model(model="gru")
+    pieces = np.array_split(text(), min(num_streams, 57))
+    expected = sum(reference.text_loss("gru", values_of(model), piece, EOS) for piece in pieces)
+    result = run(model, text(), num_streams=num_streams, bptt=bptt)
+    assert result.num_tokens == 57
+    assert result.loss_sum == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_of_one_word():
+    model = build_model()
+    result = run(model, text(1))
+    assert result.num_tokens == 1
+    assert result.loss == pytest.approx(reference.text_loss("lstm", values_of(model), text(1), EOS), rel=1e-5)
+
+
+def test_evaluation_leaves_parameters_and_gradients_alone():
+    model = build_model()
+    before = values_of(model)
+    for parameter in model.named_parameters().values():
+        parameter.grad()[:] = 5
+    run(model, text())
+    for name, parameter in model.named_parameters().items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), before[name].astype(np.float32))
+        assert np.all(parameter.grad().asnumpy() == 5)
+
+
+def test_interruption_is_asked_for_at_each_window():
+    answers = iter([False, False, True])
+    assert run(build_model(), text(), bptt=10, interrupted=lambda: next(answers)) is None
+
+
+def test_measures():
+    result = Evaluation(loss_sum=20 * math.log(8), num_tokens=20)
+    assert result.loss == pytest.approx(math.log(8))
+    assert result.perplexity == pytest.approx(8)
+    assert result.bits_per_word == pytest.approx(3)
+    assert Evaluation(loss_sum=1e9, num_tokens=1).perplexity == math.inf
