@@ -52,7 +52,7 @@ EXTRAS = {
     "test": [
         "pytest>=7.4,<10",
         "pytest-timeout>=2.2,<3",
-        "hypothesis>=6.80,<7",
+        "hypothesis>=6.100,<7",
         "ruff>=0.6,<1",
         "mypy>=1.8,<3",
         "types-PyYAML",

@@ -61,9 +61,7 @@ class RunOptions(Section):
     resume: str | None = option(None, optional(text("RUN")), "continue this run from its newest checkpoint")
     continue_train: bool = option(False, switch(), "continue the run that --save names")
     overwrite: bool = option(False, switch(), "replace the run folder if it exists")
-    config: str | None = option(
-        None, optional(text("FILE")), "YAML file with any of the values below; flags win"
-    )
+    config: str | None = option(None, optional(text("FILE")), "YAML file with any of the values below; flags win")
     recipe: str | None = option(
         None,
         optional(text("NAME")),
@@ -280,6 +278,14 @@ class TrainCommand:
         """The answer to ``--print-config``: YAML with the source of each value behind it."""
         return self.config.to_yaml(self.sources, self.recipe)
 
+    def with_tokenizer(self, tokenizer: str, corpus: str) -> TrainCommand:
+        """With the tokenizer that the corpus was read with, so that other text is read alike later."""
+        if self.config.data.tokenizer == tokenizer:
+            return self
+        data = dataclasses.replace(self.config.data, tokenizer=tokenizer)
+        config = dataclasses.replace(self.config, data=data)
+        return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
+
     def over(self, config_file: Path) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is resumed.
 
@@ -336,29 +342,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     resume = run.resume
     if run.continue_train:
         if run.save is None:
-            problems.append(
-                "--continue-train: needs the run to continue; add --save RUN, or use --resume RUN"
-            )
+            problems.append("--continue-train: needs the run to continue; add --save RUN, or use --resume RUN")
         elif resume is not None:
-            problems.append(
-                "--continue-train with --resume: both name the run to continue; leave one of them out"
-            )
+            problems.append("--continue-train with --resume: both name the run to continue; leave one of them out")
         resume = run.save
     elif resume is not None and run.save not in (None, resume):
         both = f"--save {show(run.save)} with --resume {show(resume)}"
         problems.append(f"{both}: a run continues in its own folder; leave --save out")
     if resume is not None and run.overwrite:
-        problems.append(
-            "--overwrite with --resume: a run is either continued or replaced; leave one of them out"
-        )
+        problems.append("--overwrite with --resume: a run is either continued or replaced; leave one of them out")
     if resume is not None and run.config is not None:
-        problems.append(
-            "--config with --resume: a run continues with its own config.yaml; leave --config out"
-        )
+        problems.append("--config with --resume: a run continues with its own config.yaml; leave --config out")
     if resume is not None and run.recipe is not None:
-        problems.append(
-            "--recipe with --resume: a run continues with its own config.yaml; leave --recipe out"
-        )
+        problems.append("--recipe with --resume: a run continues with its own config.yaml; leave --recipe out")
 
     config_file = None if run.config is None or resume is not None else Path(run.config)
     try:
@@ -431,9 +427,7 @@ def _explain(error: GluonLMError | ImportError | OSError) -> list[str]:
     if isinstance(error, ImportError):
         if error.name != "mxnet":
             return []
-        return [
-            "MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for CUDA 11.2 GPUs"
-        ]
+        return ["MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for CUDA 11.2 GPUs"]
     if error.errno is None and "cannot open shared object file" in str(error):
         return [
             f"MXNet's library does not load ({' '.join(str(error).split())}): install what is missing, "

@@ -74,9 +74,7 @@ def integer(low: int = 1, high: int | None = None) -> Kind:
             raise ValueError
         return number
 
-    return Kind(
-        read, f"a whole number from {low} to {high}" if high else f"a whole number, {low} or more", "N"
-    )
+    return Kind(read, f"a whole number from {low} to {high}" if high else f"a whole number, {low} or more", "N")
 
 
 def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
@@ -205,9 +203,7 @@ class DataConfig(Section):
     )
     min_freq: int | None = option(None, optional(integer()), "leave words seen fewer times in training out")
     max_vocab: int | None = option(None, optional(integer()), "keep this many of the most frequent words")
-    vocab: str | None = option(
-        None, optional(text("FILE")), "a vocabulary file to use instead of the training words"
-    )
+    vocab: str | None = option(None, optional(text("FILE")), "a vocabulary file to use instead of the training words")
 
 
 @dataclass(frozen=True)
@@ -219,31 +215,19 @@ class ModelConfig(Section):
     hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim")
     num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers")
     tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer")
-    dropout: float = option(
-        0.2, real(0, 1), "dropout on the embedded words, between the layers and on the output"
-    )
+    dropout: float = option(0.2, real(0, 1), "dropout on the embedded words, between the layers and on the output")
     init: str = option(
         "uniform",
         choice("uniform", "xavier"),
         "first weights: uniform as PyTorch's example, xavier as MXNet's",
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
-    last_hidden_size: int | None = option(
-        None, optional(integer(), -1), "hidden units of the last layer", "nhidlast"
-    )
-    dropout_input: float = option(
-        0.0, real(0, 1), "locked dropout on the embedded words", "dropouti", "dropout_i"
-    )
-    dropout_hidden: float = option(
-        0.0, real(0, 1), "locked dropout between the layers", "dropouth", "dropout_h"
-    )
-    dropout_embed: float = option(
-        0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e"
-    )
+    last_hidden_size: int | None = option(None, optional(integer(), -1), "hidden units of the last layer", "nhidlast")
+    dropout_input: float = option(0.0, real(0, 1), "locked dropout on the embedded words", "dropouti", "dropout_i")
+    dropout_hidden: float = option(0.0, real(0, 1), "locked dropout between the layers", "dropouth", "dropout_h")
+    dropout_embed: float = option(0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e")
     dropout_latent: float = option(0.0, real(0, 1), "locked dropout on the experts' vectors", "dropoutl")
-    weight_drop: float = option(
-        0.0, real(0, 1), "dropout on hidden-to-hidden weights", "wdrop", "weight_dropout"
-    )
+    weight_drop: float = option(0.0, real(0, 1), "dropout on hidden-to-hidden weights", "wdrop", "weight_dropout")
 
 
 @dataclass(frozen=True)
@@ -269,9 +253,7 @@ class OptimConfig(Section):
     alpha: float = option(0.0, real(0), "weight of the activation regularisation")
     beta: float = option(0.0, real(0), "weight of the temporal activation regularisation")
     ntasgd: bool = option(False, switch(), "average the weights once validation stops improving (NT-ASGD)")
-    nonmono: int | None = option(
-        None, optional(integer()), "evaluations without improvement that start NT-ASGD"
-    )
+    nonmono: int | None = option(None, optional(integer()), "evaluations without improvement that start NT-ASGD")
     when: tuple[int, ...] | None = option(
         None,
         optional(integers(1, "epochs, each a whole number, 1 or more", "+"), -1),
@@ -295,13 +277,9 @@ class TrainingConfig(Section):
     bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
     seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
     log_interval: int = option(200, integer(), "steps between two lines of the log")
-    eval_every: int | None = option(
-        None, optional(integer()), "steps between evaluations (default: each epoch)"
-    )
+    eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")
     eval_batch_size: int = option(10, integer(), "streams of the validation and test text during training")
-    patience: int | None = option(
-        None, optional(integer()), "stop after this many evaluations with no new best"
-    )
+    patience: int | None = option(None, optional(integer()), "stop after this many evaluations with no new best")
     checkpoint_every: int | None = option(
         None, optional(integer()), "steps between checkpoints (default: at each evaluation)"
     )
@@ -322,9 +300,7 @@ class DeviceConfig(Section):
     cpus: int | None = option(None, optional(integer()), "run on this many CPU contexts")
     cuda: bool | None = option(None, optional(switch()), "use a GPU, or refuse to", "accel")
     single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
-    kvstore: str | None = option(
-        None, optional(choice(*KVSTORES)), "how several devices add up their gradients"
-    )
+    kvstore: str | None = option(None, optional(choice(*KVSTORES)), "how several devices add up their gradients")
     gctype: str = option("none", choice(*COMPRESSIONS), "compression of the gradients between devices")
     gcthreshold: float = option(0.5, real(0, above=True), "threshold of the 2-bit compression")
 
@@ -487,25 +463,19 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
         if node is None:
             return layer, recipe
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                f"{origin}: must be lines of the form name: value, for example hidden_size: 200"
-            )
+            raise ConfigError(f"{origin}: must be lines of the form name: value, for example hidden_size: 200")
         read = partial(loader.construct_object, deep=True)
         pairs = [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
     except OSError as error:
         raise ConfigError(f"{origin}: cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--config {origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from None
+        raise ConfigError(f"--config {origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML's constructors raise all of these for explicit tags that do not fit their value.
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         what = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(
-            f"{origin}{where}: is not YAML that can be read ({what}); write name: value lines"
-        ) from None
+        raise ConfigError(f"{origin}{where}: is not YAML that can be read ({what}); write name: value lines") from None
 
     seen: dict[str, int] = {}
     for key, raw, line in pairs:
@@ -513,14 +483,10 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
         name = "recipe" if key == "recipe" else _names().get(_key(key)) if isinstance(key, str) else None
         if name is None:
             known = [n.replace("-", "_") for n in _names()]
-            hint = (
-                nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
-            )
+            hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
             problems.append(f"{where} unknown key {show(key)}{hint}")
         elif name in seen:
-            problems.append(
-                f"{where} {key}: given a second time, first in line {seen[name]}; keep one of them"
-            )
+            problems.append(f"{where} {key}: given a second time, first in line {seen[name]}; keep one of them")
         elif name == "recipe":
             recipe = str(raw)
         else:
@@ -712,9 +678,7 @@ def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: i
                 refuse_both(name, "cpus")
     if devices.gpus is not None:
         if -1 in devices.gpus:
-            problems.append(
-                f"{named('gpus')}: -1 means the CPU and goes with no GPU; leave -1 or the GPUs out"
-            )
+            problems.append(f"{named('gpus')}: -1 means the CPU and goes with no GPU; leave -1 or the GPUs out")
         if devices.cuda is False:
             refuse_both("gpus", "cuda")
         if devices.single_gpu and len(devices.gpus) > 1:
@@ -723,20 +687,14 @@ def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: i
         refuse_both("single_gpu", "cuda")
 
     if count == 1:
-        reason = (
-            "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
-        )
+        reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
         if devices.gctype != "none":
             problems.append(f"{named('gctype')}: nothing to compress, {reason}")
         if devices.kvstore is not None:
             problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
     if devices.gctype != "none" and devices.kvstore == "local":
-        problems.append(
-            f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device"
-        )
-    given = (
-        sources.get("gcthreshold", "").startswith("flag ") or devices.gcthreshold != DeviceConfig.gcthreshold
-    )
+        problems.append(f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device")
+    given = sources.get("gcthreshold", "").startswith("flag ") or devices.gcthreshold != DeviceConfig.gcthreshold
     if given and devices.gctype == "none":
         problems.append(
             f"{named('gcthreshold')}: has no effect without compression; add --gctype 2bit, or leave it out"
@@ -782,9 +740,7 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
         for name in ("min_freq", "max_vocab"):
             if get(config, name) is not None:
                 named = _named(name, get(config, name), sources)
-                problems.append(
-                    f"{named} with --vocab: the file already names every word; leave one of them out"
-                )
+                problems.append(f"{named} with --vocab: the file already names every word; leave one of them out")
     return problems + _device_problems(config.devices, sources, count)
 
 
@@ -824,6 +780,4 @@ def unavailable(config: Config, sources: Mapping[str, str] | None = None) -> lis
             feature = UNAVAILABLE.get(name)
         if feature is not None:
             asked.setdefault(feature, []).append(_named(name, value, sources))
-    return [
-        f"{', '.join(flags)}: {feature} is not available in this version" for feature, flags in asked.items()
-    ]
+    return [f"{', '.join(flags)}: {feature} is not available in this version" for feature, flags in asked.items()]

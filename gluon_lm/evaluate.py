@@ -27,11 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    parser = CommandParser("evaluate", "Loss, perplexity and bits per word of a run, exact over every token.",
-                           "python -m gluon_lm.evaluate runs/latest --split test")
+    parser = CommandParser(
+        "evaluate",
+        "Loss, perplexity and bits per word of a run, exact over every token.",
+        "python -m gluon_lm.evaluate runs/latest --split test",
+    )
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
     parser.add_section(EvaluateOptions, "evaluation")
-    parser.add_section(DataConfig, "data (default: the text of the run)", only=("data", "data_dir"))
+    parser.add_section(DataConfig, "data (default: the text of the run)", only=("data", "data_dir", "tokenizer"))
     parser.add_section(DeviceConfig, "devices")
     parser.add_section(DebugOptions, "debugging")
     parsed = parser.parse(argv)
@@ -45,19 +48,38 @@ def _evaluate(argv: Sequence[str]) -> int:
 
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
-    given = {name: parsed.settings[name].value for name in ("data", "data_dir") if name in parsed.settings}
-    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary)
-    result = evaluate(model, getattr(corpus, options.split), vocabulary.eos_id, device, options.eval_batch_size,
-                      options.bptt, progress=options.split)
+    given = {name: parsed.settings[name].value for name in ("data", "data_dir", "tokenizer") if name in parsed.settings}
+    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary, splits=(options.split,))
+    result = evaluate(
+        model,
+        corpus.ids[options.split],
+        vocabulary.eos_id,
+        device,
+        options.eval_batch_size,
+        options.bptt,
+        progress=options.split,
+    )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
     if options.eval_batch_size == 1:
-        LOGGER.info("one stream, state carried; all %s tokens count, the first one predicted from <eos>",
-                    f"{result.num_tokens:,}")
+        LOGGER.info(
+            "one stream, state carried; all %s tokens count, the first one predicted from <eos>",
+            f"{result.num_tokens:,}",
+        )
     else:
-        LOGGER.info("%d streams, each begun from <eos> and the zero state, so that %d contexts are cut; all %s tokens count",
-                    options.eval_batch_size, options.eval_batch_size - 1, f"{result.num_tokens:,}")
-    LOGGER.info("%s loss %.5f | perplexity %.3f | bits per word %.4f | tokens %d", options.split, result.loss,
-                result.perplexity, result.bits_per_word, result.num_tokens)
+        LOGGER.info(
+            "%d streams, each begun from <eos> and the zero state, so that %d contexts are cut; all %s tokens count",
+            options.eval_batch_size,
+            options.eval_batch_size - 1,
+            f"{result.num_tokens:,}",
+        )
+    LOGGER.info(
+        "%s loss %.5f | perplexity %.3f | bits per word %.4f | tokens %d",
+        options.split,
+        result.loss,
+        result.perplexity,
+        result.bits_per_word,
+        result.num_tokens,
+    )
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, real, text
 from .errors import ConfigError
+from .files import atomic_write
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
 
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(argv: Sequence[str]) -> int:
-    parser = CommandParser("generate", "Write text with a trained model, 20 words a line.",
-                           "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8")
+    parser = CommandParser(
+        "generate",
+        "Write text with a trained model, 20 words a line.",
+        "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8",
+    )
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
     parser.add_section(GenerateOptions, "text")
     parser.add_section(DeviceConfig, "devices")
@@ -53,19 +56,22 @@ def _generate(argv: Sequence[str]) -> int:
 
     device = resolve_single_device(device_config)
     model, vocabulary, _, _ = load_model(parsed.arguments.run, device)
-    lines = _lines(generate(model, vocabulary, options.words, temperature=options.temperature, seed=options.seed,
-                            device=device))
+    lines = _lines(
+        generate(
+            model,
+            vocabulary,
+            options.words,
+            temperature=options.temperature,
+            seed=options.seed,
+            device=device,
+        )
+    )
     if out is None:
         for line in lines:
             print(line, flush=True)
         return 0
-    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-        fresh.replace(out)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with atomic_write(out) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
     LOGGER.info("%d words in %s", options.words, out)
     return 0
 

@@ -25,8 +25,12 @@ def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, num_rows))
 
 
-def backward_through_head(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray,
-                          ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+def backward_through_head(
+    head: Head,
+    vocab_size: int,
+    hidden_TNH: mx.nd.NDArray,
+    targets_R: mx.nd.NDArray,
+) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
     """Loss of a window, its gradient added to the head's parameters, and its gradient by the hidden vectors.
 
     Parameters
@@ -58,6 +62,7 @@ def backward_through_head(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray
 def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
     """Negative log-likelihood, in nats, of each of the first R rows' targets (no gradient): shape (R,)."""
     hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
-    losses = [-mx.nd.pick(head(hidden_RH[rows]), targets_R[rows])
-              for rows in row_chunks(targets_R.shape[0], vocab_size)]
+    losses = [
+        -mx.nd.pick(head(hidden_RH[rows]), targets_R[rows]) for rows in row_chunks(targets_R.shape[0], vocab_size)
+    ]
     return mx.nd.concat(*losses, dim=0)

@@ -19,9 +19,7 @@ class PlainProgress:
     Work that is done within `interval_s` seconds leaves no line.
     """
 
-    def __init__(
-        self, total: float | None, desc: str | None, unit: str, interval_s: float = _PLAIN_INTERVAL_S
-    ) -> None:
+    def __init__(self, total: float | None, desc: str | None, unit: str, interval_s: float = _PLAIN_INTERVAL_S) -> None:
         self.total, self.n = total, 0.0
         self._desc, self._unit, self._interval_s = desc, unit, interval_s
         self._next_line = time.monotonic() + interval_s
@@ -52,9 +50,7 @@ class PlainProgress:
         self.close()
 
 
-def progress_bar(
-    total: float | None = None, desc: str | None = None, unit: str = "it"
-) -> tqdm | PlainProgress:
+def progress_bar(total: float | None = None, desc: str | None = None, unit: str = "it") -> tqdm | PlainProgress:
     """A progress bar to use in a ``with`` block and to ``update(n)``.
 
     Parameters

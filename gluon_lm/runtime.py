@@ -14,9 +14,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 def prepare_process(num_cpu_contexts: int = 1) -> None:
     """Set what MXNet and its OpenMP library read when they are loaded; call it before MXNet is imported.
 
-    MXNet takes half of the processors it counts, as if each core showed two. So it is told the number of cores, shared
-    out over the CPU contexts. A lone context's threads wait for work actively: a time step of a recurrent layer is too
-    short to wake a sleeping thread for. What the user has set in the environment stays.
+    MXNet takes half of the processors it counts, as if each core showed two. So it is told the number of cores,
+    shared out over the CPU contexts. A lone context's threads wait for work actively, for about a millisecond: a time
+    step of a recurrent layer is too short to wake a sleeping thread for, and a processor held for longer would be
+    missed by other processes. What the user has set in the environment stays.
 
     Parameters
     ----------
@@ -26,6 +27,7 @@ def prepare_process(num_cpu_contexts: int = 1) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_freed_memory()
 
 

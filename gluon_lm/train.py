@@ -22,34 +22,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     command = parse_train(argv)
-    run, checkpoint = None, None
     if command.resume is not None:
         run, checkpoint = find_run(command.resume)
         before = Config.from_yaml(run.config)
         command = command.over(run.config)
         _check_unchanged(before, command.config, run.path)
-    elif command.save is not None:
-        run = RunFolder(strip_model_suffix(command.save))
-        if not command.print_config:
-            run.check_free(command.overwrite)
+    elif command.save is not None and not command.print_config:
+        RunFolder(strip_model_suffix(command.save)).check_free(command.overwrite)
     if command.print_config:
         print(command.describe(), end="")
         return 0
     log_to_terminal()
     LOGGER.info("recipe %s", command.recipe or "none")
     prepare_process(command.config.devices.cpus or 1)
-    if command.resume is not None:
-        return _resume(command, run, checkpoint)
-    return _start(command, run)
+    return _start(command) if command.resume is None else _resume(command, run, checkpoint)
 
 
-def _start(command: TrainCommand, run: RunFolder | None) -> int:
+def _start(command: TrainCommand) -> int:
     from .data import load_corpus
 
     corpus = load_corpus(command.config.data)
-    if run is None:
+    if command.save is None:
         run = RunFolder(default_run_path(corpus.name, command.config.model.model))
         run.check_free(overwrite=False)
+    else:
+        run = RunFolder(strip_model_suffix(command.save))
+    command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, run)
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
@@ -79,8 +77,17 @@ def _resume(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
 
 # What may differ from the run that is continued: how long, how often, and where; not what is trained, on what.
 _FREE_SECTIONS = ("devices",)
-_FREE_TRAINING = ("epochs", "max_steps", "log_interval", "eval_every", "eval_batch_size", "patience", "checkpoint_every",
-                  "keep_checkpoints", "gen_word_len")
+_FREE_TRAINING = (
+    "epochs",
+    "max_steps",
+    "log_interval",
+    "eval_every",
+    "eval_batch_size",
+    "patience",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "gen_word_len",
+)
 _FREE_OPTIM = ("lr", "lr_decay", "clip_norm", "weight_decay")
 
 
@@ -93,8 +100,10 @@ def _check_unchanged(before: Config, now: Config, run_path: Path) -> None:
         for declared in dataclasses.fields(old):
             was, wanted = getattr(old, declared.name), getattr(new, declared.name)
             if declared.name not in names and was != wanted:
-                problems.append(f"--{declared.name.replace('_', '-')} {wanted}: {run_path} was trained with {was}; leave the "
-                                "flag out, or train anew")
+                problems.append(
+                    f"--{declared.name.replace('_', '-')} {wanted}: {run_path} was trained with {was}; leave the "
+                    "flag out, or train anew"
+                )
     if problems:
         raise ConfigError(problems)
 
@@ -113,9 +122,14 @@ def _build(command: TrainCommand, corpus, run):
     trainer = Trainer(config, corpus, model, communicator, run, command.describe())
     num_parameters = sum(int(p.data(communicator.devices[0]).size) for p in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
-    LOGGER.info("%s %s%s, %.2f million parameters | %s", config.model.model,
-                "x".join(map(str, model.encoder.layer_sizes)), ", tied" if config.model.tied else "",
-                num_parameters / 1e6, communicator.description)
+    LOGGER.info(
+        "%s %s%s, %.2f million parameters | %s",
+        config.model.model,
+        "x".join(map(str, model.encoder.layer_sizes)),
+        ", tied" if config.model.tied else "",
+        num_parameters / 1e6,
+        communicator.description,
+    )
     LOGGER.info("run folder %s", run.path)
     return trainer
 
@@ -130,8 +144,10 @@ def _fit(trainer, run) -> int:
             from .generation.generator import generate
 
             LOGGER.info("generating...")
-            LOGGER.info("%s", " ".join(generate(trainer.model, trainer.corpus.vocabulary, words,
-                                                seed=trainer.config.training.seed)))
+            LOGGER.info(
+                "%s",
+                " ".join(generate(trainer.model, trainer.corpus.vocabulary, words, seed=trainer.config.training.seed)),
+            )
         return code
 
 

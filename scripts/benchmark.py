@@ -124,9 +124,7 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
     return timed_steps(size, warmup, steps, take)
 
 
-def evaluate_ours(
-    size: Size, warmup: int, steps: int, num_streams: int = EVALUATION_STREAMS
-) -> dict[str, float]:
+def evaluate_ours(size: Size, warmup: int, steps: int, num_streams: int = EVALUATION_STREAMS) -> dict[str, float]:
     model, communicator = ours_model(size)
     from gluon_lm.evaluation.static import evaluate
 
@@ -187,9 +185,7 @@ def train_peer(size: Size, warmup: int, steps: int) -> dict[str, float]:
                 output, hidden, *_ = model(tokens, hidden)
                 mean_loss = loss(output.reshape(-3, -1), targets.reshape(-1)) / tokens.size
             mean_loss.backward()
-            gluon.utils.clip_global_norm(
-                [parameter.grad(mx.cpu()) for parameter in parameters], size.clip_norm
-            )
+            gluon.utils.clip_global_norm([parameter.grad(mx.cpu()) for parameter in parameters], size.clip_norm)
             trainer.step(1)
             mx.nd.sum(mean_loss).asscalar()
 
@@ -333,17 +329,14 @@ def run_case(case: Case, size: str, warmup: int, steps: int) -> None:
     case.results.append(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_rounds(
-    title: str, cases: list[Case], options: argparse.Namespace, size: str, steps: int
-) -> dict[str, Any]:
+def run_rounds(title: str, cases: list[Case], options: argparse.Namespace, size: str, steps: int) -> dict[str, Any]:
     """Measure all cases in turn, `options.rounds` times, and print their table."""
     cases = [case for case in cases if options.peers or not case.is_peer]
     for n in range(options.rounds):
         for case in cases:
             run_case(case, size, options.warmup, steps)
             note(
-                f"{title} {n + 1}/{options.rounds}  {case.label}: "
-                f"{case.results[-1]['tokens_per_second']:,.0f} tokens/s"
+                f"{title} {n + 1}/{options.rounds}  {case.label}: {case.results[-1]['tokens_per_second']:,.0f} tokens/s"
             )
     ours = cases[0].median("tokens_per_second")
     rows = [
@@ -355,9 +348,7 @@ def run_rounds(
         ]
         for case in cases
     ]
-    print_table(
-        title, ["", "tokens/s (range)", "peak memory, MB (range)", f"{cases[0].label} is faster by"], rows
-    )
+    print_table(title, ["", "tokens/s (range)", "peak memory, MB (range)", f"{cases[0].label} is faster by"], rows)
     return {"title": title, "cases": [asdict(case) for case in cases]}
 
 
@@ -478,20 +469,14 @@ def run_startup(options: argparse.Namespace) -> list[dict[str, Any]]:
 def run_training(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Training and evaluation speed, peak memory, and start-up."""
     if options.peers and find_spec("gluonnlp") is None:
-        raise SystemExit(
-            "gluonnlp is not installed in this environment: run 'bash scripts/environment.sh peers', "
-            "or leave it out with --no-peers"
-        )
+        note("gluonnlp is not installed here: run 'bash scripts/environment.sh peers', or give --no-peers")
+        raise SystemExit(2)
     results = []
     for size in options.sizes:
         description = SIZES[size].description
+        results.append(run_rounds(f"Training, {size}: {description}", training_cases(), options, size, options.steps))
         results.append(
-            run_rounds(f"Training, {size}: {description}", training_cases(), options, size, options.steps)
-        )
-        results.append(
-            run_rounds(
-                f"Evaluation, {size}: {description}", evaluation_cases(), options, size, 3 * options.steps
-            )
+            run_rounds(f"Evaluation, {size}: {description}", evaluation_cases(), options, size, 3 * options.steps)
         )
     return results + run_startup(options)
 
@@ -563,16 +548,12 @@ def main(argv: list[str] | None = None) -> int:
         default=list(SIZES),
         help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items()),
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=3, help="how often each case is measured (default 3)"
-    )
+    parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
     parser.add_argument("--steps", type=positive, default=40, help="timed training steps (default 40)")
     parser.add_argument("--warmup", type=positive, default=8, help="steps before the clock runs (default 8)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument("--corpus", help="corpus of the start-up measurement (default: a text made for it)")
-    parser.add_argument(
-        "--data-dir", type=Path, default=ROOT / "data", help="where --corpus lies (default ./data)"
-    )
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where --corpus lies (default ./data)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     options = parser.parse_args(argv)
 

@@ -94,7 +94,7 @@ use_environment() {
     [ ! -f "$INSTALLED" ] || before="$(sed -n 3p "$INSTALLED")"
     wanted="$(printf '%s\n' $before "$@" | sort -u | paste -s -d ' ')"
     if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
-        printf 'installing gluon_lm with %s (about 100 MB to download at the first time)\n' "$wanted"
+        printf 'installing gluon_lm with %s (the first time downloads about 100 MB)\n' "$wanted"
         rm -f "$INSTALLED"
         case " $wanted " in *" peers "*) install_gluonnlp ;; esac
         (cd "$ROOT" && pip_install -e ".[${wanted// /,}]")

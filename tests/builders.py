@@ -12,9 +12,7 @@ from gluon_lm.models import LanguageModel
 VOCAB_SIZE = 13
 
 
-def build_model(
-    devices=None, vocab_size=VOCAB_SIZE, seed=1, hybridize=True, wide=True, **config
-) -> LanguageModel:
+def build_model(devices=None, vocab_size=VOCAB_SIZE, seed=1, hybridize=True, wide=True, **config) -> LanguageModel:
     """An initialised model without dropout; `wide` draws large parameters, so that no unit is near linear."""
     settings = {"model": "lstm", "embed_size": 6, "hidden_size": 5, "num_layers": 2, "dropout": 0.0, **config}
     devices = devices or [mx.cpu(0)]

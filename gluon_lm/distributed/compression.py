@@ -3,8 +3,8 @@
 MXNet's 2-bit compression sends +threshold, 0 or -threshold for each element and keeps the rest for the next step
 (Seide et al. 2014, "1-Bit Stochastic Gradient Descent"; Strom 2015). The threshold is one absolute number for all
 parameters. Gradients of different parameters differ in size by orders of magnitude, and next to a threshold of 0.5
-most are so small that nothing is ever sent. So each parameter's gradient is multiplied by a power of two, which is exact
-in floating point, that brings its root mean square to about 1/4: the default threshold of 0.5 is then twice that.
+most are so small that nothing is ever sent. So each parameter's gradient is multiplied by a power of two, exact in
+floating point, that brings its root mean square to about 1/4: the default threshold of 0.5 is then twice that.
 """
 
 from __future__ import annotations
@@ -41,12 +41,17 @@ class GradientScales:
         self._steps += 1
         if self._steps == CALIBRATION_STEPS:
             sizes = np.array([np.prod(p.shape) * len(sums) * self._steps for p in parameters], dtype=np.float64)
-            self.factors = [power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0
-                            for rms in np.sqrt(self._square_sums / sizes)]
+            self.factors = [
+                power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0 for rms in np.sqrt(self._square_sums / sizes)
+            ]
 
     def state_dict(self) -> dict:
         """Plain JSON values; exact, because JSON keeps every digit of a float."""
-        return {"factors": self.factors, "steps": self._steps, "square_sums": np.asarray(self._square_sums).tolist()}
+        return {
+            "factors": self.factors,
+            "steps": self._steps,
+            "square_sums": np.asarray(self._square_sums).tolist(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.factors, self._steps = state["factors"], state["steps"]

@@ -33,8 +33,10 @@ def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
         flag = "--cuda" if config.cuda else "--single-gpu"
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
-        raise DistributedError(f"{flag}: MXNet sees {_count_gpus(num_gpus)} here; "
-                               + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu()))
+        raise DistributedError(
+            f"{flag}: MXNet sees {_count_gpus(num_gpus)} here; "
+            + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu())
+        )
     return [mx.gpu(i) for i in wanted] or [mx.cpu(0)]
 
 
@@ -48,8 +50,10 @@ def resolve_single_device(config: DeviceConfig) -> mx.Context:
     """
     devices = resolve_devices(config)
     if len(devices) > 1:
-        raise DistributedError(f"{len(devices)} devices are named ({devices[0]} to {devices[-1]}), and this command runs on "
-                               "one; name one with --gpus N, or leave the flag out")
+        raise DistributedError(
+            f"{len(devices)} devices are named ({devices[0]} to {devices[-1]}), and this command runs on "
+            "one; name one with --gpus N, or leave the flag out"
+        )
     return devices[0]
 
 
@@ -59,13 +63,16 @@ def _count_gpus(num_gpus: int) -> str:
 
 def _how_to_go_without_gpu() -> str:
     if not mx.runtime.Features().is_enabled("CUDA"):
-        return "this MXNet is built for CPU: install gluon_lm[cu112], or leave the flag out (--cpus N trains on the CPU)"
+        return (
+            "this MXNet is built for CPU: install gluon_lm[cu112], or leave the flag out (--cpus N trains on the CPU)"
+        )
     return "check the driver with nvidia-smi, or leave the flag out (--cpus N trains on the CPU)"
 
 
 def _local_kvstore(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Communicator]:
     def create(devices, config):
         return KVStoreCommunicator(devices, kind, config.gcthreshold if config.gctype == "2bit" else None)
+
     return create
 
 
@@ -87,6 +94,8 @@ def create_communicator(config: DeviceConfig) -> Communicator:
     if len(devices) > 1:
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":
-        raise DistributedError(f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradient travels "
-                               "and there is nothing to compress; name several with --gpus 0,1 or --cpus 2")
+        raise DistributedError(
+            f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradient travels "
+            "and there is nothing to compress; name several with --gpus 0,1 or --cpus 2"
+        )
     return SingleDevice(devices)

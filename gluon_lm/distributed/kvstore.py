@@ -36,7 +36,9 @@ class KVStoreCommunicator(Communicator):
     @property
     def description(self) -> str:
         compression = "" if self._threshold is None else f", 2-bit gradients with threshold {self._threshold:g}"
-        return f"{len(self.devices)} devices ({self.devices[0]} to {self.devices[-1]}), KVStore {self._kind}{compression}"
+        return (
+            f"{len(self.devices)} devices ({self.devices[0]} to {self.devices[-1]}), KVStore {self._kind}{compression}"
+        )
 
     def broadcast_parameters(self, parameters):
         for parameter in parameters:
@@ -76,7 +78,9 @@ class KVStoreCommunicator(Communicator):
     def load_state_dict(self, state):
         if self._scales and state:
             self._scales.load_state_dict(state)
-            LOGGER.info("2-bit compression: residuals start at zero, as they do after every checkpoint of a run that goes on")
+            LOGGER.info(
+                "2-bit compression: residuals start at zero, as they do after every checkpoint of a run that goes on"
+            )
         self._store = None
 
     def checkpointed(self):

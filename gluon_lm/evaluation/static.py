@@ -50,9 +50,16 @@ class Evaluation:
         return self.loss / math.log(2)
 
 
-def evaluate(model: LanguageModel, ids: np.ndarray, eos: int, device: mx.Context, num_streams: int = 1,
-             bptt: int | None = None, progress: str | None = None,
-             interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
+def evaluate(
+    model: LanguageModel,
+    ids: np.ndarray,
+    eos: int,
+    device: mx.Context,
+    num_streams: int = 1,
+    bptt: int | None = None,
+    progress: str | None = None,
+    before_window: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate a model on a text, state carried from window to window.
 
     Every token of `ids` counts once, the first one too: it is predicted from ``<eos>`` and the zero state, as the
@@ -72,12 +79,8 @@ def evaluate(model: LanguageModel, ids: np.ndarray, eos: int, device: mx.Context
         Window length; by default as many rows as make about a thousand tokens. The result is the same.
     progress : str, optional
         What to call the work in a progress bar.
-    interrupted : callable, optional
-        Asked at each window whether to give up.
-
-    Returns
-    -------
-    Evaluation, or None where it was interrupted
+    before_window : callable, optional
+        Called before each window; what it raises ends the evaluation.
     """
     num_streams = min(num_streams, len(ids))
     streams = Streams(ids, num_streams, eos)
@@ -87,8 +90,7 @@ def evaluate(model: LanguageModel, ids: np.ndarray, eos: int, device: mx.Context
     pending: mx.nd.NDArray | None = None
     with progress_bar(total=len(ids), desc=progress, unit="token") as bar:
         for window in streams.windows(bptt):
-            if interrupted():
-                return None
+            before_window()
             losses_R, states = _window_losses(model, window, states, device)
             # Read the window before while the device works on this one.
             total += _sum(pending)
@@ -99,7 +101,7 @@ def evaluate(model: LanguageModel, ids: np.ndarray, eos: int, device: mx.Context
 
 def _window_losses(model: LanguageModel, window: Window, states, device):
     tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
-    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[:window.num_targets], ctx=device, dtype="int32")
+    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
     hidden_TNH, *states = model.encoder(tokens_TN, *states)
     return target_losses(model.head, model.vocab_size, hidden_TNH, targets_R), states
 

@@ -14,8 +14,15 @@ from ..data import Vocabulary
 from ..models import LanguageModel
 
 
-def generate(model: LanguageModel, vocabulary: Vocabulary, num_words: int, *, temperature: float = 1.0, seed: int = 1111,
-             device: mx.Context | None = None) -> Iterator[str]:
+def generate(
+    model: LanguageModel,
+    vocabulary: Vocabulary,
+    num_words: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 1111,
+    device: mx.Context | None = None,
+) -> Iterator[str]:
     """Sample words from ``p(word)^(1 / temperature)``, each fed back as the next input.
 
     The first input is a word drawn evenly from the vocabulary, and is not part of the text.

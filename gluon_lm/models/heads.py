@@ -54,8 +54,12 @@ class SoftmaxHead(Head):
     def __init__(self, vocab_size: int, input_size: int, embedding: nn.Embedding | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         with self.name_scope():
-            self.decoder = nn.Dense(vocab_size, in_units=input_size, flatten=False,
-                                    params=None if embedding is None else embedding.params)
+            self.decoder = nn.Dense(
+                vocab_size,
+                in_units=input_size,
+                flatten=False,
+                params=None if embedding is None else embedding.params,
+            )
 
     def hybrid_forward(self, F, hidden_RH):
         return F.log_softmax(self.decoder(hidden_RH), axis=-1)
@@ -68,8 +72,9 @@ class SoftmaxHead(Head):
         grad_RV = mx.nd.softmax(logits_RV, axis=-1, out=logits_RV)
         target_probs_R = mx.nd.pick(grad_RV, targets_R)
         rows_R = mx.nd.arange(targets_R.shape[0], ctx=targets_R.context, dtype="int32")
-        mx.nd._internal._scatter_set_nd(grad_RV, target_probs_R - 1, mx.nd.stack(rows_R, targets_R),
-                                        shape=grad_RV.shape, out=grad_RV)
+        mx.nd._internal._scatter_set_nd(
+            grad_RV, target_probs_R - 1, mx.nd.stack(rows_R, targets_R), shape=grad_RV.shape, out=grad_RV
+        )
         logits_RV.backward(grad_RV)
         return -mx.nd.log(mx.nd.maximum(target_probs_R, _SMALLEST_FLOAT32))
 

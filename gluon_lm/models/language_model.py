@@ -49,7 +49,7 @@ class Encoder(gluon.HybridBlock):
         num_states = CELLS[self.cell].num_states
         new_states = []
         for i, layer in enumerate(self.layers):
-            hidden, *layer_states = layer(hidden, *states[i * num_states:(i + 1) * num_states])
+            hidden, *layer_states = layer(hidden, *states[i * num_states : (i + 1) * num_states])
             hidden = self._drop(F, hidden)
             new_states += layer_states
         return (hidden, *new_states)
@@ -79,7 +79,8 @@ class LanguageModel(gluon.HybridBlock):
         with self.name_scope():
             self.encoder = Encoder(config.model, vocab_size, config.embed_size, layer_sizes, config.dropout)
             self.head = HEADS["tied_softmax" if config.tied else "softmax"](
-                vocab_size, layer_sizes[-1], self.encoder.embedding)
+                vocab_size, layer_sizes[-1], self.encoder.embedding
+            )
 
     def hybrid_forward(self, F, tokens_TN, *states):
         hidden_TNH, *new_states = self.encoder(tokens_TN, *states)
@@ -87,8 +88,11 @@ class LanguageModel(gluon.HybridBlock):
 
     def begin_state(self, batch_size: int, ctx: mx.Context) -> State:
         """The zero state of `batch_size` streams on a device: a list of arrays of shape (1, N, H)."""
-        return [mx.nd.zeros((1, batch_size, size), ctx=ctx)
-                for size in self.encoder.layer_sizes for _ in range(CELLS[self.encoder.cell].num_states)]
+        return [
+            mx.nd.zeros((1, batch_size, size), ctx=ctx)
+            for size in self.encoder.layer_sizes
+            for _ in range(CELLS[self.encoder.cell].num_states)
+        ]
 
     def named_parameters(self) -> dict[str, gluon.Parameter]:
         """Each parameter once, by the path of its block: a tied matrix goes by the embedding's name."""

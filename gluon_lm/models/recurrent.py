@@ -56,5 +56,12 @@ class RecurrentLayer(gluon.HybridBlock):
         # the copy is oneDNN's; joined as vectors it would take six times as long.
         width = CELLS[self.cell].gates * self.hidden_size
         parts = [F.reshape(part, shape=(-1, width)) for part in (i2h_weight, h2h_weight, i2h_bias, h2h_bias)]
-        return F.RNN(inputs_TNI, F.reshape(F.concat(*parts, dim=0), shape=(-1,)), *states_1NH,
-                     state_size=self.hidden_size, num_layers=1, mode=self.cell, state_outputs=True)
+        return F.RNN(
+            inputs_TNI,
+            F.reshape(F.concat(*parts, dim=0), shape=(-1,)),
+            *states_1NH,
+            state_size=self.hidden_size,
+            num_layers=1,
+            mode=self.cell,
+            state_outputs=True,
+        )

@@ -34,13 +34,16 @@ def optimizer_state(trainer: gluon.Trainer, names: Sequence[str]) -> dict[str, m
     names : sequence of str
         Names of the trainer's parameters, in its order.
     """
-    return {f"{names[index]}/{k}": array
-            for index, state in trainer._updaters[0].states.items()
-            for k, array in enumerate(_as_tuple(state))}
+    return {
+        f"{names[index]}/{k}": array
+        for index, state in trainer._updaters[0].states.items()
+        for k, array in enumerate(_as_tuple(state))
+    }
 
 
-def load_optimizer_state(trainer: gluon.Trainer, names: Sequence[str], arrays: Mapping[str, mx.nd.NDArray],
-                         num_updates: int) -> None:
+def load_optimizer_state(
+    trainer: gluon.Trainer, names: Sequence[str], arrays: Mapping[str, mx.nd.NDArray], num_updates: int
+) -> None:
     """Put back what `optimizer_state` took out, on every device.
 
     Parameters
@@ -67,8 +70,10 @@ def load_optimizer_state(trainer: gluon.Trainer, names: Sequence[str], arrays: M
                     arrays[f"{name}/{k}"].copyto(array)
             updater.states[index], updater.states_synced[index] = state, True
     if num_updates and expected != set(arrays):
-        raise CheckpointError(f"optimizer state holds {len(arrays)} arrays where {type(optimizer).__name__} has "
-                              f"{len(expected)}; it belongs to another optimiser or model")
+        raise CheckpointError(
+            f"optimizer state holds {len(arrays)} arrays where {type(optimizer).__name__} has "
+            f"{len(expected)}; it belongs to another optimiser or model"
+        )
 
 
 def _as_tuple(state) -> tuple:

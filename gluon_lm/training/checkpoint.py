@@ -1,16 +1,15 @@
-"""Checkpoints: one directory each, whole or absent, with everything that a resumed run needs to go on as if it had not stopped.
+"""Checkpoints: one directory each, whole or absent, with all that a resumed run needs to go on as if never stopped.
 
-    parameters.params   the model, by parameter name
-    optimizer.params    optimiser state, by parameter name
-    carried.params      recurrent state between two windows, all streams side by side
-    state.json          counters, decisions, the communicator's state, and the sha256 of every other file
-    config.yaml, vocab.txt
+parameters.params   the model, by parameter name
+optimizer.params    optimiser state, by parameter name
+carried.params      recurrent state between two windows, all streams side by side
+state.json          counters, decisions, the communicator's state, and the sha256 of every other file
+config.yaml, vocab.txt
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from .. import __version__
 from ..config import Config
 from ..data import Vocabulary
 from ..errors import CheckpointError
+from ..files import file_hash, synchronise
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
@@ -85,8 +85,15 @@ class Checkpoint:
     num_devices: int = 1
 
 
-def save_checkpoint(run: RunFolder, checkpoint: Checkpoint, config_yaml: str, vocabulary: Vocabulary, *,
-                    keep: int, is_best: bool) -> Path:
+def save_checkpoint(
+    run: RunFolder,
+    checkpoint: Checkpoint,
+    config_yaml: str,
+    vocabulary: Vocabulary,
+    *,
+    keep: int,
+    is_best: bool,
+) -> Path:
     """Write a checkpoint beside the others, then let ``latest`` (and ``best``) name it, then drop the oldest.
 
     Every step is one rename on a synchronised file system, so a process killed at any moment leaves whole
@@ -114,22 +121,22 @@ def save_checkpoint(run: RunFolder, checkpoint: Checkpoint, config_yaml: str, vo
             "communicator": checkpoint.communicator,
             "corpus": checkpoint.corpus,
             "num_devices": checkpoint.num_devices,
-            "sha256": {path.name: _sha256(path) for path in sorted(fresh.iterdir())},
+            "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
         }
         (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in [*fresh.iterdir(), fresh]:
-            _synchronise(path)
+            synchronise(path)
         if final.exists():  # the same step again, now evaluated
             final.rename(run.checkpoints / f".{final.name}.old")
         fresh.rename(final)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    _synchronise(run.checkpoints)
+    synchronise(run.checkpoints)
     if is_best:
         point(run.best, final)
     point(run.latest, final)
-    _synchronise(run.path)
+    synchronise(run.path)
     _remove_old(run, keep)
     return final
 
@@ -168,10 +175,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
-                                  f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}")
+            raise CheckpointError(
+                f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
+                f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}"
+            )
         for name, digest in state["sha256"].items():
-            if _sha256(path / name) != digest:
+            if file_hash(path / name) != digest:
                 raise CheckpointError(f"{path}: is damaged ({name} is not as it was written){_others(path)}")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -187,7 +196,7 @@ def newest_checkpoint(run: RunFolder) -> Path:
         If there is none, or the newest one is damaged; the message then names the one before it.
     """
     for replaced in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*.old"):
-        name = replaced.name[1:-len(".old")]
+        name = replaced.name[1 : -len(".old")]
         if not (run.checkpoints / name).exists():  # killed while a checkpoint took the place of an older one
             replaced.rename(run.checkpoints / name)
     checkpoints = run.saved_checkpoints()
@@ -238,10 +247,13 @@ def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], or
     """
     parameters = model.named_parameters()
     differing = sorted(parameters.keys() ^ arrays.keys()) or [
-        name for name, parameter in parameters.items() if parameter.shape != arrays[name].shape]
+        name for name, parameter in parameters.items() if parameter.shape != arrays[name].shape
+    ]
     if differing:
-        raise CheckpointError(f"{origin}: is of another architecture ({differing[0]} and {len(differing) - 1} more "
-                              "parameters differ); use the flags that it was trained with")
+        raise CheckpointError(
+            f"{origin}: is of another architecture ({differing[0]} and {len(differing) - 1} more "
+            "parameters differ); use the flags that it was trained with"
+        )
     for name, parameter in parameters.items():
         parameter.set_data(arrays[name])
 
@@ -277,19 +289,3 @@ def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _synchronise(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

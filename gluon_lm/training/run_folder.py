@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
+from ..files import atomic_write
 
 CHECKPOINT_PREFIX = "step-"
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
@@ -44,11 +45,15 @@ class RunFolder:
         """
         if self.path.exists() or self.path.is_symlink():
             if not overwrite:
-                raise ConfigError(f"--save {self.path}: exists already; name another folder, continue it with "
-                                  f"--resume {self.path}, or replace it with --overwrite")
+                raise ConfigError(
+                    f"--save {self.path}: exists already; name another folder, continue it with "
+                    f"--resume {self.path}, or replace it with --overwrite"
+                )
             if not self.path.is_dir() or (any(self.path.iterdir()) and not self.config.is_file()):
-                raise ConfigError(f"--overwrite --save {self.path}: is not a run of ours (it has no config.yaml), "
-                                  "so it is not replaced; name another folder")
+                raise ConfigError(
+                    f"--overwrite --save {self.path}: is not a run of ours (it has no config.yaml), "
+                    "so it is not replaced; name another folder"
+                )
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir():
             raise ConfigError(f"--save {self.path}: {parent} is not a directory; name another folder")
@@ -56,7 +61,7 @@ class RunFolder:
             raise ConfigError(f"--save {self.path}: no permission to write in {parent}; name another folder")
 
     def create(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> None:
-        """Make the folder, with its configuration and vocabulary in it, in one rename; an old one makes way if it may."""
+        """Make the folder, configuration and vocabulary in it, in one rename; an old one makes way if it may."""
         self.check_free(overwrite)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
@@ -73,13 +78,14 @@ class RunFolder:
 
     def update_config(self, config_yaml: str) -> None:
         """Replace ``config.yaml``, when a run goes on with other flags."""
-        fresh = self.config.with_name(f".{self.config.name}.new-{os.getpid()}")
-        fresh.write_text(config_yaml, encoding="utf-8")
-        fresh.replace(self.config)
+        with atomic_write(self.config) as file:
+            file.write(config_yaml.encode("utf-8"))
 
     def saved_checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        folders = [p for p in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if p.name[len(CHECKPOINT_PREFIX):].isdigit()]
+        folders = [
+            p for p in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if p.name[len(CHECKPOINT_PREFIX) :].isdigit()
+        ]
         return sorted(folders, key=checkpoint_step)
 
 
@@ -91,7 +97,7 @@ def strip_model_suffix(path: str | Path) -> Path:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step at which a checkpoint was written, by its name."""
-    return int(checkpoint.name[len(CHECKPOINT_PREFIX):])
+    return int(checkpoint.name[len(CHECKPOINT_PREFIX) :])
 
 
 def default_run_path(corpus: str, model: str) -> Path:
@@ -134,8 +140,10 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if name is None:
         newest = Path("runs/latest")
         if not newest.exists():
-            raise CheckpointError("no run is named and runs/latest does not exist; name a run folder, or train one with "
-                                  "python -m gluon_lm.train")
+            raise CheckpointError(
+                "no run is named and runs/latest does not exist; name a run folder, or train one with "
+                "python -m gluon_lm.train"
+            )
         name = newest.resolve()
     path = Path(name) if Path(name).is_dir() else strip_model_suffix(name)
     if not path.is_dir():

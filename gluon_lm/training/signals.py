@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 from ..logs import LOGGER
+
+
+class Stopped(Exception):
+    """Raised in the midst of work that a stop request ends and that starts anew when the run goes on."""
 
 
 class StopRequest:
@@ -19,12 +24,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def exit_code(self) -> int:
         """What a shell expects of a process that such a signal ended; 0 without one."""
         return 0 if self.signal is None else 128 + int(self.signal)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has asked to stop."""
+        if self.signal is not None:
+            raise Stopped
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -53,8 +53,13 @@ class TrainingStep:
         Bound on the global norm of the mean loss's gradient.
     """
 
-    def __init__(self, model: LanguageModel, optimizer: mx.optimizer.Optimizer, communicator: Communicator,
-                 clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: mx.optimizer.Optimizer,
+        communicator: Communicator,
+        clip_norm: float | None,
+    ) -> None:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
         self._parameters = list(model.named_parameters().values())
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
@@ -100,7 +105,8 @@ class TrainingStep:
             raise TrainingDiverged(
                 f"step {step}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be finite; "
                 f"no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
-                f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})")
+                f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})"
+            )
         clip_factor = 1.0
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
@@ -121,12 +127,13 @@ class TrainingStep:
                     parameter.data(device)._fresh_grad = True  # zero, and the other devices' are added
                 continue
             tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
-            targets_R = mx.nd.array(part.targets_TN.reshape(-1)[:part.num_targets], ctx=device, dtype="int32")
+            targets_R = mx.nd.array(part.targets_TN.reshape(-1)[: part.num_targets], ctx=device, dtype="int32")
             with mx.autograd.record():
                 hidden_TNH, *states = self._model.encoder(tokens_TN, *self._states[i])
             self._states[i] = [state.detach() for state in states]
             loss_sum, grad_TNH = backward_through_head(
-                self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R)
+                self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R
+            )
             hidden_TNH.backward(grad_TNH)
             loss_sums.append(loss_sum)
         return loss_sums

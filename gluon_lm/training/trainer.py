@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -17,12 +18,13 @@ from ..data.windows import Streams
 from ..distributed import Communicator
 from ..errors import CheckpointError, DataError
 from ..evaluation.static import Evaluation, evaluate
-from ..logs import LOGGER, MetricsFile
+from ..logs import LOGGER
 from ..models import LanguageModel
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from ..tracking import MetricsFile
 from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
 from .run_folder import RunFolder
-from .signals import StopRequest
+from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
 
 
@@ -66,22 +68,32 @@ class Trainer:
         If the training text is shorter than one window for each stream.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, model: LanguageModel, communicator: Communicator, run: RunFolder,
-                 config_yaml: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        model: LanguageModel,
+        communicator: Communicator,
+        run: RunFolder,
+        config_yaml: str,
+    ) -> None:
         self.config, self.corpus, self.model, self.run = config, corpus, model, run
         self.state = TrainingState(lr=config.optim.lr)
         self._communicator, self._config_yaml = communicator, config_yaml
         self._names = list(model.named_parameters())
         batch_size, bptt = config.training.batch_size, config.training.bptt
         if len(corpus.train) < batch_size * bptt:
-            raise DataError(f"{corpus.name}: {len(corpus.train)} training tokens are less than one window for each stream, "
-                            f"--batch-size {batch_size} x --bptt {bptt} = {batch_size * bptt}; lower these or add text")
+            raise DataError(
+                f"{corpus.name}: {len(corpus.train)} training tokens are less than one window for each stream, "
+                f"--batch-size {batch_size} x --bptt {bptt} = {batch_size * bptt}; lower these or add text"
+            )
         self._eos = corpus.vocabulary.eos_id
         self._streams = Streams(corpus.train, batch_size, self._eos)
-        self._step = TrainingStep(model, create_optimizer(config.optim, communicator.devices), communicator,
-                                  config.optim.clip_norm)
+        self._step = TrainingStep(
+            model, create_optimizer(config.optim, communicator.devices), communicator, config.optim.clip_norm
+        )
         self._saved_step: int | None = None
-        self._metrics: MetricsFile | None = None
+        self._metrics: MetricsFile
 
     @property
     def windows_per_epoch(self) -> int:
@@ -121,7 +133,8 @@ class Trainer:
         epoch_started = time.perf_counter()
         while True:
             if self._evaluation_due():
-                self._validate(stop, time.perf_counter() - epoch_started)
+                with contextlib.suppress(Stopped):
+                    self._validate(stop, time.perf_counter() - epoch_started)
                 epoch_started = time.perf_counter()
                 interval = _Interval(epoch_started)
             elif training.checkpoint_every and state.step % training.checkpoint_every == 0:
@@ -152,9 +165,11 @@ class Trainer:
 
     def _finished(self) -> bool:
         training, state = self.config.training, self.state
-        return (state.epoch >= training.epochs
-                or (training.max_steps is not None and state.step >= training.max_steps)
-                or (training.patience is not None and state.evaluations_since_best >= training.patience))
+        return (
+            state.epoch >= training.epochs
+            or (training.max_steps is not None and state.step >= training.max_steps)
+            or (training.patience is not None and state.evaluations_since_best >= training.patience)
+        )
 
     def _evaluation_due(self) -> bool:
         training, state = self.config.training, self.state
@@ -166,9 +181,7 @@ class Trainer:
 
     def _validate(self, stop: StopRequest, seconds: float) -> None:
         state, optim = self.state, self.config.optim
-        result = self._evaluate(self.corpus.valid, "validation", lambda: stop.signal is not None)
-        if result is None:
-            return
+        result = self._evaluate(self.corpus.valid, "validation", stop.check)
         state.evaluated_step = state.step
         is_best = state.best_loss is None or result.loss < state.best_loss
         if is_best:
@@ -176,11 +189,25 @@ class Trainer:
         else:
             state.evaluations_since_best += 1
         LOGGER.info("-" * 89)
-        LOGGER.info("| %s | time: %6.2fs | valid loss %5.4f | valid ppl %8.2f%s", self._position(), seconds, result.loss,
-                    result.perplexity, " | best" if is_best else "")
+        LOGGER.info(
+            "| %s | time: %6.2fs | valid loss %5.4f | valid ppl %8.2f%s",
+            self._position(),
+            seconds,
+            result.loss,
+            result.perplexity,
+            " | best" if is_best else "",
+        )
         LOGGER.info("-" * 89)
-        self._metrics.write("valid", state.step, epoch=state.epoch, loss=result.loss, perplexity=result.perplexity,
-                            lr=state.lr, best=is_best, seconds=seconds)
+        self._metrics.write(
+            "valid",
+            state.step,
+            epoch=state.epoch,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            lr=state.lr,
+            best=is_best,
+            seconds=seconds,
+        )
         if not is_best and optim.lr_decay is not None:
             state.lr /= optim.lr_decay
             self._step.trainer.set_learning_rate(state.lr)
@@ -198,17 +225,35 @@ class Trainer:
         if state.best_step is not None:
             best = load_checkpoint(self.run.best.resolve())
             set_parameters(self.model, best.parameters, self.run.best)
-        result = self._evaluate(self.corpus.test, "test", lambda: False)
+        result = self._evaluate(self.corpus.test, "test")
         which = f"step {state.best_step if state.best_step is not None else state.step}"
         LOGGER.info("=" * 89)
         LOGGER.info("| End of training | %s | test loss %5.4f | test ppl %8.2f", which, result.loss, result.perplexity)
         LOGGER.info("=" * 89)
-        self._metrics.write("test", state.step, loss=result.loss, perplexity=result.perplexity,
-                            bits_per_word=result.bits_per_word, num_tokens=result.num_tokens)
+        self._metrics.write(
+            "test",
+            state.step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            bits_per_word=result.bits_per_word,
+            num_tokens=result.num_tokens,
+        )
 
-    def _evaluate(self, ids: np.ndarray, what: str, interrupted: Callable[[], bool]) -> Evaluation | None:
-        return evaluate(self.model, ids, self._eos, self._communicator.devices[0],
-                        self.config.training.eval_batch_size, progress=what, interrupted=interrupted)
+    def _evaluate(
+        self,
+        ids: np.ndarray,
+        what: str,
+        before_window: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        return evaluate(
+            self.model,
+            ids,
+            self._eos,
+            self._communicator.devices[0],
+            self.config.training.eval_batch_size,
+            progress=what,
+            before_window=before_window,
+        )
 
     def _log_interval(self, interval: _Interval) -> None:
         state = self.state
@@ -216,13 +261,32 @@ class Trainer:
         loss = interval.loss_sum / interval.num_targets
         perplexity = math.exp(loss) if loss < 709 else math.inf
         windows = self.windows_per_epoch
-        epoch, batch = (state.epoch + 1, state.row // self.config.training.bptt) if state.row else (state.epoch, windows)
-        LOGGER.info("| epoch %3d | %5d/%5d batches | lr %05.2f | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
-                    "%.0f tokens/s", epoch, batch, windows, state.lr,
-                    1000 * seconds / interval.num_steps, loss, perplexity, interval.grad_norm,
-                    interval.num_targets / seconds)
-        self._metrics.write("train", state.step, epoch=epoch, loss=loss, perplexity=perplexity, lr=state.lr,
-                            grad_norm=interval.grad_norm, tokens_per_second=interval.num_targets / seconds)
+        epoch, batch = (
+            (state.epoch + 1, state.row // self.config.training.bptt) if state.row else (state.epoch, windows)
+        )
+        LOGGER.info(
+            "| epoch %3d | %5d/%5d batches | lr %05.2f | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
+            "%.0f tokens/s",
+            epoch,
+            batch,
+            windows,
+            state.lr,
+            1000 * seconds / interval.num_steps,
+            loss,
+            perplexity,
+            interval.grad_norm,
+            interval.num_targets / seconds,
+        )
+        self._metrics.write(
+            "train",
+            state.step,
+            epoch=epoch,
+            loss=loss,
+            perplexity=perplexity,
+            lr=state.lr,
+            grad_norm=interval.grad_norm,
+            tokens_per_second=interval.num_targets / seconds,
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -233,18 +297,26 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         states = self._step.states
         checkpoint = Checkpoint(
-            parameters={name: p.data(self._communicator.devices[0])
-                        for name, p in self.model.named_parameters().items()},
+            parameters={
+                name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()
+            },
             optimizer=optimizer_state(self._step.trainer, self._names),
-            carried=[mx.nd.concat(*[part.as_in_context(mx.cpu()) for part in parts], dim=1)
-                     for parts in zip(*states)] if states else [],
+            carried=[mx.nd.concat(*[part.as_in_context(mx.cpu()) for part in parts], dim=1) for parts in zip(*states)]
+            if states
+            else [],
             training=self.state,
             communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
             num_devices=len(self._communicator.devices) * self._communicator.size,
         )
-        save_checkpoint(self.run, checkpoint, self._config_yaml, self.corpus.vocabulary,
-                        keep=self.config.training.keep_checkpoints, is_best=is_best)
+        save_checkpoint(
+            self.run,
+            checkpoint,
+            self._config_yaml,
+            self.corpus.vocabulary,
+            keep=self.config.training.keep_checkpoints,
+            is_best=is_best,
+        )
         self._communicator.checkpointed()
         self._saved_step = self.state.step
 
@@ -259,8 +331,10 @@ class Trainer:
             If the checkpoint is of another model or optimiser.
         """
         if checkpoint.corpus != self.corpus.digest:
-            raise DataError(f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
-                            "restore the text, or train anew with --overwrite")
+            raise DataError(
+                f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
+                "restore the text, or train anew with --overwrite"
+            )
         devices = self._communicator.devices
         set_parameters(self.model, checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.step)
@@ -268,11 +342,16 @@ class Trainer:
         self._saved_step = self.state.step
         if checkpoint.carried:
             if checkpoint.carried[0].shape[1] != self.config.training.batch_size:
-                raise CheckpointError(f"{self.run.path}: carries {checkpoint.carried[0].shape[1]} streams; --batch-size must "
-                                      "stay as it was")
-            split = [mx.nd.split(array, len(devices), axis=1, squeeze_axis=False) if len(devices) > 1 else [array]
-                     for array in checkpoint.carried]
-            self._step.states = [[parts[i].as_in_context(device) for parts in split]
-                                 for i, device in enumerate(devices)]
+                raise CheckpointError(
+                    f"{self.run.path}: carries {checkpoint.carried[0].shape[1]} streams; --batch-size must "
+                    "stay as it was"
+                )
+            split = [
+                mx.nd.split(array, len(devices), axis=1, squeeze_axis=False) if len(devices) > 1 else [array]
+                for array in checkpoint.carried
+            ]
+            self._step.states = [
+                [parts[i].as_in_context(device) for parts in split] for i, device in enumerate(devices)
+            ]
         if checkpoint.num_devices == len(devices) * self._communicator.size:
             self._communicator.load_state_dict(checkpoint.communicator)

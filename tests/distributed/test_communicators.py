@@ -108,9 +108,7 @@ def test_reduce_leaves_the_sum_on_every_device_in_place(communicator):
     parameters = make_parameters(communicator.devices)
     for step in range(3):
         # Small whole numbers add up exactly in any order.
-        gradients = [
-            [np.round(3 * array) for array in arrays] for arrays in draw(step, len(communicator.devices))
-        ]
+        gradients = [[np.round(3 * array) for array in arrays] for arrays in draw(step, len(communicator.devices))]
         assert_all_equal(reduce(communicator, parameters, gradients), [sum(arrays) for arrays in gradients])
 
 
@@ -279,9 +277,7 @@ def test_a_parameter_without_gradients_in_calibration_keeps_its_size():
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [(1.0, 1.0), (1.3, 1.0), (1.5, 2.0), (0.3, 0.25), (3e-5, 2.0**-15)]
-)
+@pytest.mark.parametrize(("value", "expected"), [(1.0, 1.0), (1.3, 1.0), (1.5, 2.0), (0.3, 0.25), (3e-5, 2.0**-15)])
 def test_power_of_two_near(value, expected):
     assert power_of_two_near(value) == expected
 
@@ -329,11 +325,7 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(config, flag, resolve):
     with pytest.raises(DistributedError) as caught:
         resolve(config)
     message = str(caught.value)
-    assert (
-        message.startswith(f"{flag}: MXNet sees no GPU here")
-        and "--cpus N" in message
-        and "\n" not in message
-    )
+    assert message.startswith(f"{flag}: MXNet sees no GPU here") and "--cpus N" in message and "\n" not in message
 
 
 @pytest.mark.gpu
@@ -343,9 +335,7 @@ def test_a_gpu_beyond_the_last_is_refused():
 
 
 def test_compression_on_one_device_is_refused():
-    with pytest.raises(
-        DistributedError, match=r"--gctype 2bit: there is one device .*nothing to compress"
-    ) as caught:
+    with pytest.raises(DistributedError, match=r"--gctype 2bit: there is one device .*nothing to compress") as caught:
         create_communicator(DeviceConfig(cpus=1, gctype="2bit"))
     assert "\n" not in str(caught.value)
 

@@ -238,9 +238,7 @@ def spoil(name, what):
     return damage
 
 
-@pytest.mark.parametrize(
-    "name", ["encoder.embedding.weight", "encoder.layers.1.h2h_weight", "head.decoder.bias"]
-)
+@pytest.mark.parametrize("name", ["encoder.embedding.weight", "encoder.layers.1.h2h_weight", "head.decoder.bias"])
 @pytest.mark.parametrize("what", [np.nan, np.inf])
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_and_says_so(name, what, num_devices):
@@ -309,9 +307,7 @@ def test_two_bit_training_learns_as_much_as_without():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "settings", [{"model": "lstm"}, {"model": "gru", "tied": True}], ids=["lstm", "gru-tied"]
-)
+@pytest.mark.parametrize("settings", [{"model": "lstm"}, {"model": "gru", "tied": True}], ids=["lstm", "gru-tied"])
 def test_the_gpu_gives_the_parameters_of_the_cpu(settings):
     cpu, cpu_step = build_step(SingleDevice([mx.cpu(0)]), clip_norm=0.3, **settings)
     gpu, gpu_step = build_step(SingleDevice([mx.gpu(0)]), clip_norm=0.3, **settings)

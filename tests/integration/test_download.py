@@ -369,9 +369,7 @@ def test_two_processes_at_once_download_once(server, folder):
     try:
         assert started.wait(30)
         processes.append(start_fetch(folder, server.url + "/tiny.zip"))
-        time.sleep(
-            0.5
-        )  # time for the second one to come to the lock; without it the test would only prove less
+        time.sleep(0.5)  # time for the second one to come to the lock; without it the test would only prove less
         go_on.set()
         assert [process.wait(30) for process in processes] == [0, 0]
     finally:
@@ -410,9 +408,7 @@ def test_the_command_refuses_what_it_does_not_know(tiny_is_registered, tmp_path,
     assert main(["tiny-1", "tiny-2", "wikitex-2", "--data-dir", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("error: tiny-2: must be a corpus") and lines[0].endswith(
-        "did you mean tiny-1?"
-    )
+    assert lines[0].startswith("error: tiny-2: must be a corpus") and lines[0].endswith("did you mean tiny-1?")
     assert "did you mean wikitext-2?" in lines[1]
     assert list(tmp_path.iterdir()) == []
     assert main([]) == 2

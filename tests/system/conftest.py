@@ -25,9 +25,15 @@ class Project:
 
     def start(self, command: str, *flags: object) -> subprocess.Popen:
         """Start ``python -m gluon_lm.<command>`` in a process of its own; its output is one text stream."""
-        return subprocess.Popen([sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)], cwd=self.path, text=True,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)],
+            cwd=self.path,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def run(self, command: str, *flags: object, code: int = 0) -> str:
         """Run a command to its end in this process, expect an exit code, return all that it printed."""
@@ -52,8 +58,26 @@ class Project:
         return (self.path / run / link / "parameters.params").read_bytes()
 
 
-SMALL = ("--data", "text", "--model", "lstm", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--epochs", 2,
-         "--lr", 1, "--log-interval", 10)
+SMALL = (
+    "--data",
+    "text",
+    "--model",
+    "lstm",
+    "--emsize",
+    8,
+    "--nhid",
+    8,
+    "--batch-size",
+    4,
+    "--bptt",
+    5,
+    "--epochs",
+    2,
+    "--lr",
+    1,
+    "--log-interval",
+    10,
+)
 
 
 def write_corpus(folder: Path, num_lines: int = 120) -> None:
@@ -63,9 +87,19 @@ def write_corpus(folder: Path, num_lines: int = 120) -> None:
     for split, lines in (("train", num_lines), ("valid", num_lines // 6), ("test", num_lines // 6)):
         with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
             for _ in range(lines):
-                file.write(" ".join([rng.choice(["the", "a"]), rng.choice(["cat", "dog", "bird"]),
-                                     rng.choice(["sees", "hears"]), rng.choice(["the", "a"]),
-                                     rng.choice(["tree", "house", "river"]), "."]) + "\n")
+                file.write(
+                    " ".join(
+                        [
+                            rng.choice(["the", "a"]),
+                            rng.choice(["cat", "dog", "bird"]),
+                            rng.choice(["sees", "hears"]),
+                            rng.choice(["the", "a"]),
+                            rng.choice(["tree", "house", "river"]),
+                            ".",
+                        ]
+                    )
+                    + "\n"
+                )
 
 
 @pytest.fixture

@@ -59,15 +59,18 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(project):
     assert project.parameters("one") != project.parameters("three")
 
 
-@pytest.mark.parametrize("devices", [(), ("--cpus", 2), ("--cpus", 2, "--gctype", "2bit")],
-                         ids=["one device", "two devices", "two devices, 2-bit"])
+@pytest.mark.parametrize(
+    "devices",
+    [(), ("--cpus", 2), ("--cpus", 2, "--gctype", "2bit")],
+    ids=["one device", "two devices", "two devices, 2-bit"],
+)
 def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project, devices):
     flags = ("--dropout", 0.3, "--checkpoint-every", 7, "--epochs", 4, *devices)
     project.train("whole", *flags)
     process = project.start_training("killed", *flags)
+    checkpoints = project.path / "killed" / "checkpoints"
     for steps in (20, 60):
-        checkpoints = project.path / "killed" / "checkpoints"
-        wait_for(lambda: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process)
+        wait_for(lambda steps=steps: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         process = project.start("train", "--resume", "killed")
@@ -225,7 +228,23 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
 
 
 def test_the_default_folder_is_named_and_runs_latest_points_to_it(project):
-    flags = [f for f in ("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--max-steps", 3)]
+    flags = [
+        f
+        for f in (
+            "--data",
+            "text",
+            "--emsize",
+            8,
+            "--nhid",
+            8,
+            "--batch-size",
+            4,
+            "--bptt",
+            5,
+            "--max-steps",
+            3,
+        )
+    ]
     project.run("train", *flags)
     latest = (project.path / "runs/latest").resolve()
     assert latest.name.startswith("text-lstm-")

@@ -199,9 +199,7 @@ def test_switches_of_the_mxnet_example_that_are_always_on(capsys):
     command = parse("--hybridize --static_alloc --static-shape --tied")
     assert command.config == parse("--tied").config
     captured = capsys.readouterr()
-    assert (
-        captured.err == "warning: --hybridize --static-alloc --static-shape: always so here; leave it out\n"
-    )
+    assert captured.err == "warning: --hybridize --static-alloc --static-shape: always so here; leave it out\n"
 
 
 # ---------------------------------------------------------------- reading flags
@@ -285,8 +283,7 @@ def test_every_problem_at_once(tmp_path):
         "extra: belongs to no flag; see python -m gluon_lm.train --help",
         "--nhid 0: must be a whole number, 1 or more; for example 200",
         "--dropout 1.5: must be a number, 0 or more and below 1; for example 0.2",
-        "--model lsmt: must be one of lstm, gru, rnn_tanh, rnn_relu, awd-lstm, awd-gru, awd-rnn; "
-        "did you mean lstm?",
+        "--model lsmt: must be one of lstm, gru, rnn_tanh, rnn_relu, awd-lstm, awd-gru, awd-rnn; did you mean lstm?",
     ]
     assert problems_of(f"--continue-train --recipe nobody --config {path}") == [
         "--continue-train: needs the run to continue; add --save RUN, or use --resume RUN",
@@ -466,8 +463,7 @@ def raising(error):
         (CheckpointError("run x:\nis damaged"), "error: run x: is damaged"),
         (
             ModuleNotFoundError("No module named 'mxnet'", name="mxnet"),
-            "error: MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for "
-            "CUDA 11.2 GPUs",
+            "error: MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for CUDA 11.2 GPUs",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/a/b"),
@@ -517,9 +513,7 @@ def test_every_problem_is_a_line_of_its_own(capsys):
 
 
 def run_python(*arguments, **more):
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, **more
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, **more)
 
 
 def test_the_package_lists_its_commands():
@@ -532,9 +526,7 @@ def test_the_package_lists_its_commands():
 def test_an_unknown_command_is_refused_by_the_process():
     done = run_python("-m", "gluon_lm", "trian")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"error: trian: must be a command, one of {', '.join(COMMANDS)}; did you mean train?\n"
-    )
+    assert done.stderr == (f"error: trian: must be a command, one of {', '.join(COMMANDS)}; did you mean train?\n")
 
 
 def test_bad_flags_are_refused_by_the_process_without_mxnet():

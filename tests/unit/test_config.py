@@ -345,9 +345,7 @@ def test_empty_yaml_changes_nothing():
 
 def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
     path = tmp_path / "my.yaml"
-    path.write_text(
-        "hiden_size: 5\nlr: fast\nlr: 3\nnhid: 0\nhidden_size: 3\nqqqqqqqq: 1\n5: 6\n", encoding="utf-8"
-    )
+    path.write_text("hiden_size: 5\nlr: fast\nlr: 3\nnhid: 0\nhidden_size: 3\nqqqqqqqq: 1\n5: 6\n", encoding="utf-8")
     assert problems_of(resolve, config_file=path) == [
         f"{path} line 1: unknown key hiden_size; did you mean hidden_size?",
         f"{path} line 2: lr: fast: must be a number above 0; for example 20",
@@ -475,8 +473,7 @@ def test_problems_name_the_recipe_or_file_of_a_value():
     resolved = resolve(flags(cpus=3), config_file="gctype: 2bit\nkvstore: local")
     assert validate(resolved.config, resolved.sources) == [
         "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21",
-        "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; "
-        "use --kvstore device",
+        "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; use --kvstore device",
     ]
 
 
@@ -515,9 +512,7 @@ def test_devices_of_any_command():
 
 
 def test_a_feature_is_refused_with_one_line():
-    config = Config(
-        model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=5, ntasgd=True)
-    )
+    config = Config(model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=5, ntasgd=True))
     assert unavailable(config) == [
         "--num-experts 15, --last-hidden-size 650: the mixture of softmaxes is not available in this version",
         "--ntasgd, --nonmono 5: NT-ASGD is not available in this version",

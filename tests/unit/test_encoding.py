@@ -154,8 +154,7 @@ def test_words_splits_raw_english():
     assert (
         TOKENIZERS["words"](raw)
         == (
-            "The nation 's U.S. debt -- $ 1,234.56 ( don 't ) ... ' Self-made ' 20th , John ’s “ end ” . "
-            "<unk> <eos>"
+            "The nation 's U.S. debt -- $ 1,234.56 ( don 't ) ... ' Self-made ' 20th , John ’s “ end ” . <unk> <eos>"
         ).split()
     )
 
@@ -227,11 +226,7 @@ def test_text_that_changes_while_it_is_read(tmp_path):
 
 def entries(cache_dir: Path) -> dict[str, int]:
     """Every file in a cache, with the number of its inode, which tells whether it was written again."""
-    return {
-        str(path.relative_to(cache_dir)): path.stat().st_ino
-        for path in cache_dir.rglob("*")
-        if path.is_file()
-    }
+    return {str(path.relative_to(cache_dir)): path.stat().st_ino for path in cache_dir.rglob("*") if path.is_file()}
 
 
 def test_a_warm_cache_is_not_written(tmp_path):

@@ -30,9 +30,7 @@ def test_one_stream_is_the_sum_over_all_words_in_their_full_context(cell, tied):
     model = build_model(model=cell, tied=tied, dropout=0.5)
     result = run(model, text())
     assert result.num_tokens == 57
-    assert result.loss_sum == pytest.approx(
-        reference.text_loss(cell, values_of(model), text(), EOS), rel=1e-5
-    )
+    assert result.loss_sum == pytest.approx(reference.text_loss(cell, values_of(model), text(), EOS), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_streams", [1, 4])
@@ -74,9 +72,20 @@ def test_evaluation_leaves_parameters_and_gradients_alone():
         assert np.all(parameter.grad().asnumpy() == 5)
 
 
-def test_interruption_is_asked_for_at_each_window():
-    answers = iter([False, False, True])
-    assert run(build_model(), text(), bptt=10, interrupted=lambda: next(answers)) is None
+def test_what_is_raised_before_a_window_ends_the_evaluation():
+    class Enough(Exception):
+        pass
+
+    calls = []
+
+    def count():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(build_model(), text(), bptt=10, before_window=count)
+    assert len(calls) == 3
 
 
 def test_measures():

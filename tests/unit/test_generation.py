@@ -64,9 +64,7 @@ def test_the_seed_decides_the_text():
 
 def test_words_come_one_after_another():
     model = build()
-    assert list(islice(generate(model, VOCABULARY, 10**9, seed=1), 5)) == list(
-        generate(model, VOCABULARY, 5, seed=1)
-    )
+    assert list(islice(generate(model, VOCABULARY, 10**9, seed=1), 5)) == list(generate(model, VOCABULARY, 5, seed=1))
     assert list(generate(model, VOCABULARY, 0)) == []
 
 

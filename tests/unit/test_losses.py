@@ -122,9 +122,7 @@ def test_rows_after_the_last_target_count_for_nothing(name, num_targets, monkeyp
     elsewhere = hidden.copy().reshape((-1, H))
     if num_targets < T * N:
         elsewhere[num_targets:] = 9.0
-    (other_loss, other_grad), other_gradients = gradients_after(
-        head, lambda: run(elsewhere.reshape((T, N, H)))
-    )
+    (other_loss, other_grad), other_gradients = gradients_after(head, lambda: run(elsewhere.reshape((T, N, H))))
     assert loss == other_loss
     for array, other in zip([grad, *gradients], [other_grad, *other_gradients]):
         np.testing.assert_array_equal(array, other)
@@ -152,9 +150,7 @@ def test_softmax_loss_and_gradients_agree_with_numpy(name, hybridize, scale):
     assert relative_error(grad.asnumpy().reshape(-1, H), logits_grad @ weight) < 1e-5
     assert relative_error(head.decoder.weight.grad().asnumpy(), logits_grad.T @ hidden_RH) < 1e-5
     assert relative_error(head.decoder.bias.grad().asnumpy(), logits_grad.sum(0)) < 1e-5
-    np.testing.assert_allclose(
-        target_losses(head, V, hidden, targets).asnumpy(), expected_losses, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(target_losses(head, V, hidden, targets).asnumpy(), expected_losses, rtol=1e-5, atol=1e-5)
 
 
 def test_far_apart_logits_give_finite_losses_and_right_gradients():

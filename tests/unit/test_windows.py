@@ -68,12 +68,8 @@ def test_a_window_starts_at_any_row(text, data):
     stop = start + len(part.targets_TN)
     assert stop == min(start + length, streams.num_rows)
     kept = part.num_targets
-    np.testing.assert_array_equal(
-        part.targets_TN.reshape(-1)[:kept], whole.targets_TN[start:stop].reshape(-1)[:kept]
-    )
-    np.testing.assert_array_equal(
-        part.tokens_TN.reshape(-1)[:kept], whole.tokens_TN[start:stop].reshape(-1)[:kept]
-    )
+    np.testing.assert_array_equal(part.targets_TN.reshape(-1)[:kept], whole.targets_TN[start:stop].reshape(-1)[:kept])
+    np.testing.assert_array_equal(part.tokens_TN.reshape(-1)[:kept], whole.tokens_TN[start:stop].reshape(-1)[:kept])
 
 
 @given(texts(), st.data())
@@ -83,9 +79,7 @@ def test_columns_partition_a_window(text, data):
     for window in Streams(ids, num_streams, EOS).windows(length):
         parts = [window.columns(start, stop) for start, stop in zip(cuts, cuts[1:])]
         np.testing.assert_array_equal(np.concatenate([p.tokens_TN for p in parts], axis=1), window.tokens_TN)
-        np.testing.assert_array_equal(
-            np.concatenate([p.targets_TN for p in parts], axis=1), window.targets_TN
-        )
+        np.testing.assert_array_equal(np.concatenate([p.targets_TN for p in parts], axis=1), window.targets_TN)
         assert sum(part.num_targets for part in parts) == window.num_targets
         real = set(window.targets_TN.reshape(-1)[: window.num_targets].tolist())
         assert {t for p in parts for t in p.targets_TN.reshape(-1)[: p.num_targets].tolist()} == real

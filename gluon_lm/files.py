@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..logs import LOGGER
+from .logs import LOGGER
 
 BLOCK_BYTES = 1 << 20
 
