@@ -85,7 +85,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.9,<3.13",
+    python_requires=">=3.9,<3.12",
     # The recipes are edited at the top of the tree and travel inside the package.
     packages=[*find_packages(include=["gluon_lm", "gluon_lm.*"]), "gluon_lm.configs"],
     package_dir={"gluon_lm.configs": "configs"},
