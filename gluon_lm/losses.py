@@ -14,7 +14,7 @@ import mxnet as mx
 
 from .models.heads import Head
 
-CHUNK_ELEMENTS = 1 << 23  # logits in a chunk: 32 MiB of float32
+CHUNK_ELEMENTS = 1 << 24  # logits in a chunk: 64 MiB of float32; half of it costs a tenth of the speed
 
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:

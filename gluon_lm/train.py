@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli import TrainCommand, parse_train, run_command
-from .config import Config
+from .config import Config, flag_of, show
 from .errors import ConfigError
 from .logs import LOGGER, log_to_file, log_to_terminal
 from .runtime import prepare_process
 from .training.run_folder import RunFolder, default_run_path, find_run, point, strip_model_suffix
+
+if TYPE_CHECKING:
+    from .data import Corpus
+    from .training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +64,7 @@ def _start(command: TrainCommand) -> int:
 
 def _resume(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     from .data import Vocabulary, load_corpus
-    from .training.checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint
+    from .training.checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
 
     path = path or newest_checkpoint(run)
     checkpoint = load_checkpoint(path)
@@ -71,12 +77,14 @@ def _resume(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
+    for abandoned in set_aside_after(run, checkpoint.training):
+        LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
     run.update_config(command.describe())
     return _fit(trainer, run)
 
 
-# What may differ from the run that is continued: how long, how often, and where; not what is trained, on what.
-_FREE_SECTIONS = ("devices",)
+# What may differ from the run that is continued, besides the devices: how long, how often, and how hard it is
+# regularised; not what is trained, nor on what.
 _FREE_TRAINING = (
     "epochs",
     "max_steps",
@@ -89,26 +97,26 @@ _FREE_TRAINING = (
     "gen_word_len",
 )
 _FREE_OPTIM = ("lr", "lr_decay", "clip_norm", "weight_decay")
+_FREE = {"training": _FREE_TRAINING, "optim": _FREE_OPTIM, "data": ("data_dir",), "model": ("dropout",)}
 
 
 def _check_unchanged(before: Config, now: Config, run_path: Path) -> None:
     """Refuse to continue a run as something else."""
-    free = {"training": _FREE_TRAINING, "optim": _FREE_OPTIM, "data": ("data_dir",), "model": ("dropout",)}
     problems = []
-    for section, names in free.items():
+    for section, names in _FREE.items():
         old, new = getattr(before, section), getattr(now, section)
         for declared in dataclasses.fields(old):
             was, wanted = getattr(old, declared.name), getattr(new, declared.name)
             if declared.name not in names and was != wanted:
                 problems.append(
-                    f"--{declared.name.replace('_', '-')} {wanted}: {run_path} was trained with {was}; leave the "
-                    "flag out, or train anew"
+                    f"{flag_of(declared.name)} {show(wanted)}: {run_path} was trained with {show(was)}; leave the flag "
+                    "out, or train anew"
                 )
     if problems:
         raise ConfigError(problems)
 
 
-def _build(command: TrainCommand, corpus, run):
+def _build(command: TrainCommand, corpus: Corpus, run: RunFolder) -> Trainer:
     """Devices, model and trainer of a run."""
     from .distributed import create_communicator
     from .models import LanguageModel
@@ -120,7 +128,7 @@ def _build(command: TrainCommand, corpus, run):
     model.initialize_parameters(config.training.seed, communicator.devices)
     model.hybridize_for_use()
     trainer = Trainer(config, corpus, model, communicator, run, command.describe())
-    num_parameters = sum(int(p.data(communicator.devices[0]).size) for p in model.named_parameters().values())
+    num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
         "%s %s%s, %.2f million parameters | %s",
@@ -134,7 +142,7 @@ def _build(command: TrainCommand, corpus, run):
     return trainer
 
 
-def _fit(trainer, run) -> int:
+def _fit(trainer: Trainer, run: RunFolder) -> int:
     with log_to_file(run.log):
         if run.path.parent.name == "runs":
             point(run.path.parent / "latest", run.path)

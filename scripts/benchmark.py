@@ -113,7 +113,7 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
     from gluon_lm.training.step import TrainingStep
 
     streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt), size.batch_size, eos=0)
-    optimizer = create_optimizer(OptimConfig(lr=size.lr, clip_norm=size.clip_norm), communicator.devices)
+    optimizer = create_optimizer(OptimConfig(lr=size.lr, clip_norm=size.clip_norm))
     step = TrainingStep(model, optimizer, communicator, size.clip_norm)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
 

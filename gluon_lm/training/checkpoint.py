@@ -206,6 +206,28 @@ def newest_checkpoint(run: RunFolder) -> Path:
     return checkpoints[-1]
 
 
+def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, str]]:
+    """Rename the checkpoints of steps that a run, going on from an older one, is about to take again.
+
+    Returns
+    -------
+    list of (str, str)
+        Old and new name of each.
+    """
+    newer = [path for path in run.saved_checkpoints() if checkpoint_step(path) > training.step]
+    aside = [path.with_name(f"abandoned-{path.name}") for path in newer]
+    for path, new in zip(newer, aside):
+        shutil.rmtree(new, ignore_errors=True)
+        path.rename(new)
+    if newer:
+        best = run.checkpoints / f"{CHECKPOINT_PREFIX}{training.best_step}"
+        if best.is_dir():
+            point(run.best, best)
+        elif not run.best.exists():
+            run.best.unlink(missing_ok=True)
+    return [(path.name, new.name) for path, new in zip(newer, aside)]
+
+
 def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:
     """A trained model, ready for evaluation, from a user's name for it.
 

@@ -89,9 +89,7 @@ class Trainer:
             )
         self._eos = corpus.vocabulary.eos_id
         self._streams = Streams(corpus.train, batch_size, self._eos)
-        self._step = TrainingStep(
-            model, create_optimizer(config.optim, communicator.devices), communicator, config.optim.clip_norm
-        )
+        self._step = TrainingStep(model, create_optimizer(config.optim), communicator, config.optim.clip_norm)
         self._saved_step: int | None = None
         self._metrics: MetricsFile
 

@@ -33,7 +33,7 @@ def communicator_on(num_devices, kvstore="device", threshold=None):
 
 def build_step(communicator, clip_norm=None, optimizer="sgd", lr=0.5, **config):
     model = build_model(communicator.devices, **config)
-    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr), communicator.devices)
+    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr))
     return model, TrainingStep(model, rule, communicator, clip_norm)
 
 

@@ -164,6 +164,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(project, 
     offered = output.strip().rpartition("the one before it, ")[2]
     assert (project.path / offered / "state.json").is_file()
     assert "resuming at step" in project.run("train", "--resume", offered, "--epochs", 2)
+    undamaged = project.train("undamaged", "--checkpoint-every", 5)
+    assert project.parameters("run") == project.parameters("undamaged"), undamaged
+    project.run("train", "--resume", "run", "--epochs", 3)
 
 
 def test_another_architecture_is_refused(project):

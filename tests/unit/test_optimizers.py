@@ -27,7 +27,7 @@ def build(devices, optimizer="adam", lr=0.1, weight_decay=0.0):
         parameter.set_data(mx.nd.array(rng.randn(*shape)))
         parameters.append(parameter)
     config = OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay)
-    return gluon.Trainer(parameters, create_optimizer(config, devices), kvstore=None), parameters
+    return gluon.Trainer(parameters, create_optimizer(config), kvstore=None), parameters
 
 
 def gradients(step):
