@@ -18,6 +18,7 @@ from .training.run_folder import RunFolder, default_run_path, find_run, point, s
 
 if TYPE_CHECKING:
     from .data import Corpus
+    from .distributed import Communicator
     from .training.trainer import Trainer
 
 
@@ -46,7 +47,9 @@ def _train(argv: Sequence[str]) -> int:
 
 def _start(command: TrainCommand) -> int:
     from .data import load_corpus
+    from .distributed import create_communicator
 
+    communicator = create_communicator(command.config.devices)
     corpus = load_corpus(command.config.data)
     if command.save is None:
         run = RunFolder(default_run_path(corpus.name, command.config.model.model))
@@ -54,7 +57,7 @@ def _start(command: TrainCommand) -> int:
     else:
         run = RunFolder(strip_model_suffix(command.save))
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
-    trainer = _build(command, corpus, run)
+    trainer = _build(command, corpus, communicator, run)
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
@@ -64,12 +67,14 @@ def _start(command: TrainCommand) -> int:
 
 def _resume(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     from .data import Vocabulary, load_corpus
+    from .distributed import create_communicator
     from .training.checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
 
+    communicator = create_communicator(command.config.devices)
     path = path or newest_checkpoint(run)
     checkpoint = load_checkpoint(path)
     corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
-    trainer = _build(command, corpus, run)
+    trainer = _build(command, corpus, communicator, run)
     trainer.restore(checkpoint)
     if "lr" in command.settings:
         trainer.state.lr = command.config.optim.lr
@@ -116,14 +121,12 @@ def _check_unchanged(before: Config, now: Config, run_path: Path) -> None:
         raise ConfigError(problems)
 
 
-def _build(command: TrainCommand, corpus: Corpus, run: RunFolder) -> Trainer:
-    """Devices, model and trainer of a run."""
-    from .distributed import create_communicator
+def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
+    """The model of a run, and its trainer."""
     from .models import LanguageModel
     from .training.trainer import Trainer
 
     config = command.config
-    communicator = create_communicator(config.devices)
     model = LanguageModel(config.model, len(corpus.vocabulary))
     model.initialize_parameters(config.training.seed, communicator.devices)
     model.hybridize_for_use()

@@ -13,12 +13,12 @@ from .kvstore import KVStoreCommunicator
 
 
 def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
-    """The contexts that the flags ask for; with none given, the first GPU or else one CPU context.
+    """The contexts that the flags ask for; with none given, the first usable GPU or else one CPU context.
 
     Raises
     ------
     DistributedError
-        For a GPU that is not there.
+        For a GPU that is not there, or that this build of MXNet cannot use.
     """
     if config.cpus is not None:
         return [mx.cpu(i) for i in range(config.cpus)]
@@ -28,16 +28,25 @@ def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
     if config.gpus is not None:
         wanted = list(config.gpus)
         flag = "--gpus " + ",".join(map(str, wanted))
-    else:
-        wanted = [0] if num_gpus or config.cuda or config.single_gpu else []
+    elif config.cuda or config.single_gpu:
+        wanted = [0]
         flag = "--cuda" if config.cuda else "--single-gpu"
+    else:
+        return [next((mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i))), mx.cpu(0))]
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
         raise DistributedError(
             f"{flag}: MXNet sees {_count_gpus(num_gpus)} here; "
             + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu())
         )
-    return [mx.gpu(i) for i in wanted] or [mx.cpu(0)]
+    devices = [mx.gpu(i) for i in wanted]
+    for device in devices:
+        if not _is_usable(device):
+            raise DistributedError(
+                f"{flag}: MXNet {mx.__version__} sees {device} but cannot compute on it; it may be newer than this "
+                "build, whose machine code is for compute capability 5.0 to 8.9. Use another GPU, or --cpus N"
+            )
+    return devices
 
 
 def resolve_single_device(config: DeviceConfig) -> mx.Context:
@@ -55,6 +64,13 @@ def resolve_single_device(config: DeviceConfig) -> mx.Context:
             "one; name one with --gpus N, or leave the flag out"
         )
     return devices[0]
+
+
+def _is_usable(gpu: mx.Context) -> bool:
+    try:
+        return float(mx.nd.ones((2,), ctx=gpu).sum().asscalar()) == 2
+    except mx.MXNetError:
+        return False
 
 
 def _count_gpus(num_gpus: int) -> str:
