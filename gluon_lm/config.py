@@ -199,10 +199,14 @@ class DataConfig(Section):
     )
     data_dir: str = option("./data", text("DIR"), "where the corpora lie and are downloaded to")
     tokenizer: str | None = option(
-        None, optional(choice("whitespace", "words")), "how your own text becomes words (default: whitespace)"
+        None,
+        optional(choice("whitespace", "words")),
+        "how text becomes words (default: the corpus's own; whitespace for your text)",
     )
     min_freq: int | None = option(None, optional(integer()), "leave words seen fewer times in training out")
-    max_vocab: int | None = option(None, optional(integer()), "keep this many of the most frequent words")
+    max_vocab: int | None = option(
+        None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words stay"
+    )
     vocab: str | None = option(None, optional(text("FILE")), "a vocabulary file to use instead of the training words")
 
 

@@ -16,7 +16,7 @@ from ..config import Config
 from ..data import Corpus
 from ..data.windows import Streams
 from ..distributed import Communicator
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import LOGGER
 from ..models import LanguageModel
@@ -180,6 +180,11 @@ class Trainer:
     def _validate(self, stop: StopRequest, seconds: float) -> None:
         state, optim = self.state, self.config.optim
         result = self._evaluate(self.corpus.valid, "validation", stop.check)
+        if not math.isfinite(result.loss):
+            raise TrainingDiverged(
+                f"step {state.step}: validation loss {result.loss:g} must be finite; the checkpoints before are whole. "
+                f"The learning rate is likely too high: lower --lr (now {state.lr:g})"
+            )
         state.evaluated_step = state.step
         is_best = state.best_loss is None or result.loss < state.best_loss
         if is_best:
@@ -263,7 +268,7 @@ class Trainer:
             (state.epoch + 1, state.row // self.config.training.bptt) if state.row else (state.epoch, windows)
         )
         LOGGER.info(
-            "| epoch %3d | %5d/%5d batches | lr %05.2f | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
+            "| epoch %3d | %5d/%5d batches | lr %g | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
             "%.0f tokens/s",
             epoch,
             batch,
