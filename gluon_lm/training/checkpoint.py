@@ -1,8 +1,8 @@
 """Checkpoints: one directory each, whole or absent, with all that a resumed run needs to go on as if never stopped.
 
-parameters.params   the model, by parameter name
-optimizer.params    optimiser state, by parameter name
-carried.params      recurrent state between two windows, all streams side by side
+parameters.npz      the model, by parameter name
+optimizer.npz       optimiser state, by parameter name
+carried.npz         recurrent state between two windows, all streams side by side
 state.json          counters, decisions, the communicator's state, and the sha256 of every other file
 config.yaml, vocab.txt
 """
@@ -13,12 +13,14 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 
 from .. import __version__
 from ..config import Config
@@ -28,7 +30,7 @@ from ..files import file_hash, synchronise
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
-PARAMETERS, OPTIMIZER, CARRIED = "parameters.params", "optimizer.params", "carried.params"
+PARAMETERS, OPTIMIZER, CARRIED = "parameters.npz", "optimizer.npz", "carried.npz"
 STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
 _FORMAT = 1
 
@@ -161,7 +163,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             corpus=state["corpus"],
             num_devices=state["num_devices"],
         )
-    except (KeyError, TypeError, mx.MXNetError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
 
 
@@ -297,16 +299,17 @@ def _others(path: Path) -> str:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
-    # From CPU memory: arrays remember their device, and a GPU of that number may not be there when they are read.
-    mx.nd.save(str(path), {name: array.as_in_context(mx.cpu()) for name, array in arrays.items()})
+    # Not MXNet's own format: it remembers the device, which may not be there when it is read, and its writer does not
+    # notice when the last block of a file finds the disk full.
+    np.savez(path, **{name: array.asnumpy() for name, array in arrays.items()})
 
 
 def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     try:
-        arrays = mx.nd.load(str(path))
-    except mx.MXNetError as error:
-        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from error
-    return arrays if isinstance(arrays, dict) else {}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: mx.nd.array(arrays[name], ctx=mx.cpu(), dtype=arrays[name].dtype) for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)}){_others(path.parent)}") from error
 
 
 def _first_line(error: Exception) -> str:

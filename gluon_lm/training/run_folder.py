@@ -63,9 +63,11 @@ class RunFolder:
     def create(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> None:
         """Make the folder, configuration and vocabulary in it, in one rename; an old one makes way if it may."""
         self.check_free(overwrite)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
-        (fresh / self.checkpoints.name).mkdir(parents=True)
+        try:
+            (fresh / self.checkpoints.name).mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"--save {self.path}: cannot be made ({error.strerror}); name another folder") from error
         (fresh / self.config.name).write_text(config_yaml, encoding="utf-8")
         vocabulary.save(fresh / self.vocabulary.name)
         if self.path.exists():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +55,9 @@ class Project:
     def events(self, run: str) -> list[dict]:
         return [json.loads(line) for line in (self.path / run / "metrics.jsonl").read_text().splitlines()]
 
-    def parameters(self, run: str, link: str = "latest") -> bytes:
-        return (self.path / run / link / "parameters.params").read_bytes()
+    def parameters(self, run: str, link: str = "latest") -> dict[str, bytes]:
+        with np.load(self.path / run / link / "parameters.npz") as arrays:
+            return {name: arrays[name].tobytes() for name in arrays.files}
 
 
 SMALL = (
