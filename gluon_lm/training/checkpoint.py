@@ -10,6 +10,7 @@ config.yaml, vocab.txt
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -105,12 +106,17 @@ def save_checkpoint(
     ----------
     keep : int
         Newest checkpoints to keep; the best one stays besides.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written; those before it are as they were.
     """
     final = run.checkpoints / f"{CHECKPOINT_PREFIX}{checkpoint.training.step}"
     fresh = run.checkpoints / f".{final.name}.new-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     try:
+        _check_space(run.checkpoints, checkpoint)
+        fresh.mkdir()
         _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
         _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
         _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
@@ -131,9 +137,13 @@ def save_checkpoint(
         if final.exists():  # the same step again, now evaluated
             final.rename(run.checkpoints / f".{final.name}.old")
         fresh.rename(final)
-    except BaseException:
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: cannot be written ({error.strerror}); mend that, and continue from the checkpoint before with "
+            f"--resume {run.path}"
+        ) from error
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise
     synchronise(run.checkpoints)
     if is_best:
         point(run.best, final)
@@ -296,6 +306,13 @@ def _others(path: Path) -> str:
     run = RunFolder(path.resolve().parent.parent)
     older = [p for p in run.saved_checkpoints() if checkpoint_step(p) < checkpoint_step(path.resolve())]
     return f"; use the one before it, {run.checkpoints / older[-1].name}" if older else "; no older one is kept"
+
+
+def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
+    arrays = [*checkpoint.parameters.values(), *checkpoint.optimizer.values(), *checkpoint.carried]
+    needed = sum(array.size * np.dtype(array.dtype).itemsize for array in arrays) + (1 << 20)
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:.0f} MB, more than the disk has left")
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
