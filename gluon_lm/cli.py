@@ -21,6 +21,7 @@ from gluon_lm.config import (
     LINKED,
     SECTIONS,
     Config,
+    DeviceConfig,
     Kind,
     Layer,
     Resolved,
@@ -162,6 +163,12 @@ class CommandParser(argparse.ArgumentParser):
                 help=(declared.metadata["help"] + note).replace("%", "%%"),
             )
             self._declared[declared.name] = declared
+
+    def add_run(self) -> None:
+        """Add what every command has that reads a run: RUN, the devices and ``--debug``; for the end of the help."""
+        self.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
+        self.add_section(DeviceConfig, "devices")
+        self.add_section(DebugOptions, "debugging")
 
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)

@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option
+from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
+
+_DATA_FLAGS = ("data", "data_dir", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions(Section):
     """How the text is read."""
 
-    split: str = option("test", choice("train", "valid", "test"), "part of the corpus")
+    split: str | None = option(
+        None,
+        choice("train", "valid", "test", "all"),
+        "part of the corpus (default: test; all of it where --data is one file)",
+    )
     eval_batch_size: int = option(1, integer(), "pieces that the text is cut into and that are read side by side")
-    bptt: int = option(None, integer(), "words in a window; the result is the same for any")
+    bptt: int | None = option(None, integer(), "words in a window; the result is the same for any")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,13 +40,16 @@ def _evaluate(argv: Sequence[str]) -> int:
         "Loss, perplexity and bits per word of a run, exact over every token.",
         "python -m gluon_lm.evaluate runs/latest --split test",
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
     parser.add_section(EvaluateOptions, "evaluation")
-    parser.add_section(DataConfig, "data (default: the text of the run)", only=("data", "data_dir", "tokenizer"))
-    parser.add_section(DeviceConfig, "devices")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DataConfig, "data (default: the text of the run)", only=_DATA_FLAGS)
+    parser.add_run()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
+    given = {name: parsed.settings[name].value for name in _DATA_FLAGS if name in parsed.settings}
+    is_file = len(given.get("data", ())) == 1 and Path(given["data"][0]).expanduser().is_file()
+    split = options.split or ("all" if is_file else "test")
+    if split == "all" and not is_file:
+        raise ConfigError("--split all: goes with one file, as in --data FILE; name train, valid or test")
     log_to_terminal()
     prepare_process()
     from .data import load_corpus
@@ -48,16 +59,15 @@ def _evaluate(argv: Sequence[str]) -> int:
 
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
-    given = {name: parsed.settings[name].value for name in ("data", "data_dir", "tokenizer") if name in parsed.settings}
-    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary, splits=(options.split,))
+    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary, splits=(split,))
     result = evaluate(
         model,
-        corpus.ids[options.split],
+        corpus.ids[split],
         vocabulary.eos_id,
         device,
         options.eval_batch_size,
         options.bptt,
-        progress=options.split,
+        progress=split,
     )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
     if options.eval_batch_size == 1:
@@ -74,7 +84,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         )
     LOGGER.info(
         "%s loss %.5f | perplexity %.3f | bits per word %.4f | tokens %d",
-        options.split,
+        split,
         result.loss,
         result.perplexity,
         result.bits_per_word,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, real, text
 from .errors import ConfigError
 from .files import atomic_write
@@ -39,10 +39,8 @@ def _generate(argv: Sequence[str]) -> int:
         "Write text with a trained model, 20 words a line.",
         "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8",
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
     parser.add_section(GenerateOptions, "text")
-    parser.add_section(DeviceConfig, "devices")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_run()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
     out = Path(options.outf) if options.outf else None

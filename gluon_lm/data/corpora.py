@@ -21,6 +21,7 @@ from .vocabulary import Vocabulary
 
 _OWN_LICENCE = "that of your text"
 SPLITS = ("train", "valid", "test")
+ALL = "all"
 _SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "val", "validation", "dev"), "test": ("test",)}
 _NAMINGS = ("{}.txt", "{}.tokens", "wiki.{}.tokens", "wiki.{}.raw", "ptb.{}.txt", "{}")
 Texts = Mapping[str, Text]
@@ -383,7 +384,9 @@ def _only(folder: Path, split: str, candidates: Sequence[Path]) -> Text:
 
 
 def _split_file(path: Path, splits: Sequence[str]) -> Texts:
-    """One file in three contiguous blocks, 90, 5 and 5 % of its bytes, of whole lines, or else words."""
+    """One file in three contiguous blocks, 90, 5 and 5 % of its bytes, of whole lines, or else words; or all of it."""
+    if tuple(splits) == (ALL,):
+        return {ALL: Text.of(path)}
     with open_text(path) as file:
         size = file.seek(0, 2)
         if size == 0:
@@ -434,7 +437,7 @@ def load_corpus(
     vocabulary : Vocabulary, optional
         Use this one, as a trained model needs; `config`'s own wishes for the vocabulary are not read then.
     splits : sequence of str
-        The parts that are wanted, of ``train``, ``valid`` and ``test``.
+        The parts that are wanted, of ``train``, ``valid`` and ``test``; or ``all``, alone, of a single file.
     corpora : mapping of str to CorpusSpec
         The registry.
     cache_dir : Path, optional
@@ -451,7 +454,7 @@ def load_corpus(
     """
     if vocabulary is None and config.vocab is not None:
         vocabulary = Vocabulary.load(Path(config.vocab).expanduser())
-    needed = [split for split in SPLITS if split in splits or (vocabulary is None and split == "train")]
+    needed = [split for split in (*SPLITS, ALL) if split in splits or (vocabulary is None and split == "train")]
     try:
         source = _find_source(config.data, Path(config.data_dir).expanduser(), needed, corpora)
     except OSError as error:
@@ -470,7 +473,7 @@ def load_corpus(
                 config.max_vocab or source.max_vocab,
             )
         encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)
-        wanted = [split for split in SPLITS if split in splits]
+        wanted = [split for split in (*SPLITS, ALL) if split in splits]
         encoded = {split: encode(source.texts[split]) for split in wanted}
     return Corpus(
         name=source.name,

@@ -196,7 +196,8 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
 def test_other_text_is_read_with_the_tokenizer_of_the_run(project):
     project.train("run", "--tokenizer", "words")
     (project.path / "other.txt").write_text("the cat sees a tree.\n" * 40)
-    assert "0 of them words that the vocabulary lacks" in project.run("evaluate", "run", "--data", "other.txt")
+    output = project.run("evaluate", "run", "--data", "other.txt")
+    assert "0 of them words that the vocabulary lacks" in output and "tokens 280" in output  # 40 lines, all of them
     split_at_blanks = project.run("evaluate", "run", "--data", "other.txt", "--tokenizer", "whitespace")
     assert "0 of them words" not in split_at_blanks
 
