@@ -51,6 +51,12 @@ class TrainingStep:
     communicator : Communicator
     clip_norm : float, optional
         Bound on the global norm of the mean loss's gradient.
+
+    Attributes
+    ----------
+    trainer : gluon.Trainer
+    states : list of State, or None
+        The recurrent state that each device carries into the next window; None starts it from zero.
     """
 
     def __init__(
@@ -63,20 +69,7 @@ class TrainingStep:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
         self._parameters = list(model.named_parameters().values())
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
-        self._states: list[State] | None = None
-
-    def reset_state(self) -> None:
-        """Start the next window from the zero state."""
-        self._states = None
-
-    @property
-    def states(self) -> list[State] | None:
-        """The recurrent state that each device carries into the next window."""
-        return self._states
-
-    @states.setter
-    def states(self, states: list[State] | None) -> None:
-        self._states = states
+        self.states: list[State] | None = None
 
     def __call__(self, window: Window, seed: int, step: int) -> StepResult:
         """Take one step.
@@ -86,7 +79,7 @@ class TrainingStep:
         window : Window
             All columns; each device of each worker takes its own.
         seed, step : int
-            Decide the dropout masks, and nothing else does.
+            The run's seed, and the steps taken before. They decide the dropout masks, and nothing else does.
 
         Raises
         ------
@@ -103,8 +96,8 @@ class TrainingStep:
         grad_norm = self._gradient_norm() / window.num_targets
         if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
             raise TrainingDiverged(
-                f"step {step}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be finite; "
-                f"no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
+                f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
+                "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
                 f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})"
             )
         clip_factor = 1.0
@@ -117,8 +110,8 @@ class TrainingStep:
         devices = self._communicator.devices
         width = window.tokens_TN.shape[1] // (len(devices) * self._communicator.size)
         first = self._communicator.rank * len(devices)
-        if self._states is None:
-            self._states = [self._model.begin_state(width, device) for device in devices]
+        if self.states is None:
+            self.states = [self._model.begin_state(width, device) for device in devices]
         loss_sums = []
         for i, device in enumerate(devices):
             part = window.columns((first + i) * width, (first + i + 1) * width)
@@ -129,8 +122,8 @@ class TrainingStep:
             tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
             targets_R = mx.nd.array(part.targets_TN.reshape(-1)[: part.num_targets], ctx=device, dtype="int32")
             with mx.autograd.record():
-                hidden_TNH, *states = self._model.encoder(tokens_TN, *self._states[i])
-            self._states[i] = [state.detach() for state in states]
+                hidden_TNH, *states = self._model.encoder(tokens_TN, *self.states[i])
+            self.states[i] = [state.detach() for state in states]
             loss_sum, grad_TNH = backward_through_head(
                 self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R
             )

@@ -156,7 +156,7 @@ class Trainer:
         state.row += len(window.tokens_TN)
         if state.row >= self._streams.num_rows:
             state.epoch, state.row = state.epoch + 1, 0
-            self._step.reset_state()
+            self._step.states = None
         if state.step == 1:
             self._metrics.write("first_step", 1, loss=result.loss_sum / result.num_targets, time=time.time())
         return result
