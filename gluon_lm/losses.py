@@ -62,7 +62,5 @@ def backward_through_head(
 def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
     """Negative log-likelihood, in nats, of each of the first R rows' targets (no gradient): shape (R,)."""
     hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
-    losses = [
-        -mx.nd.pick(head(hidden_RH[rows]), targets_R[rows]) for rows in row_chunks(targets_R.shape[0], vocab_size)
-    ]
+    losses = [head.losses(hidden_RH[rows], targets_R[rows]) for rows in row_chunks(targets_R.shape[0], vocab_size)]
     return mx.nd.concat(*losses, dim=0)

@@ -17,7 +17,7 @@ from ..losses import target_losses
 from ..models import LanguageModel
 from ..progress import progress_bar
 
-_ROWS_PER_WINDOW = 1024  # tokens worked on at once; the result does not depend on it
+_ROWS_PER_WINDOW = 512  # tokens worked on at once; the result does not depend on it
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def evaluate(
     num_streams : int
         N.
     bptt : int, optional
-        Window length; by default as many rows as make about a thousand tokens. The result is the same.
+        Window length; by default as many rows as make about 500 tokens. The result is the same.
     progress : str, optional
         What to call the work in a progress bar.
     before_window : callable, optional

@@ -1,9 +1,9 @@
 """Output layers: from hidden vectors to the distribution of the next word.
 
-A head does two things, by two ways that agree. As a HybridBlock it maps hidden vectors to log-probabilities, for
-evaluation, generation and export. In training it is the last node of the model, so `Head.backward` takes the loss and
-its gradient together: nothing of size rows x vocabulary is kept for later, and it is called on one chunk of rows
-after another (see `gluon_lm.losses`).
+A head does three things, by ways that agree. As a HybridBlock it maps hidden vectors to log-probabilities, for
+generation and export. `Head.losses` scores given targets, for evaluation. In training it is the last node of the model,
+so `Head.backward` takes the loss and its gradient together. The last two are called on one chunk of rows after another
+(see `gluon_lm.losses`) and keep nothing of size rows x vocabulary for later.
 
 Shapes: R rows (time x batch, flattened), H width of the last layer, E embedding width, V vocabulary.
 """
@@ -21,6 +21,10 @@ _SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the 
 
 class Head(gluon.HybridBlock):
     """Base class of output layers. Called as a block: ``hidden_..H -> log_probs_..V``."""
+
+    @abstractmethod
+    def losses(self, hidden_RH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded."""
 
     @abstractmethod
     def backward(self, hidden_RH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
@@ -63,6 +67,10 @@ class SoftmaxHead(Head):
 
     def hybrid_forward(self, F, hidden_RH):
         return F.log_softmax(self.decoder(hidden_RH), axis=-1)
+
+    def losses(self, hidden_RH, targets_R):
+        logits_RV = self.decoder(hidden_RH)
+        return -mx.nd.pick(mx.nd.log_softmax(logits_RV, axis=-1, out=logits_RV), targets_R)
 
     def backward(self, hidden_RH, targets_R):
         with mx.autograd.record():

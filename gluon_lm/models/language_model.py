@@ -127,6 +127,9 @@ class LanguageModel(gluon.HybridBlock):
         return 0.0 if name.endswith("bias") else 0.1
 
     def hybridize_for_use(self) -> None:
-        """Compile encoder and head each into one graph that keeps its memory from call to call."""
+        """Compile the encoder into one graph that keeps its memory from call to call.
+
+        The head stays as it is: its few operators work in place on a chunk of logits, and a graph of its own would hold
+        several chunks for good.
+        """
         self.encoder.hybridize(static_alloc=True)
-        self.head.hybridize(static_alloc=True)
