@@ -13,6 +13,7 @@ from gluon_lm.errors import ConfigError
 
 COMMANDS = {
     "train": "train a language model, or continue a run",
+    "finetune": "train a finished run further, with averaged weights",
     "evaluate": "loss, perplexity and bits per word of a run on a text",
     "generate": "write text with a run",
     "download": "fetch corpora",

@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +29,7 @@ from gluon_lm.config import (
     Setting,
     build,
     flag_of,
+    get,
     nearest,
     option,
     optional,
@@ -52,6 +53,17 @@ class DebugOptions(Section):
     """What every command has."""
 
     debug: bool = option(False, switch(), "show the traceback of an error")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(Section):
+    """What `finetune` does with the run."""
+
+    save: str | None = option(None, optional(text("RUN")), "the run to finetune, where it is not named first")
+    continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
+    overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
+    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
+    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
 
 
 @dataclass(frozen=True)
@@ -293,16 +305,33 @@ class TrainCommand:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
-    def over(self, config_file: Path) -> TrainCommand:
-        """The same command line over another YAML file: the ``config.yaml`` of the run that is resumed.
+    def over(self, config_file: Path, may_change: Set[str]) -> TrainCommand:
+        """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
+
+        Parameters
+        ----------
+        config_file : Path
+        may_change : set of str
+            Fields, besides those of the devices, that may differ from the run's.
 
         Raises
         ------
         ConfigError
-            As `parse_train`.
+            As `parse_train`, and for every other field that differs.
         """
+        before = resolve(config_file=config_file, default_recipe=None).config
         resolved = resolve(self.settings, config_file, default_recipe=None)
-        _check(resolved, self.print_config, [])
+        run = f"run {config_file.parent}"
+        sources = {name: run if s == str(config_file) else s for name, s in resolved.sources.items()}
+        problems = [
+            f"{flag_of(name)} {show(get(resolved.config, name))}: {config_file.parent} was trained with "
+            f"{show(get(before, name))}; leave the flag out, or train anew"
+            for name in self.settings
+            if name not in may_change | DeviceConfig.__dataclass_fields__.keys()
+            and get(resolved.config, name) != get(before, name)
+        ]
+        resolved = dataclasses.replace(resolved, sources=sources)
+        _check(resolved, self.print_config, problems)
         return dataclasses.replace(self, **vars(resolved))
 
 
@@ -382,6 +411,63 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         debug=debug,
         settings=settings,
     )
+
+
+# ---------------------------------------------------------------- finetune
+
+
+def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool, TrainCommand]:
+    """Read the command line of `finetune`.
+
+    Returns
+    -------
+    str or None
+        The run to finetune, as the user named it.
+    bool
+        Whether to continue a finetuning that was stopped.
+    TrainCommand
+        The command line alone, unchecked; `TrainCommand.over` lays it over the run's configuration.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found.
+    """
+    parser = CommandParser(
+        "finetune",
+        "Train a finished run further with averaged weights (ASGD), until validation stops improving.",
+        "python -m gluon_lm.finetune runs/ptb-awd --lr 25 --dropouth 0.225",
+    )
+    parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
+    for name, section in SECTIONS.items():
+        if section is not DeviceConfig:
+            fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
+            parser.add_section(section, name, only=sorted(fields))
+    parser.add_run()
+    parsed = parser.parse(argv)
+    options = parsed.build(FinetuneOptions)
+    run = parsed.arguments.run
+    problems = []
+    if run is not None and options.save not in (None, run):
+        problems.append(f"{show(run)} with --save {show(options.save)}: both name the run; leave one of them out")
+    if options.continue_train and options.overwrite:
+        problems.append("--overwrite with --continue-train: it is either continued or replaced; leave one of them out")
+    if problems:
+        raise ConfigError(problems)
+    own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
+    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
+    settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
+    command = TrainCommand(
+        **vars(resolve(settings, default_recipe=None)),
+        save=None,
+        resume=None,
+        overwrite=options.overwrite,
+        print_config=options.print_config,
+        dry_run=options.dry_run,
+        debug=parsed.build(DebugOptions).debug,
+        settings=settings,
+    )
+    return run or options.save, options.continue_train, command
 
 
 # ---------------------------------------------------------------- how a command ends

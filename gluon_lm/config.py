@@ -12,6 +12,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,8 @@ DEFAULT_RECIPE = "lm"
 KVSTORES = ("device", "local")
 COMPRESSIONS = ("none", "2bit")
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-REGULARISED_CELLS = ("awd-lstm", "awd-gru", "awd-rnn")
-MODELS = CELLS + REGULARISED_CELLS
+REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
+MODELS = CELLS + tuple(REGULARISED_CELLS)
 
 
 # ---------------------------------------------------------------- kinds of value
@@ -170,9 +171,26 @@ def switch() -> Kind:
     return Kind(read, "true or false")
 
 
-def option(default: Any, kind: Kind, help: str, *aliases: str) -> Any:
-    """Declare a field of a section: its default, its `Kind`, its help and its other names (snake_case)."""
-    return field(default=default, metadata={"kind": kind, "help": help, "aliases": aliases})
+def option(default: Any, kind: Kind, help: str, *aliases: str, keep: str = "") -> Any:
+    """Declare a field of a section: its default, its `Kind`, its help and its other names (snake_case).
+
+    `keep` is the YAML key under which OpenSeq2Seq has the same probability, as that of keeping and not of dropping.
+    """
+    return field(default=default, metadata={"kind": kind, "help": help, "aliases": aliases, "keep": keep})
+
+
+def keep_probability(field_name: str) -> Kind:
+    """Numbers in (0, 1], read as the probability ``1 - value`` that `field_name` holds."""
+
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError
+        keep = Decimal(str(value))
+        if not 0 < keep <= 1:
+            raise ValueError
+        return float(1 - keep)
+
+    return Kind(read, f"a number above 0, at most 1 (it sets {field_name} to 1 - value)", "X")
 
 
 # ---------------------------------------------------------------- the sections
@@ -218,8 +236,7 @@ class ModelConfig(Section):
     embed_size: int = option(200, integer(), "size of the word embeddings", "emsize", "embed_dim")
     hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim")
     num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers")
-    tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer")
-    dropout: float = option(0.2, real(0, 1), "dropout on the embedded words, between the layers and on the output")
+    tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer", "weight_tied")
     init: str = option(
         "uniform",
         choice("uniform", "xavier"),
@@ -227,11 +244,100 @@ class ModelConfig(Section):
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
     last_hidden_size: int | None = option(None, optional(integer(), -1), "hidden units of the last layer", "nhidlast")
-    dropout_input: float = option(0.0, real(0, 1), "locked dropout on the embedded words", "dropouti", "dropout_i")
-    dropout_hidden: float = option(0.0, real(0, 1), "locked dropout between the layers", "dropouth", "dropout_h")
+    dropout: float = option(
+        0.2,
+        real(0, 1),
+        "dropout on the last layer's output, and in the two places below where they are not given",
+        keep="encoder_last_output_keep_prob",
+    )
+    dropout_input: float | None = option(
+        None, optional(real(0, 1)), "dropout on the embedded words", "dropouti", "dropout_i"
+    )
+    dropout_hidden: float | None = option(
+        None,
+        optional(real(0, 1)),
+        "dropout between the layers",
+        "dropouth",
+        "dropout_h",
+        keep="encoder_dp_output_keep_prob",
+    )
+    locked: bool | None = option(
+        None,
+        optional(switch()),
+        "draw one dropout mask for all words of a window, not one a word (default: where --dropouti or --dropouth is "
+        "given, and for awd models)",
+    )
     dropout_embed: float = option(0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e")
+    dropout_embed_elements: float = option(
+        0.0,
+        real(0, 1),
+        "dropout of elements of the input words' vectors, alike wherever a word occurs",
+        keep="encoder_emb_keep_prob",
+    )
+    dropout_inner_input: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on the input of every layer but the last, besides the above",
+        keep="encoder_dp_input_keep_prob",
+    )
+    dropout_last_input: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on the input of the last layer, besides the above",
+        keep="encoder_last_input_keep_prob",
+    )
+    dropout_candidate: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on an LSTM's candidate, tanh(j), at each word",
+        keep="recurrent_keep_prob",
+    )
+    weight_drop: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on hidden-to-hidden weights",
+        "wdrop",
+        "weight_dropout",
+        keep="recurrent_weight_keep_prob",
+    )
+    input_weight_drop: float = option(
+        0.0, real(0, 1), "dropout on input-to-hidden weights", keep="input_weight_keep_prob"
+    )
+    layer_norm: bool = option(False, switch(), "normalise an LSTM's gates and cell (slower: word by word)")
     dropout_latent: float = option(0.0, real(0, 1), "locked dropout on the experts' vectors", "dropoutl")
-    weight_drop: float = option(0.0, real(0, 1), "dropout on hidden-to-hidden weights", "wdrop", "weight_dropout")
+
+    @property
+    def cell(self) -> str:
+        """The recurrent cell: one of `CELLS`."""
+        return REGULARISED_CELLS.get(self.model, self.model)
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Width of each layer, first to last; where the output layer is tied, the last is as wide as the embedding."""
+        sizes = [self.hidden_size] * self.num_layers
+        return sizes[:-1] + [self.embed_size] if self.tied else sizes
+
+    @property
+    def has_locked_dropout(self) -> bool:
+        """Whether a dropout mask is the same for all words of a window."""
+        if self.locked is not None:
+            return self.locked
+        return self.model in REGULARISED_CELLS or not (self.dropout_input is None and self.dropout_hidden is None)
+
+    @property
+    def layer_dropouts(self) -> list[float]:
+        """Probability of dropping an element of each layer's input, first to last, all the rates above taken together.
+
+        Independent masks, one upon the other, drop as one mask that keeps with the product of their probabilities.
+        """
+        on_words = self.dropout if self.dropout_input is None else self.dropout_input
+        between = self.dropout if self.dropout_hidden is None else self.dropout_hidden
+        rates = []
+        for i in range(self.num_layers):
+            own = self.dropout_last_input if i == self.num_layers - 1 else self.dropout_inner_input
+            before = between if i else on_words
+            rates.append(max(before, own) if 0 in (before, own) else 1 - (1 - before) * (1 - own))
+        return rates
 
 
 @dataclass(frozen=True)
@@ -241,9 +347,9 @@ class OptimConfig(Section):
     optimizer: str = option("sgd", choice("sgd", "adam"), "update rule")
     lr: float = option(20.0, real(0, above=True), "learning rate at the start")
     lr_decay: float | None = option(
-        4.0,
+        None,
         optional(real(1, above=True)),
-        "divide the learning rate by this when validation is not a new best; none: never",
+        "divide the learning rate by this when validation is not a new best; none: never (recipe lm: 4)",
         "decay",
     )
     clip_norm: float | None = option(
@@ -257,14 +363,25 @@ class OptimConfig(Section):
     alpha: float = option(0.0, real(0), "weight of the activation regularisation")
     beta: float = option(0.0, real(0), "weight of the temporal activation regularisation")
     ntasgd: bool = option(False, switch(), "average the weights once validation stops improving (NT-ASGD)")
-    nonmono: int | None = option(None, optional(integer()), "evaluations without improvement that start NT-ASGD")
+    asgd: bool = option(
+        False, switch(), "average the weights from the first step on, and end when validation stops improving"
+    )
+    nonmono: int = option(
+        5, integer(), "validation stops improving when its loss is above the lowest that is older than this many"
+    )
     when: tuple[int, ...] | None = option(
         None,
         optional(integers(1, "epochs, each a whole number, 1 or more", "+"), -1),
         "epochs after which the learning rate is divided by 10",
     )
     max_seq_len_delta: int | None = option(
-        None, optional(integer(0)), "windows of random length, at most this much longer than --bptt"
+        None, optional(integer(0)), "windows of random length around --bptt, at most this much longer"
+    )
+    random_start: bool = option(
+        False, switch(), "cut the text into windows at another place in each epoch", "rand_start"
+    )
+    shuffle: bool = option(
+        False, switch(), "windows in random order, each from the zero state, instead of one after the other"
     )
     small_batch_size: int | None = option(
         None, optional(integer(), -1), "streams worked on at once, their gradients added up over the batch"
@@ -401,6 +518,12 @@ def _names() -> dict[str, str]:
     return {_key(name): f.name for f in _fields().values() for name in (f.name, *f.metadata["aliases"])}
 
 
+@cache
+def _keep_names() -> dict[str, str]:
+    """Field name of every YAML key that holds a probability of keeping, in its hyphenated form."""
+    return {_key(f.metadata["keep"]): f.name for f in _fields().values() if f.metadata["keep"]}
+
+
 def get(config: Config, name: str) -> Any:
     """The value of the field `name`, whichever section it is in."""
     return next(values[name] for values in (vars(getattr(config, s)) for s in SECTIONS) if name in values)
@@ -436,14 +559,17 @@ class Setting:
 Layer = dict[str, Setting]
 
 
-def read_value(declared: dataclasses.Field[Any], raw: Any, label: str, problems: list[str]) -> Any:
-    """Read one value by its field's rule; where it breaks it, add to `problems` and return the default."""
-    kind: Kind = declared.metadata["kind"]
+def read_value(
+    declared: dataclasses.Field[Any], raw: Any, label: str, problems: list[str], kind: Kind | None = None
+) -> Any:
+    """Read one value by its field's rule or by `kind`; where it breaks it, add to `problems`, return the default."""
+    own = kind is None
+    kind = kind or declared.metadata["kind"]
     try:
         return kind.read(raw)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, InvalidOperation) as error:
         hint = str(error) if str(error).startswith("did you mean") else ""
-        if not hint and declared.default is not None and not kind.is_switch:
+        if own and not hint and declared.default is not None and not kind.is_switch:
             hint = f"for example {show(declared.default)}"
         line = f"{label} {show(raw)}".rstrip() + f": must be {kind.rule}"
         problems.append(f"{line}; {hint}" if hint else line)
@@ -484,9 +610,10 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
     seen: dict[str, int] = {}
     for key, raw, line in pairs:
         where = f"{origin} line {line}:"
-        name = "recipe" if key == "recipe" else _names().get(_key(key)) if isinstance(key, str) else None
+        keep = _keep_names().get(_key(key)) if isinstance(key, str) else None
+        name = "recipe" if key == "recipe" else keep or _names().get(_key(key)) if isinstance(key, str) else None
         if name is None:
-            known = [n.replace("-", "_") for n in _names()]
+            known = [n.replace("-", "_") for n in (*_names(), *_keep_names())]
             hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
             problems.append(f"{where} unknown key {show(key)}{hint}")
         elif name in seen:
@@ -494,8 +621,8 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
         elif name == "recipe":
             recipe = str(raw)
         else:
-            value = read_value(_fields()[name], raw, f"{where} {key}:", problems)
-            layer[name] = Setting(value, origin)
+            kind = keep_probability(name) if keep else None
+            layer[name] = Setting(read_value(_fields()[name], raw, f"{where} {key}:", problems, kind), origin)
         if name is not None:
             seen.setdefault(name, line)
     return layer, recipe
@@ -544,6 +671,18 @@ def _replaced_by(layer: Layer) -> set[str]:
         replaced |= {"min_freq", "max_vocab"}
     if values.get("min_freq") or values.get("max_vocab"):
         replaced |= {"vocab"}
+    if values.get("optimizer") == "adam":
+        replaced |= {"ntasgd", "asgd", "nonmono"}
+    if values.get("ntasgd"):
+        replaced |= {"asgd", "lr_decay"}
+    if values.get("asgd"):
+        replaced |= {"ntasgd", "lr_decay"}
+    if values.get("ntasgd") is False or values.get("asgd") is False:
+        replaced |= {"nonmono"}
+    if values.get("shuffle"):
+        replaced |= {"max_seq_len_delta"}
+    if values.get("max_seq_len_delta") is not None:
+        replaced |= {"shuffle"}
     return replaced
 
 
@@ -659,6 +798,20 @@ LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
     "vocab",
     "min_freq",
     "max_vocab",
+    "model",
+    "num_layers",
+    "dropout",
+    "dropout_input",
+    "dropout_hidden",
+    "optimizer",
+    "lr_decay",
+    "ntasgd",
+    "asgd",
+    "when",
+    "epochs",
+    "bptt",
+    "shuffle",
+    "max_seq_len_delta",
 }
 
 
@@ -698,8 +851,7 @@ def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: i
             problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
     if devices.gctype != "none" and devices.kvstore == "local":
         problems.append(f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device")
-    given = sources.get("gcthreshold", "").startswith("flag ") or devices.gcthreshold != DeviceConfig.gcthreshold
-    if given and devices.gctype == "none":
+    if devices.gctype == "none" and _is_asked_for("gcthreshold", devices.gcthreshold, sources):
         problems.append(
             f"{named('gcthreshold')}: has no effect without compression; add --gctype 2bit, or leave it out"
         )
@@ -745,27 +897,66 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
             if get(config, name) is not None:
                 named = _named(name, get(config, name), sources)
                 problems.append(f"{named} with --vocab: the file already names every word; leave one of them out")
+    problems += _contradictions(config, sources) + _without_effect(config, sources)
     return problems + _device_problems(config.devices, sources, count)
 
 
-_WEIGHT_DROP = "the weight-dropped family"
-_REGULARISED_LOSS = "activation regularisation"
-_AVERAGING = "NT-ASGD"
+def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
+    """Knobs of model and optimiser that cannot both be meant."""
+    problems = []
+
+    def refuse(name: str, other: str, reason: str) -> None:
+        both = " with ".join(_named(n, get(config, n), sources) for n in (name, other))
+        problems.append(f"{both}: {reason}; leave one of them out")
+
+    optim = config.optim
+    if optim.ntasgd and optim.asgd:
+        refuse("ntasgd", "asgd", "averaging starts either when validation stops improving or at once")
+    for averaging in ("ntasgd", "asgd"):
+        if get(config, averaging):
+            if optim.optimizer != "sgd":
+                refuse(averaging, "optimizer", "the weights are averaged under SGD only")
+            if optim.lr_decay is not None:
+                refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate")
+    if optim.shuffle and optim.max_seq_len_delta is not None:
+        refuse("shuffle", "max_seq_len_delta", "shuffled windows are all of one length")
+    if config.model.cell != "lstm":
+        for name in ("dropout_candidate", "layer_norm"):
+            if get(config, name):
+                refuse(name, "model", "only an LSTM has it")
+    return problems
+
+
+def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
+    """Knobs that a flag or the user's file sets, and that do nothing beside the others."""
+    model, optim, training = config.model, config.optim, config.training
+    idle: dict[str, str] = {}
+    if not (optim.ntasgd or optim.asgd):
+        idle["nonmono"] = "add --ntasgd"
+    if model.num_layers == 1:
+        idle["dropout_hidden"] = idle["dropout_inner_input"] = "there is one layer; raise --num-layers"
+    if not any([model.dropout, *model.layer_dropouts]):
+        idle["locked"] = "there is no dropout that it could lock; add --dropout P"
+    if training.bptt == 1:
+        idle["beta"] = "a window of one word has no change over time; raise --bptt"
+    if optim.when is not None and min(optim.when) >= training.epochs:
+        idle["when"] = f"training ends after {training.epochs} epochs; name an earlier one"
+    return [
+        f"{_named(name, get(config, name), sources)}: has no effect here, {reason}, or leave it out"
+        for name, reason in idle.items()
+        if get(config, name) not in (None, False, 0) and _is_asked_for(name, get(config, name), sources)
+    ]
+
+
+def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
+    """Whether a flag, or a file that differs from the default, sets a value; a recipe's or a run's nobody asked for."""
+    source = sources.get(name, "default")
+    is_own = value != _fields()[name].default and not source.startswith(("default", "recipe ", "run "))
+    return source.startswith("flag ") or is_own
+
+
 _MIXTURE = "the mixture of softmaxes"
 UNAVAILABLE = {
-    "model=awd-lstm": _WEIGHT_DROP,
-    "model=awd-gru": _WEIGHT_DROP,
-    "model=awd-rnn": _WEIGHT_DROP,
-    "weight_drop": _WEIGHT_DROP,
-    "dropout_input": _WEIGHT_DROP,
-    "dropout_hidden": _WEIGHT_DROP,
-    "dropout_embed": _WEIGHT_DROP,
-    "alpha": _REGULARISED_LOSS,
-    "beta": _REGULARISED_LOSS,
-    "ntasgd": _AVERAGING,
-    "nonmono": _AVERAGING,
-    "when": "the step schedule of the learning rate",
-    "max_seq_len_delta": "a random window length",
     "num_experts": _MIXTURE,
     "last_hidden_size": _MIXTURE,
     "dropout_latent": _MIXTURE,

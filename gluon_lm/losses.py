@@ -64,3 +64,34 @@ def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, target
     hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
     losses = [head.losses(hidden_RH[rows], targets_R[rows]) for rows in row_chunks(targets_R.shape[0], vocab_size)]
     return mx.nd.concat(*losses, dim=0)
+
+
+def activation_penalty(
+    hidden_TNH: mx.nd.NDArray, raw_TNH: mx.nd.NDArray, num_targets: int, alpha: float, beta: float
+) -> mx.nd.NDArray:
+    """Activation and temporal activation regularisation, summed over the first `num_targets` rows; differentiable.
+
+    ``alpha * sum mean_H(hidden[t]^2) + beta * sum mean_H((raw[t+1] - raw[t])^2)``, the first sum over all targets, the
+    second over the pairs of which both are targets (Merity et al. 2017, section 4.6; the means over units and rows of
+    their code).
+
+    Parameters
+    ----------
+    hidden_TNH, raw_TNH : NDArray
+        Output of the last layer with and without dropout.
+    num_targets : int
+        Rows, in time-major order, that have a target.
+
+    Returns
+    -------
+    NDArray, shape (1,)
+    """
+    width = hidden_TNH.shape[-1]
+    terms = []
+    if alpha:
+        terms.append(mx.nd.square(hidden_TNH.reshape((-1, width))[:num_targets]).sum() * (alpha / width))
+    num_pairs = num_targets - hidden_TNH.shape[1]
+    if beta and num_pairs > 0:
+        changes_RH = (raw_TNH[1:] - raw_TNH[:-1]).reshape((-1, width))
+        terms.append(mx.nd.square(changes_RH[:num_pairs]).sum() * (beta / width))
+    return mx.nd.add_n(*terms) if terms else mx.nd.zeros((1,), ctx=hidden_TNH.context)

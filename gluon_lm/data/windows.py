@@ -5,6 +5,7 @@ Shapes: T time (rows of a window), N columns (streams read side by side).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -73,3 +74,161 @@ class Streams:
     def windows(self, length: int) -> Iterator[Window]:
         """All windows of `length` rows in order; the last one may be shorter."""
         return (self.window(start, length) for start in range(0, self.num_rows, length))
+
+
+# ---------------------------------------------------------------- epochs
+
+
+class Epoch(ABC):
+    """The windows of one pass over the training text.
+
+    Attributes
+    ----------
+    carries_state : bool
+        Whether each window goes on from the recurrent state in which the one before it ended.
+    """
+
+    carries_state: bool
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of windows, at least 1."""
+
+    @abstractmethod
+    def window(self, index: int) -> Window:
+        """One window; the first is 0."""
+
+    def relative_length(self, index: int) -> float:
+        """The window's length over the usual one, in proportion to which the learning rate is set."""
+        return 1.0
+
+
+class ContiguousEpoch(Epoch):
+    """The rows of the streams in order, cut into windows of given lengths.
+
+    Parameters
+    ----------
+    streams : Streams
+    lengths : ndarray of int
+        Lengths of the windows; together they reach the end of the streams with the last one, or beyond it.
+    relative_lengths : ndarray of float, optional
+        What `relative_length` gives; by default 1 for each.
+    """
+
+    carries_state = True
+
+    def __init__(self, streams: Streams, lengths: np.ndarray, relative_lengths: np.ndarray | None = None) -> None:
+        self._streams, self._lengths, self._relative_lengths = streams, lengths, relative_lengths
+        self._starts = np.cumsum(lengths) - lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def window(self, index: int) -> Window:
+        return self._streams.window(int(self._starts[index]), int(self._lengths[index]))
+
+    def relative_length(self, index: int) -> float:
+        return 1.0 if self._relative_lengths is None else float(self._relative_lengths[index])
+
+
+class ShuffledEpoch(Epoch):
+    """Independent windows in random order.
+
+    The text from `offset` on is cut into pieces of `length` tokens, and each window has `num_streams` of them side by
+    side. What is left, less than a piece at the end and less than a window of pieces, waits for another epoch.
+
+    Parameters
+    ----------
+    ids : ndarray of int32
+    num_streams, length, eos, offset : int
+    rng : numpy.random.Generator
+    """
+
+    carries_state = False
+
+    def __init__(
+        self, ids: np.ndarray, num_streams: int, length: int, eos: int, offset: int, rng: np.random.Generator
+    ) -> None:
+        self._ids, self._length, self._eos = ids, length, eos
+        starts = offset + length * rng.permutation((len(ids) - offset) // length)
+        self._starts_WN = starts[: len(starts) // num_streams * num_streams].reshape(-1, num_streams)
+
+    def __len__(self) -> int:
+        return len(self._starts_WN)
+
+    def window(self, index: int) -> Window:
+        positions_TN = self._starts_WN[index] + np.arange(self._length)[:, None]
+        tokens_TN = np.where(positions_TN == 0, self._eos, self._ids[np.maximum(positions_TN - 1, 0)])
+        return Window(tokens_TN, self._ids[positions_TN], positions_TN.size)
+
+
+class TrainingWindows:
+    """The windows of every epoch, a function of the seed and the epoch alone, so that all workers agree on them.
+
+    Parameters
+    ----------
+    ids : ndarray of int32, shape (num_tokens,)
+        The training text: at least `num_streams` windows of `bptt`, and one more where `shuffle` meets `random_start`.
+    num_streams : int
+        N, of all devices together.
+    bptt : int
+        Usual length of a window.
+    eos : int
+        The id of ``<eos>``.
+    seed : int
+    max_seq_len_delta : int, optional
+        When given, lengths are random (Merity et al. 2017, section 4.1): normally distributed with standard deviation
+        5 around `bptt`, with probability 0.05 around half of it, at least 5 and at most this much above `bptt`.
+        `Epoch.relative_length` gives the factor of the learning rate that goes with them.
+    random_start : bool
+        Cut the text at another place in each epoch: the first window has a random length below `bptt`.
+    shuffle : bool
+        Independent windows in random order, in place of windows that follow each other.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        num_streams: int,
+        bptt: int,
+        eos: int,
+        seed: int = 0,
+        *,
+        max_seq_len_delta: int | None = None,
+        random_start: bool = False,
+        shuffle: bool = False,
+    ) -> None:
+        self._ids, self._bptt, self._eos, self._seed = ids, bptt, eos, seed
+        self._max_seq_len_delta, self._random_start, self._shuffle = max_seq_len_delta, random_start, shuffle
+        self._streams = Streams(ids, num_streams, eos)
+
+    def epoch(self, number: int) -> Epoch:
+        """The windows of an epoch; the first is 0."""
+        rng = np.random.default_rng([self._seed, number])
+        offset = int(rng.integers(self._bptt)) if self._random_start else 0
+        if self._shuffle:
+            return ShuffledEpoch(self._ids, self._streams.num_streams, self._bptt, self._eos, offset, rng)
+        lengths = self._lengths(rng)
+        if offset:
+            lengths = np.concatenate([[offset], lengths])
+        lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), self._streams.num_rows)) + 1]
+        varies = self._random_start or self._max_seq_len_delta is not None
+        return ContiguousEpoch(self._streams, lengths, lengths / self._bptt if varies else None)
+
+    def _lengths(self, rng: np.random.Generator) -> np.ndarray:
+        """Lengths of windows, more than enough of them."""
+        num_rows = self._streams.num_rows
+        if self._max_seq_len_delta is None:
+            return np.full(-(-num_rows // self._bptt), self._bptt)
+        lengths: list[np.ndarray] = []
+        while sum(map(np.sum, lengths)) < num_rows:
+            base = np.where(rng.random(1024) < 0.95, self._bptt, self._bptt / 2)
+            drawn = np.maximum(5, rng.normal(base, 5).astype(int))
+            lengths.append(np.minimum(drawn, self._bptt + self._max_seq_len_delta))
+        return np.concatenate(lengths)
+
+    def longest(self) -> Window | None:
+        """A window as long as any can be; None where all are of one length."""
+        if self._max_seq_len_delta is None:
+            return None
+        return self._streams.window(0, self._bptt + self._max_seq_len_delta)

@@ -2,6 +2,16 @@
 
 from .heads import HEADS, Head, SoftmaxHead
 from .language_model import Encoder, LanguageModel, State
-from .recurrent import CELLS, RecurrentLayer
+from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
-__all__ = ["CELLS", "HEADS", "Encoder", "Head", "LanguageModel", "RecurrentLayer", "SoftmaxHead", "State"]
+__all__ = [
+    "CELLS",
+    "HEADS",
+    "Encoder",
+    "Head",
+    "LanguageModel",
+    "RecurrentLayer",
+    "SoftmaxHead",
+    "State",
+    "UnrolledLSTMLayer",
+]

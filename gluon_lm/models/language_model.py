@@ -12,57 +12,120 @@ from mxnet.gluon import nn
 
 from ..config import ModelConfig
 from .heads import HEADS
-from .recurrent import CELLS, RecurrentLayer
+from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
 State = list  # of NDArrays (1, N, H), layer after layer; an LSTM layer has hidden and cell
 
 
-class Encoder(gluon.HybridBlock):
-    """Embedding and a stack of recurrent layers, dropout on the embedded words, between layers and on the output.
+class WordEmbedding(nn.Embedding):
+    """An embedding whose look-up, in training, drops whole words or single elements of their vectors.
 
-    Zaremba et al. 2014, "Recurrent Neural Network Regularization": dropout on the non-recurrent connections only.
+    Whole words: Gal & Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks";
+    Merity et al. 2017, section 4.3. A word or element that is dropped is dropped wherever the word occurs in the
+    window, and what is left is scaled by 1 / (1 - p). The matrix stays whole, so that a tied output layer sees it all.
 
     Parameters
     ----------
-    cell : str
-        A key of `gluon_lm.models.recurrent.CELLS`.
     vocab_size, embed_size : int
         V and E.
-    layer_sizes : sequence of int
-        Width of each layer, first to last.
-    dropout : float
-        Probability of zeroing an element, in [0, 1).
+    word_dropout, element_dropout : float
+        Probability of dropping a word and of dropping an element of a word's vector, in [0, 1).
     """
 
-    def __init__(self, cell: str, vocab_size: int, embed_size: int, layer_sizes, dropout: float, **kwargs) -> None:
+    def __init__(
+        self, vocab_size: int, embed_size: int, word_dropout: float = 0.0, element_dropout: float = 0.0, **kwargs
+    ) -> None:
+        super().__init__(vocab_size, embed_size, **kwargs)
+        self._vocab_size, self._word_dropout, self._element_dropout = vocab_size, word_dropout, element_dropout
+
+    def hybrid_forward(self, F, tokens_TN, weight):
+        embedded_TNE = super().hybrid_forward(F, tokens_TN, weight)
+        if self._word_dropout:
+            ones_V1 = F.ones_like(F.BlockGrad(F.slice_axis(weight, axis=1, begin=0, end=1)))
+            mask_V1 = F.Dropout(ones_V1, p=self._word_dropout)
+            mask_TN1 = F.Embedding(tokens_TN, mask_V1, input_dim=self._vocab_size, output_dim=1)
+            embedded_TNE = F.broadcast_mul(embedded_TNE, mask_TN1)
+        if self._element_dropout:
+            # One row of mask for each different word of the window, and not one for each word of the vocabulary.
+            ones_RE = F.ones_like(F.BlockGrad(F.reshape(embedded_TNE, shape=(-3, 0))))
+            mask_RE = F.Dropout(ones_RE, p=self._element_dropout)
+            mask_TNE = F.reshape_like(F.take(mask_RE, _number_of_word(F, tokens_TN)), embedded_TNE)
+            embedded_TNE = embedded_TNE * mask_TNE
+        return embedded_TNE
+
+
+def _number_of_word(F, tokens_TN):
+    """Numbers 0, 1, ... for the different words of a window, in order of their ids: float32 of shape (T x N,)."""
+    tokens_R = F.cast(F.reshape(tokens_TN, shape=(-1,)), dtype="float32")
+    order_R = F.argsort(tokens_R)
+    sorted_R = F.take(tokens_R, order_R)
+    is_new_R = F.slice_axis(sorted_R, axis=0, begin=1, end=None) != F.slice_axis(sorted_R, axis=0, begin=0, end=-1)
+    first_1 = F.zeros_like(F.slice_axis(sorted_R, axis=0, begin=0, end=1))
+    numbers_R = F.cumsum(F.concat(first_1, is_new_R, dim=0), axis=0)
+    return F.take(numbers_R, F.argsort(order_R))
+
+
+class Encoder(gluon.HybridBlock):
+    """Embedding and a stack of recurrent layers, with dropout on the input of each.
+
+    The dropout is drawn anew for each word (Zaremba et al. 2014, "Recurrent Neural Network Regularization"), or locked:
+    one mask for all words of a window (Gal & Ghahramani 2016).
+
+    Parameters
+    ----------
+    config : ModelConfig
+    vocab_size : int
+        V.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.cell, self.layer_sizes, self._dropout = cell, list(layer_sizes), dropout
+        self.cell, self.layer_sizes = config.cell, config.layer_sizes
         with self.name_scope():
-            self.embedding = nn.Embedding(vocab_size, embed_size)
+            self.embedding = WordEmbedding(
+                vocab_size, config.embed_size, config.dropout_embed, config.dropout_embed_elements
+            )
+            self.dropouts = nn.HybridSequential()
             self.layers = nn.HybridSequential()
-            for input_size, hidden_size in zip([embed_size, *self.layer_sizes], self.layer_sizes):
-                self.layers.add(RecurrentLayer(cell, input_size, hidden_size))
+            input_sizes = [config.embed_size, *self.layer_sizes]
+            for rate, input_size, hidden_size in zip(config.layer_dropouts, input_sizes, self.layer_sizes):
+                self.dropouts.add(make_dropout(rate, config.has_locked_dropout))
+                self.layers.add(_make_layer(config, input_size, hidden_size))
 
     def hybrid_forward(self, F, tokens_TN, *states):
         """Return ``(hidden_TNH, *new_states)``."""
-        hidden = self._drop(F, self.embedding(tokens_TN))
+        hidden = self.embedding(tokens_TN)
         num_states = CELLS[self.cell].num_states
         new_states = []
-        for i, layer in enumerate(self.layers):
-            hidden, *layer_states = layer(hidden, *states[i * num_states : (i + 1) * num_states])
-            hidden = self._drop(F, hidden)
+        for i, (dropout, layer) in enumerate(zip(self.dropouts, self.layers)):
+            hidden, *layer_states = layer(dropout(hidden), *states[i * num_states : (i + 1) * num_states])
             new_states += layer_states
         return (hidden, *new_states)
 
-    def _drop(self, F, array):
-        return F.Dropout(array, p=self._dropout) if self._dropout else array
+
+def make_dropout(rate: float, locked: bool) -> nn.Dropout:
+    """Dropout of elements of a (T, N, ...) array; locked, with one mask for all T."""
+    return nn.Dropout(rate, axes=(0,) if locked else ())
+
+
+def _make_layer(config: ModelConfig, input_size: int, hidden_size: int) -> RecurrentLayer:
+    if config.dropout_candidate or config.layer_norm:
+        return UnrolledLSTMLayer(
+            input_size,
+            hidden_size,
+            config.input_weight_drop,
+            config.weight_drop,
+            config.dropout_candidate,
+            config.layer_norm,
+        )
+    return RecurrentLayer(config.cell, input_size, hidden_size, config.input_weight_drop, config.weight_drop)
 
 
 class LanguageModel(gluon.HybridBlock):
     """A recurrent language model over a vocabulary of words.
 
-    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training and evaluation
-    call `encoder` and `head` apart, because the head works on chunks of rows.
+    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls `encoder`,
+    `output_dropout` and `head` apart, evaluation `encoder` and `head`, because the head works on chunks of rows.
 
     Parameters
     ----------
@@ -73,18 +136,16 @@ class LanguageModel(gluon.HybridBlock):
     def __init__(self, config: ModelConfig, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
         self.config, self.vocab_size = config, vocab_size
-        layer_sizes = [config.hidden_size] * config.num_layers
-        if config.tied:
-            layer_sizes[-1] = config.embed_size
         with self.name_scope():
-            self.encoder = Encoder(config.model, vocab_size, config.embed_size, layer_sizes, config.dropout)
+            self.encoder = Encoder(config, vocab_size)
+            self.output_dropout = make_dropout(config.dropout, config.has_locked_dropout)
             self.head = HEADS["tied_softmax" if config.tied else "softmax"](
-                vocab_size, layer_sizes[-1], self.encoder.embedding
+                vocab_size, config.layer_sizes[-1], self.encoder.embedding
             )
 
     def hybrid_forward(self, F, tokens_TN, *states):
         hidden_TNH, *new_states = self.encoder(tokens_TN, *states)
-        return (self.head(hidden_TNH), *new_states)
+        return (self.head(self.output_dropout(hidden_TNH)), *new_states)
 
     def begin_state(self, batch_size: int, ctx: mx.Context) -> State:
         """The zero state of `batch_size` streams on a device: a list of arrays of shape (1, N, H)."""
@@ -108,18 +169,23 @@ class LanguageModel(gluon.HybridBlock):
 
         ``uniform`` (PyTorch's word_language_model): embedding and decoder U(-0.1, 0.1), recurrent weights and
         biases U(-1/sqrt(H), 1/sqrt(H)), decoder bias 0. ``xavier`` (MXNet's example): embedding U(-0.1, 0.1),
-        every other matrix U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0.
+        every other matrix U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both,
+        layer normalisation starts with scale 1 and shift 0, but 1 for the forget gate.
         """
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
             bound = self._initial_bound(name, parameter.shape)
+            centre = float(name.endswith(("_scale", "forget_shift")))
+            drawn = rng.uniform(centre - bound, centre + bound, parameter.shape)
             parameter.initialize(mx.init.Zero(), ctx=devices)
-            parameter.set_data(mx.nd.array(rng.uniform(-bound, bound, parameter.shape).astype(np.float32)))
+            parameter.set_data(mx.nd.array(drawn.astype(np.float32)))
             parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
 
     def _initial_bound(self, name: str, shape: tuple[int, ...]) -> float:
         if name == "encoder.embedding.weight":
             return 0.1
+        if name.endswith(("_scale", "_shift")):
+            return 0.0
         if self.config.init == "xavier":
             return float(np.sqrt(6 / sum(shape))) if len(shape) == 2 else 0.0
         if name.startswith("encoder.layers."):

@@ -1,6 +1,7 @@
 """Checkpoints: one directory each, whole or absent, with all that a resumed run needs to go on as if never stopped.
 
-parameters.npz      the model, by parameter name
+parameters.npz      the model, by parameter name; once weights are averaged, their averages
+unaveraged.npz      then the weights that training goes on from
 optimizer.npz       optimiser state, by parameter name
 carried.npz         recurrent state between two windows, all streams side by side
 state.json          counters, decisions, the communicator's state, and the sha256 of every other file
@@ -31,9 +32,10 @@ from ..files import file_hash, synchronise
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
-PARAMETERS, OPTIMIZER, CARRIED = "parameters.npz", "optimizer.npz", "carried.npz"
+PARAMETERS, UNAVERAGED = "parameters.npz", "unaveraged.npz"
+OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
 STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -42,24 +44,30 @@ class TrainingState:
 
     Attributes
     ----------
-    step, epoch, row : int
-        Steps taken; epoch (from 0) and row of the streams at which the next window starts.
+    step, epoch, window : int
+        Steps taken; epoch (from 0) and number, in it, of the next window.
     lr : float
     evaluated_step : int
         Step of the last evaluation on the validation text.
     best_loss, best_step : float and int, or None
         Lowest validation loss so far, in nats a token, and the step of its checkpoint.
     evaluations_since_best : int
+    valid_losses : list of float
+        Of all evaluations so far.
+    averaging_since : int or None
+        Step after which the weights are averaged.
     """
 
     step: int = 0
     epoch: int = 0
-    row: int = 0
+    window: int = 0
     lr: float = 0.0
     evaluated_step: int = 0
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    valid_losses: list[float] = field(default_factory=list)
+    averaging_since: int | None = None
 
 
 @dataclass
@@ -69,6 +77,8 @@ class Checkpoint:
     Attributes
     ----------
     parameters, optimizer : dict of str to NDArray
+    unaveraged : dict of str to NDArray
+        The weights behind the averages that are `parameters`; empty where these are no averages.
     carried : list of NDArray
         Recurrent state of all streams, (1, N, H) each; empty at the start of an epoch.
     training : TrainingState
@@ -86,6 +96,7 @@ class Checkpoint:
     communicator: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
     num_devices: int = 1
+    unaveraged: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -118,6 +129,8 @@ def save_checkpoint(
         _check_space(run.checkpoints, checkpoint)
         fresh.mkdir()
         _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
+        if checkpoint.unaveraged:
+            _save_arrays(fresh / UNAVERAGED, checkpoint.unaveraged)
         _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
         _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
         (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
@@ -172,6 +185,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             communicator=state["communicator"],
             corpus=state["corpus"],
             num_devices=state["num_devices"],
+            unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
@@ -218,6 +232,11 @@ def newest_checkpoint(run: RunFolder) -> Path:
     return checkpoints[-1]
 
 
+def best_checkpoint(run: RunFolder) -> Path:
+    """The checkpoint with the lowest validation loss, or the newest where none was evaluated; else as above."""
+    return run.best.resolve() if run.best.exists() else newest_checkpoint(run)
+
+
 def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, str]]:
     """Rename the checkpoints of steps that a run, going on from an older one, is about to take again.
 
@@ -259,8 +278,7 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     CheckpointError
     """
     run, path = find_run(name)
-    if path is None:
-        path = run.best.resolve() if run.best.exists() else newest_checkpoint(run)
+    path = path or best_checkpoint(run)
     verify_checkpoint(path)
     config = Config.from_yaml(path / CONFIG)
     vocabulary = Vocabulary.load(path / VOCABULARY)
@@ -309,7 +327,8 @@ def _others(path: Path) -> str:
 
 
 def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
-    arrays = [*checkpoint.parameters.values(), *checkpoint.optimizer.values(), *checkpoint.carried]
+    named = (checkpoint.parameters, checkpoint.unaveraged, checkpoint.optimizer)
+    arrays = [*(array for arrays in named for array in arrays.values()), *checkpoint.carried]
     needed = sum(array.size * np.dtype(array.dtype).itemsize for array in arrays) + (1 << 20)
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:.0f} MB, more than the disk has left")

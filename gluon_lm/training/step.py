@@ -15,7 +15,7 @@ from ..config import show
 from ..data.windows import Window
 from ..distributed import Communicator
 from ..errors import TrainingDiverged
-from ..losses import backward_through_head
+from ..losses import activation_penalty, backward_through_head
 from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
 
@@ -51,6 +51,8 @@ class TrainingStep:
     communicator : Communicator
     clip_norm : float, optional
         Bound on the global norm of the mean loss's gradient.
+    alpha, beta : float
+        Weights of the activation and the temporal activation regularisation in the loss that is minimised.
 
     Attributes
     ----------
@@ -65,8 +67,11 @@ class TrainingStep:
         optimizer: mx.optimizer.Optimizer,
         communicator: Communicator,
         clip_norm: float | None,
+        alpha: float = 0.0,
+        beta: float = 0.0,
     ) -> None:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
+        self._alpha, self._beta = alpha, beta
         self._parameters = list(model.named_parameters().values())
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
@@ -87,8 +92,7 @@ class TrainingStep:
             When the loss or the gradient is not finite. No parameter has changed then.
         """
         mx.random.seed(step_seed(seed, step))
-        for grads in zip(*(parameter.list_grad() for parameter in self._parameters)):
-            mx.nd.reset_arrays(*grads, num_arrays=len(grads))
+        self._clear_gradients()
         loss_sums = self._forward_backward(window)
         self._communicator.reduce_gradients(self._parameters)
         # The only read-back of a step: whether to update at all depends on it.
@@ -106,6 +110,21 @@ class TrainingStep:
         self.trainer.update(window.num_targets / clip_factor)
         return StepResult(loss_sum, window.num_targets, grad_norm)
 
+    def rehearse(self, window: Window) -> None:
+        """Go through a window forwards and backwards, and leave everything as it was but the memory that this takes.
+
+        Memory grows whenever a window is longer than all before it; after the longest one it stays as it is.
+        """
+        states = self.states
+        self._clear_gradients()
+        self._forward_backward(window)
+        mx.nd.waitall()
+        self.states = states
+
+    def _clear_gradients(self) -> None:
+        for grads in zip(*(parameter.list_grad() for parameter in self._parameters)):
+            mx.nd.reset_arrays(*grads, num_arrays=len(grads))
+
     def _forward_backward(self, window: Window) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
         width = window.tokens_TN.shape[1] // (len(devices) * self._communicator.size)
@@ -122,14 +141,25 @@ class TrainingStep:
             tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
             targets_R = mx.nd.array(part.targets_TN.reshape(-1)[: part.num_targets], ctx=device, dtype="int32")
             with mx.autograd.record():
-                hidden_TNH, *states = self._model.encoder(tokens_TN, *self.states[i])
+                raw_TNH, *states = self._model.encoder(tokens_TN, *self.states[i])
+                hidden_TNH = self._model.output_dropout(raw_TNH)
+                penalties = self._penalties(hidden_TNH, raw_TNH, part.num_targets, window)
             self.states[i] = [state.detach() for state in states]
             loss_sum, grad_TNH = backward_through_head(
                 self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R
             )
-            hidden_TNH.backward(grad_TNH)
+            mx.autograd.backward([hidden_TNH, *penalties], [grad_TNH, *[None] * len(penalties)])
             loss_sums.append(loss_sum)
         return loss_sums
+
+    def _penalties(self, hidden_TNH, raw_TNH, num_targets: int, window: Window) -> list[mx.nd.NDArray]:
+        if not (self._alpha or self._beta):
+            return []
+        # Like the loss, a sum that becomes a mean when it is divided by the targets of the whole window. There are
+        # fewer pairs of neighbours than targets, and theirs is to be a mean over pairs.
+        num_pairs = max(1, window.num_targets - window.tokens_TN.shape[1])
+        beta = self._beta * window.num_targets / num_pairs
+        return [activation_penalty(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)]
 
     def _gradient_norm(self) -> float:
         squares = square_sums([parameter.list_grad()[0] for parameter in self._parameters]).asnumpy()

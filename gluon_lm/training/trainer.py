@@ -14,12 +14,13 @@ import numpy as np
 
 from ..config import Config
 from ..data import Corpus
-from ..data.windows import Streams
+from ..data.windows import Epoch, TrainingWindows
 from ..distributed import Communicator
 from ..errors import CheckpointError, DataError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import LOGGER
 from ..models import LanguageModel
+from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from ..tracking import MetricsFile
 from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
@@ -48,7 +49,9 @@ class _Interval:
 class Trainer:
     """Trains a model to the end of its configuration, or until asked to stop, and can be resumed from any checkpoint.
 
-    The learning rate is divided by ``lr_decay`` whenever the validation loss is not a new best.
+    The learning rate is divided by ``lr_decay`` whenever the validation loss is not a new best. With ``ntasgd`` the
+    weights are averaged from the evaluation on at which validation has stalled
+    (`gluon_lm.optim.averaging.has_stalled`); with ``asgd`` from the first step on, until it has stalled.
 
     Parameters
     ----------
@@ -81,21 +84,42 @@ class Trainer:
         self.state = TrainingState(lr=config.optim.lr)
         self._communicator, self._config_yaml = communicator, config_yaml
         self._names = list(model.named_parameters())
-        batch_size, bptt = config.training.batch_size, config.training.bptt
-        if len(corpus.train) < batch_size * bptt:
-            raise DataError(
-                f"{corpus.name}: {len(corpus.train)} training tokens are less than one window for each stream, "
-                f"--batch-size {batch_size} x --bptt {bptt} = {batch_size * bptt}; lower these or add text"
-            )
         self._eos = corpus.vocabulary.eos_id
-        self._streams = Streams(corpus.train, batch_size, self._eos)
-        self._step = TrainingStep(model, create_optimizer(config.optim), communicator, config.optim.clip_norm)
+        self._windows = self._make_windows()
+        self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
+        optim = config.optim
+        self._step = TrainingStep(
+            model, create_optimizer(optim), communicator, optim.clip_norm, alpha=optim.alpha, beta=optim.beta
+        )
+        self._average: WeightAverage | None = None
+        if optim.asgd:
+            self._start_averaging()
         self._saved_step: int | None = None
         self._metrics: MetricsFile
 
-    @property
-    def windows_per_epoch(self) -> int:
-        return -(-self._streams.num_rows // self.config.training.bptt)
+    def _make_windows(self) -> TrainingWindows:
+        training, optim, ids = self.config.training, self.config.optim, self.corpus.train
+        num_windows = training.batch_size + (optim.shuffle and optim.random_start)
+        needed = num_windows * training.bptt
+        if len(ids) < needed:
+            raise DataError(
+                f"{self.corpus.name}: {len(ids)} training tokens are less than one window for each stream, "
+                f"--batch-size {training.batch_size} x --bptt {training.bptt}, {needed} in all; lower these or add text"
+            )
+        return TrainingWindows(
+            ids,
+            training.batch_size,
+            training.bptt,
+            self._eos,
+            training.seed,
+            max_seq_len_delta=optim.max_seq_len_delta,
+            random_start=optim.random_start,
+            shuffle=optim.shuffle,
+        )
+
+    def _start_averaging(self) -> None:
+        self.state.averaging_since = self.state.step
+        self._average = WeightAverage(self.model.named_parameters(), self._communicator.devices[0])
 
     # ---------------------------------------------------------------- the loop
 
@@ -114,9 +138,11 @@ class Trainer:
         """
         self._metrics = MetricsFile(self.run.metrics, self.state.step)
         self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
-        self._step.trainer.set_learning_rate(self.state.lr)
         try:
             with StopRequest() as stop:
+                longest = self._windows.longest()
+                if longest is not None:
+                    self._step.rehearse(longest)
                 self._train(stop)
                 if stop.signal != signal.SIGTERM:
                     self._test_best()
@@ -149,24 +175,36 @@ class Trainer:
                 interval = _Interval(time.perf_counter())
 
     def _take_step(self) -> StepResult:
-        training, state = self.config.training, self.state
-        window = self._streams.window(state.row, training.bptt)
-        result = self._step(window, training.seed, state.step)
-        state.step += 1
-        state.row += len(window.tokens_TN)
-        if state.row >= self._streams.num_rows:
-            state.epoch, state.row = state.epoch + 1, 0
+        state, epoch = self.state, self._current_epoch()
+        if not epoch.carries_state:
             self._step.states = None
+        self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
+        result = self._step(epoch.window(state.window), self.config.training.seed, state.step)
+        if self._average is not None:
+            self._average.update()
+        state.step += 1
+        state.window += 1
+        if state.window == len(epoch):
+            state.epoch, state.window = state.epoch + 1, 0
+            self._step.states = None
+            if state.epoch in (self.config.optim.when or ()):
+                state.lr /= 10
         if state.step == 1:
             self._metrics.write("first_step", 1, loss=result.loss_sum / result.num_targets, time=time.time())
         return result
 
+    def _current_epoch(self) -> Epoch:
+        if self._epoch[0] != self.state.epoch:
+            self._epoch = self.state.epoch, self._windows.epoch(self.state.epoch)
+        return self._epoch[1]
+
     def _finished(self) -> bool:
-        training, state = self.config.training, self.state
+        training, optim, state = self.config.training, self.config.optim, self.state
         return (
             state.epoch >= training.epochs
             or (training.max_steps is not None and state.step >= training.max_steps)
             or (training.patience is not None and state.evaluations_since_best >= training.patience)
+            or (optim.asgd and has_stalled(state.valid_losses, optim.nonmono))
         )
 
     def _evaluation_due(self) -> bool:
@@ -175,17 +213,19 @@ class Trainer:
             return False
         if self._finished():
             return True
-        return state.step % training.eval_every == 0 if training.eval_every else state.row == 0
+        return state.step % training.eval_every == 0 if training.eval_every else state.window == 0
 
     def _validate(self, stop: StopRequest, seconds: float) -> None:
         state, optim = self.state, self.config.optim
-        result = self._evaluate(self.corpus.valid, "validation", stop.check)
+        with self._averaged_weights():
+            result = self._evaluate(self.corpus.valid, "validation", stop.check)
         if not math.isfinite(result.loss):
             raise TrainingDiverged(
                 f"step {state.step}: validation loss {result.loss:g} must be finite; the checkpoints before are whole. "
                 f"The learning rate is likely too high: lower --lr (now {state.lr:g})"
             )
         state.evaluated_step = state.step
+        state.valid_losses.append(result.loss)
         is_best = state.best_loss is None or result.loss < state.best_loss
         if is_best:
             state.best_loss, state.best_step, state.evaluations_since_best = result.loss, state.step, 0
@@ -213,12 +253,25 @@ class Trainer:
         )
         if not is_best and optim.lr_decay is not None:
             state.lr /= optim.lr_decay
-            self._step.trainer.set_learning_rate(state.lr)
+        if optim.ntasgd and self._average is None and has_stalled(state.valid_losses, optim.nonmono):
+            self._start_averaging()
+            LOGGER.info(
+                "validation has not improved on its best of more than %d evaluations ago: averaging the weights from "
+                "step %d on",
+                optim.nonmono,
+                state.step,
+            )
         self._save(is_best=is_best)
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model that is evaluated: the averages, where there are any."""
+        return contextlib.nullcontext() if self._average is None else self._average.in_place_of_weights()
 
     def _position(self) -> str:
         state = self.state
-        if state.row == 0:
+        if state.step == 0:
+            return "before training"
+        if state.window == 0:
             return f"end of epoch {state.epoch:3d}"
         return f"epoch {state.epoch + 1:3d} step {state.step:6d}"
 
@@ -263,10 +316,8 @@ class Trainer:
         seconds = time.perf_counter() - interval.started
         loss = interval.loss_sum / interval.num_targets
         perplexity = math.exp(loss) if loss < 709 else math.inf
-        windows = self.windows_per_epoch
-        epoch, batch = (
-            (state.epoch + 1, state.row // self.config.training.bptt) if state.row else (state.epoch, windows)
-        )
+        windows = len(self._epoch[1])
+        epoch, batch = (state.epoch + 1, state.window) if state.window else (state.epoch, windows)
         LOGGER.info(
             "| epoch %3d | %5d/%5d batches | lr %g | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
             "%.0f tokens/s",
@@ -299,10 +350,11 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         states = self._step.states
+        weights = {name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()}
+        averages = self._average.state() if self._average is not None else {}
         checkpoint = Checkpoint(
-            parameters={
-                name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()
-            },
+            parameters=averages or weights,
+            unaveraged=weights if averages else {},
             optimizer=optimizer_state(self._step.trainer, self._names),
             carried=[mx.nd.concat(*[part.as_in_context(mx.cpu()) for part in parts], dim=1) for parts in zip(*states)]
             if states
@@ -323,6 +375,25 @@ class Trainer:
         self._communicator.checkpointed()
         self._saved_step = self.state.step
 
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the model of a finished run. It is evaluated first, so that a worse one does not take its place.
+
+        Raises
+        ------
+        DataError, CheckpointError
+            As `restore`.
+        """
+        self._check_corpus(checkpoint)
+        set_parameters(self.model, checkpoint.parameters, self.run.path)
+        self.state.evaluated_step = -1
+
+    def _check_corpus(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.corpus != self.corpus.digest:
+            raise DataError(
+                f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
+                "restore the text, or train anew with --overwrite"
+            )
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, on any number of devices that divides the batch.
 
@@ -333,15 +404,16 @@ class Trainer:
         CheckpointError
             If the checkpoint is of another model or optimiser.
         """
-        if checkpoint.corpus != self.corpus.digest:
-            raise DataError(
-                f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
-                "restore the text, or train anew with --overwrite"
-            )
+        self._check_corpus(checkpoint)
         devices = self._communicator.devices
-        set_parameters(self.model, checkpoint.parameters, self.run.path)
+        set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.step)
         self.state = checkpoint.training
+        if not (self.config.optim.ntasgd or self.config.optim.asgd):
+            self.state.averaging_since = None
+        if self.state.averaging_since is not None:
+            self._average = WeightAverage(self.model.named_parameters(), devices[0])
+            self._average.load(checkpoint.parameters, self.state.step - self.state.averaging_since)
         self._saved_step = self.state.step
         if checkpoint.carried:
             if checkpoint.carried[0].shape[1] != self.config.training.batch_size:

@@ -1,0 +1,73 @@
+"""``python -m gluon_lm.finetune RUN``: train a finished run further with averaged weights, into RUN/finetune_model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from .cli import parse_finetune, run_command
+from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from .logs import LOGGER, log_to_terminal
+from .runtime import prepare_process
+from .training.run_folder import RunFolder, find_run
+
+FOLDER = "finetune_model"
+
+# What may differ from the run: all but the text and the architecture.
+_ARCHITECTURE = frozenset(
+    {
+        "model",
+        "embed_size",
+        "hidden_size",
+        "num_layers",
+        "tied",
+        "num_experts",
+        "last_hidden_size",
+        "layer_norm",
+        "init",
+    }
+)
+_TEXT = frozenset(field.name for field in dataclasses.fields(DataConfig)) - {"data", "data_dir"}
+_MAY_CHANGE = (
+    frozenset(
+        field.name
+        for section in (DataConfig, ModelConfig, OptimConfig, TrainingConfig)
+        for field in dataclasses.fields(section)
+    )
+    - _ARCHITECTURE
+    - _TEXT
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_finetune, argv)
+
+
+def _finetune(argv: Sequence[str]) -> int:
+    name, is_continued, command = parse_finetune(argv)
+    run, checkpoint = find_run(name)
+    target = RunFolder(run.path / FOLDER)
+    if is_continued:
+        target, _ = find_run(target.path)
+    elif not command.print_config:
+        target.check_free(command.overwrite)
+    command = command.over(target.config if is_continued else run.config, _MAY_CHANGE)
+    command = dataclasses.replace(command, save=str(target.path))
+    if command.print_config:
+        print(command.describe(), end="")
+        return 0
+    log_to_terminal()
+    LOGGER.info("finetuning %s", run.path)
+    prepare_process(command.config.devices.cpus or 1)
+    from .training.checkpoint import best_checkpoint
+    from .training.session import resume_run, start_run
+
+    if is_continued:
+        return resume_run(command, target, None)
+    return start_run(command, initial=checkpoint or best_checkpoint(run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

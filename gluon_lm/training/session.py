@@ -1,0 +1,112 @@
+"""A training run from its command line to its exit code: begun, finetuned or continued."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..cli import TrainCommand
+from ..data import Corpus, Vocabulary, load_corpus
+from ..distributed import Communicator, create_communicator
+from ..generation.generator import generate
+from ..logs import LOGGER, log_to_file
+from ..models import LanguageModel
+from .checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
+from .run_folder import RunFolder, default_run_path, point, strip_model_suffix
+from .trainer import Trainer
+
+
+def start_run(command: TrainCommand, initial: Path | None = None) -> int:
+    """Train a new run to its end.
+
+    Parameters
+    ----------
+    command : TrainCommand
+    initial : Path, optional
+        Checkpoint of another run whose model, vocabulary and text this one begins with.
+
+    Returns
+    -------
+    int
+        The exit code.
+
+    Raises
+    ------
+    GluonLMError
+        Before anything is written where the command, the text or the checkpoint does not fit.
+    """
+    communicator = create_communicator(command.config.devices)
+    checkpoint = None if initial is None else load_checkpoint(initial)
+    vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
+    corpus = load_corpus(command.config.data, vocabulary=vocabulary)
+    if command.save is None:
+        run = RunFolder(default_run_path(corpus.name, command.config.model.model))
+        run.check_free(overwrite=False)
+    else:
+        run = RunFolder(strip_model_suffix(command.save))
+    command = command.with_tokenizer(corpus.tokenizer, corpus.name)
+    trainer = _build(command, corpus, communicator, run)
+    if checkpoint is not None:
+        trainer.start_from(checkpoint)
+        LOGGER.info("beginning with %s", initial)
+    if command.dry_run:
+        LOGGER.info("dry run: everything is in order, and nothing was written")
+        return 0
+    run.create(command.describe(), corpus.vocabulary, command.overwrite)
+    return _fit(trainer, run)
+
+
+def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
+    """Continue a run from `path`, or from its newest checkpoint; otherwise as `start_run`."""
+    communicator = create_communicator(command.config.devices)
+    path = path or newest_checkpoint(run)
+    checkpoint = load_checkpoint(path)
+    corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
+    trainer = _build(command, corpus, communicator, run)
+    trainer.restore(checkpoint)
+    if "lr" in command.settings:
+        trainer.state.lr = command.config.optim.lr
+    LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
+    if command.dry_run:
+        LOGGER.info("dry run: everything is in order, and nothing was written")
+        return 0
+    for abandoned in set_aside_after(run, checkpoint.training):
+        LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
+    run.update_config(command.describe())
+    return _fit(trainer, run)
+
+
+def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
+    """The model of a run, and its trainer."""
+    config = command.config
+    model = LanguageModel(config.model, len(corpus.vocabulary))
+    model.initialize_parameters(config.training.seed, communicator.devices)
+    model.hybridize_for_use()
+    trainer = Trainer(config, corpus, model, communicator, run, command.describe())
+    num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
+    LOGGER.info("%s", corpus.describe())
+    LOGGER.info(
+        "%s %s%s, %.2f million parameters | %s",
+        config.model.model,
+        "x".join(map(str, model.encoder.layer_sizes)),
+        ", tied" if config.model.tied else "",
+        num_parameters / 1e6,
+        communicator.description,
+    )
+    LOGGER.info("run folder %s", run.path)
+    return trainer
+
+
+def _fit(trainer: Trainer, run: RunFolder) -> int:
+    with log_to_file(run.log):
+        if run.path.parent.name == "runs":
+            point(run.path.parent / "latest", run.path)
+        code = trainer.fit()
+        words = trainer.config.training.gen_word_len
+        if words and code == 0:
+            LOGGER.info("generating...")
+            LOGGER.info(
+                "%s",
+                " ".join(generate(trainer.model, trainer.corpus.vocabulary, words, seed=trainer.config.training.seed)),
+            )
+        return code
