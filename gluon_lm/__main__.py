@@ -16,6 +16,8 @@ COMMANDS = {
     "finetune": "train a finished run further, with averaged weights",
     "evaluate": "loss, perplexity and bits per word of a run on a text",
     "generate": "write text with a run",
+    "score": "how likely a run finds each line of a file, and each word",
+    "export": "write a model that runs with MXNet alone, or as ONNX",
     "download": "fetch corpora",
 }
 

@@ -317,6 +317,11 @@ class ModelConfig(Section):
         sizes = [self.hidden_size] * self.num_layers
         return sizes[:-1] + [self.embed_size] if self.tied else sizes
 
+    def without_dropout(self) -> ModelConfig:
+        """The same architecture with every dropout off."""
+        off: dict[str, Any] = {f.name: 0.0 for f in dataclasses.fields(self) if "drop" in f.name}
+        return dataclasses.replace(self, **off, locked=None)
+
     @property
     def has_locked_dropout(self) -> bool:
         """Whether a dropout mask is the same for all words of a window."""

@@ -6,10 +6,12 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
+from .errors import ConfigError
 from .logs import LOGGER
 
 BLOCK_BYTES = 1 << 20
@@ -47,6 +49,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fresh.unlink(missing_ok=True)
         raise
     synchronise(path.parent)
+
+
+def output_file(name: str | None) -> Path | None:
+    """The file that ``--outf`` names; None for the terminal.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be one.
+    """
+    path = None if name is None else Path(name)
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"--outf {path}: must be a file in a folder that exists; name another")
+    return path
+
+
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[IO[bytes]]:
+    """Standard output, or a file that takes the place of `path` when the block ends well."""
+    if path is None:
+        yield sys.stdout.buffer
+    else:
+        with atomic_write(path) as file:
+            yield file
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from typing import IO
 
 from .cli import CommandParser, Section, run_command
-from .config import DeviceConfig, integer, option, optional, real, text
+from .config import DeviceConfig, integer, option, optional, real, switch, text, texts
 from .errors import ConfigError
-from .files import atomic_write
+from .files import open_output, output_file
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
 
@@ -23,9 +23,24 @@ class GenerateOptions(Section):
     """What to write."""
 
     words: int = option(1000, integer(), "number of words")
+    prompt: str | None = option(None, optional(text("TEXT")), "words to go on from (default: one drawn at random)")
+    samples: int = option(1, integer(1, 4096), "texts to write side by side, each of --words words")
     temperature: float = option(1.0, real(0, above=True), "below 1 keeps to likely words, above 1 is more daring")
+    top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
+    top_p: float | None = option(
+        None, optional(real(0, 1, above=True)), "draw from the fewest words that have this probability together"
+    )
+    greedy: bool = option(False, switch(), "take the likeliest word each time")
+    no_unk: bool = option(False, switch(), "never write <unk>")
+    stop_at_eos: bool = option(False, switch(), "end a text with its first line")
+    detokenize: bool = option(False, switch(), "write text that reads, one line for each of the model's")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
     outf: str | None = option(None, optional(text("FILE")), "file to write (default: the terminal)")
+    checkpoint: str | None = option(None, optional(text("RUN")), "the run, where it is not named first")
+    data: tuple[str, ...] | None = option(
+        None, optional(texts(1, 3, rule="a corpus", metavar="DATA")), "no effect: a run has its own vocabulary"
+    )
+    log_interval: int = option(100, integer(), "words between two lines of progress, with --outf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,42 +51,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "generate",
-        "Write text with a trained model, 20 words a line.",
-        "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8",
+        "Write text with a run or an exported model, 20 words a line.",
+        "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8 --prompt 'the war'",
     )
     parser.add_section(GenerateOptions, "text")
     parser.add_run()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
-    out = Path(options.outf) if options.outf else None
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise ConfigError(f"--outf {out}: must be a file in a folder that exists; name another")
+    name = parsed.arguments.run
+    problems = []
+    if name is not None and options.checkpoint not in (None, name):
+        problems.append(f"{name} with --checkpoint {options.checkpoint}: both name the run; leave one of them out")
+    if options.greedy:
+        problems += [
+            f"--greedy with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
+            for flag in ("temperature", "top_k", "top_p")
+            if flag in parsed.settings
+        ]
+    if problems:
+        raise ConfigError(problems)
+    out = output_file(options.outf)
     log_to_terminal()
+    if options.data is not None:
+        LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
     prepare_process()
+    from .data.tokenizers import TOKENIZERS
     from .distributed import resolve_single_device
     from .generation.generator import generate
-    from .training.checkpoint import load_model
+    from .generation.sampling import Sampling
+    from .prediction import load_predictor
 
-    device = resolve_single_device(device_config)
-    model, vocabulary, _, _ = load_model(parsed.arguments.run, device)
-    lines = _lines(
-        generate(
-            model,
-            vocabulary,
-            options.words,
-            temperature=options.temperature,
-            seed=options.seed,
-            device=device,
-        )
+    predictor = load_predictor(name or options.checkpoint, resolve_single_device(device_config))
+    prompt = None if options.prompt is None else TOKENIZERS[predictor.tokenizer](options.prompt)
+    sampling = Sampling(
+        0.0 if options.greedy else options.temperature, options.top_k, options.top_p, suppress_unk=options.no_unk
     )
-    if out is None:
-        for line in lines:
-            print(line, flush=True)
-        return 0
-    with atomic_write(out) as file:
-        file.writelines(f"{line}\n".encode() for line in lines)
-    LOGGER.info("%d words in %s", options.words, out)
+    words = generate(
+        predictor,
+        options.words,
+        sampling,
+        prompt=prompt,
+        num_samples=options.samples,
+        seed=options.seed,
+        stop_at_eos=options.stop_at_eos,
+    )
+    with open_output(out) as file:
+        _write(_counted(words, options) if out else words, prompt or [], options, file)
+    if out is not None:
+        LOGGER.info("%d x %d words in %s", options.samples, options.words, out)
     return 0
+
+
+def _counted(words: Iterable[list[str | None]], options: GenerateOptions) -> Iterator[list[str | None]]:
+    for n, step in enumerate(words, 1):
+        yield step
+        if n % options.log_interval == 0:
+            LOGGER.info("| Generated %d/%d words", n, options.words)
+
+
+def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[bytes]) -> None:
+    """Write the texts, the prompt at the head of each, an empty line between them; one text as it comes."""
+    from .generation.detokenize import detokenize
+
+    def put(line: str) -> None:
+        file.write(f"{line}\n".encode())
+        file.flush()
+
+    if options.samples == 1 and not options.detokenize:
+        only = (word for (word,) in words if word is not None)
+        for line in _lines(itertools.chain(prompt, only)):
+            put(line)
+        return
+    written: list[list[str]] = [list(prompt) for _ in range(options.samples)]
+    for step in words:
+        for sample, word in zip(written, step):
+            if word is not None:
+                sample.append(word)
+    for n, sample in enumerate(written):
+        if n:
+            put("")
+        for line in [detokenize(sample)] if options.detokenize else _lines(sample):
+            put(line)
 
 
 def _lines(words: Iterable[str]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.windows import Streams, Window
 from ..losses import target_losses
+from ..metrics import perplexity
 from ..models import LanguageModel
 from ..progress import progress_bar
 
@@ -42,7 +43,7 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """``exp(loss)``; infinite where that is beyond a float."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        return perplexity(self.loss)
 
     @property
     def bits_per_word(self) -> float:

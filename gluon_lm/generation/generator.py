@@ -1,59 +1,72 @@
-"""Write text with a model, one word after another.
+"""Write text with a model, word after word, in as many streams as are asked for.
 
-Shapes: T time (1), N streams (1), V vocabulary.
+Shapes: T time, N streams, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mxnet as mx
 import numpy as np
 
-from ..data import Vocabulary
-from ..models import LanguageModel
+from ..prediction import Predictor
+from .sampling import AS_IS, Sampler, Sampling
 
 
 def generate(
-    model: LanguageModel,
-    vocabulary: Vocabulary,
+    predictor: Predictor,
     num_words: int,
+    sampling: Sampling = AS_IS,
     *,
-    temperature: float = 1.0,
+    prompt: Sequence[str] | None = None,
+    num_samples: int = 1,
     seed: int = 1111,
-    device: mx.Context | None = None,
-) -> Iterator[str]:
-    """Sample words from ``p(word)^(1 / temperature)``, each fed back as the next input.
-
-    The first input is a word drawn evenly from the vocabulary, and is not part of the text.
+    stop_at_eos: bool = False,
+) -> Iterator[list[str | None]]:
+    """Sample texts side by side, each word fed back as the next input.
 
     Parameters
     ----------
-    model : LanguageModel
-    vocabulary : Vocabulary
+    predictor : Predictor
     num_words : int
-    temperature : float
-        Above 0; below 1 prefers likely words, above 1 evens them out.
+        Length of each text.
+    sampling : Sampling
+    prompt : sequence of str, optional
+        Words that come before the text, after the end of a line; they are not part of it. Words that the vocabulary
+        lacks are read as ``<unk>``. Without it each text begins after a word drawn evenly from the vocabulary.
+    num_samples : int
+        Texts to write, N.
     seed : int
-        Decides the text.
-    device : Context, optional
-        Where the model's parameters are; by default their first context.
+        Decides the texts: the same in any number of them, as far as matrix products of different sizes agree
+        (their last bits differ, which changes a word once in many thousand).
+    stop_at_eos : bool
+        End a text with its first ``<eos>``.
 
     Yields
     ------
-    str
-        One word; ``<eos>`` ends a line.
+    list of str
+        The next word of each text, ``<eos>`` at the end of a line; None once the text has ended.
     """
-    device = device or next(iter(model.named_parameters().values())).list_ctx()[0]
-    rng = np.random.RandomState(seed)
-    word = int(rng.randint(len(vocabulary)))
-    states = model.begin_state(1, device)
+    vocabulary, device = predictor.vocabulary, predictor.device
+    rngs = [np.random.default_rng([seed, n]) for n in range(num_samples)]
+    if prompt is None:
+        first_TN = np.array([[rng.integers(len(vocabulary)) for rng in rngs]])
+    else:
+        ids = [vocabulary.eos_id, *vocabulary.encode(prompt)]
+        first_TN = np.repeat(np.array(ids)[:, None], num_samples, axis=1)
+    sampler = Sampler([sampling] * num_samples, len(vocabulary), vocabulary.unk_id, device)
+    tokens_TN = mx.nd.array(first_TN, ctx=device, dtype="int32")
+    states = predictor.begin_state(num_samples)
+    has_ended = [False] * num_samples
     for _ in range(num_words):
-        tokens_TN = mx.nd.array([[word]], ctx=device, dtype="int32")
-        hidden_TNH, *states = model.encoder(tokens_TN, *states)
-        log_probs_V = model.head(hidden_TNH).reshape((-1,))
-        probs_V = mx.nd.softmax(log_probs_V / temperature)
-        # Inverse of the cumulative distribution at a uniform number; one number is read back.
-        below_V = mx.nd.cumsum(probs_V) < rng.random_sample() * probs_V.sum()
-        word = min(int(below_V.sum().asscalar()), len(vocabulary) - 1)
-        yield vocabulary.words[word]
+        log_probs_TNV, states = predictor.log_probs(tokens_TN, states)
+        uniforms_N = np.array([rng.random(dtype=np.float32) for rng in rngs])
+        words_N = sampler(log_probs_TNV[-1], uniforms_N)
+        tokens_TN = words_N.expand_dims(0)
+        words = [None if ended else vocabulary.words[i] for i, ended in zip(words_N.asnumpy(), has_ended)]
+        yield words
+        if stop_at_eos:
+            has_ended = [ended or i == vocabulary.eos_id for i, ended in zip(words_N.asnumpy(), has_ended)]
+            if all(has_ended):
+                return

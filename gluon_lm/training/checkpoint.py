@@ -85,6 +85,8 @@ class Checkpoint:
     communicator : dict
     corpus : str
         Digest of the corpus that it was trained on.
+    text : dict of str to str
+        The corpus's name and licence.
     num_devices : int
         Devices, over all workers, that trained it.
     """
@@ -95,6 +97,7 @@ class Checkpoint:
     training: TrainingState
     communicator: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
+    text: Mapping[str, str] = field(default_factory=dict)
     num_devices: int = 1
     unaveraged: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
 
@@ -141,6 +144,7 @@ def save_checkpoint(
             "training": dataclasses.asdict(checkpoint.training),
             "communicator": checkpoint.communicator,
             "corpus": checkpoint.corpus,
+            "text": dict(checkpoint.text),
             "num_devices": checkpoint.num_devices,
             "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
         }
@@ -184,6 +188,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             training=TrainingState(**state["training"]),
             communicator=state["communicator"],
             corpus=state["corpus"],
+            text=state["text"],
             num_devices=state["num_devices"],
             unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
         )

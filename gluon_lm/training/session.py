@@ -105,8 +105,6 @@ def _fit(trainer: Trainer, run: RunFolder) -> int:
         words = trainer.config.training.gen_word_len
         if words and code == 0:
             LOGGER.info("generating...")
-            LOGGER.info(
-                "%s",
-                " ".join(generate(trainer.model, trainer.corpus.vocabulary, words, seed=trainer.config.training.seed)),
-            )
+            written = generate(trainer.predictor(), words, seed=trainer.config.training.seed)
+            LOGGER.info("%s", " ".join(str(word) for (word,) in written))
         return code

@@ -19,9 +19,11 @@ from ..distributed import Communicator
 from ..errors import CheckpointError, DataError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import LOGGER
+from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from ..prediction import ModelPredictor
 from ..tracking import MetricsFile
 from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
 from .run_folder import RunFolder
@@ -315,7 +317,6 @@ class Trainer:
         state = self.state
         seconds = time.perf_counter() - interval.started
         loss = interval.loss_sum / interval.num_targets
-        perplexity = math.exp(loss) if loss < 709 else math.inf
         windows = len(self._epoch[1])
         epoch, batch = (state.epoch + 1, state.window) if state.window else (state.epoch, windows)
         LOGGER.info(
@@ -327,7 +328,7 @@ class Trainer:
             state.lr,
             1000 * seconds / interval.num_steps,
             loss,
-            perplexity,
+            perplexity(loss),
             interval.grad_norm,
             interval.num_targets / seconds,
         )
@@ -336,11 +337,16 @@ class Trainer:
             state.step,
             epoch=epoch,
             loss=loss,
-            perplexity=perplexity,
+            perplexity=perplexity(loss),
             lr=state.lr,
             grad_norm=interval.grad_norm,
             tokens_per_second=interval.num_targets / seconds,
         )
+
+    def predictor(self) -> ModelPredictor:
+        """The model as it is now, for use; after `fit` the best one."""
+        corpus = self.corpus
+        return ModelPredictor(self.model, corpus.vocabulary, corpus.tokenizer, self._communicator.devices[0])
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -362,6 +368,7 @@ class Trainer:
             training=self.state,
             communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
+            text={"name": self.corpus.name, "licence": self.corpus.licence},
             num_devices=len(self._communicator.devices) * self._communicator.size,
         )
         save_checkpoint(

@@ -1,0 +1,65 @@
+"""``python -m gluon_lm.export RUN --output DIR``: write a model that runs without this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from .cli import CommandParser, DebugOptions, Section, run_command
+from .config import choice, option, optional, text
+from .errors import ConfigError
+from .logs import LOGGER, log_to_terminal
+from .runtime import prepare_process
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions(Section):
+    """Where to, and as what."""
+
+    output: str | None = option(None, optional(text("DIR")), "folder to write; an older export in it is replaced")
+    format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_export, argv)
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "export",
+        "Write a run's model as files that MXNet, or an ONNX runtime, runs without this package.",
+        "python -m gluon_lm.export runs/latest --output exported",
+    )
+    parser.add_section(ExportOptions, "export")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
+    parser.add_section(DebugOptions, "debugging")
+    parsed = parser.parse(argv)
+    options = parsed.build(ExportOptions)
+    if options.output is None:
+        raise ConfigError("--output: names the folder to write and is needed; add --output DIR")
+    log_to_terminal()
+    prepare_process()
+    if options.format == "onnx":
+        from .exporting_onnx import export_onnx
+
+        manifest = export_onnx(parsed.arguments.run, options.output)
+    else:
+        from .exporting import export_run
+
+        manifest = export_run(parsed.arguments.run, options.output)
+    model, training = manifest["model"], manifest["training"]
+    LOGGER.info(
+        "%s %s, vocabulary %s, %s | %s",
+        model["cell"],
+        "x".join(map(str, model["layer_sizes"])),
+        f"{model['vocab_size']:,}",
+        training["checkpoint"],
+        options.output,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

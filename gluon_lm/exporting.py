@@ -1,0 +1,254 @@
+"""Symbol and parameter files that run with MXNet alone, and loading them back.
+
+An exported folder holds ``model-symbol.json``, ``model-0000.params``, ``vocab.txt`` and ``manifest.json``. The graph's
+inputs are ``tokens``, of shape (T, N), and flat states; its outputs log-probabilities (T, N, V) and the new states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mxnet as mx
+from mxnet import gluon
+
+from . import __version__
+from .config import Config, ModelConfig
+from .data import Vocabulary
+from .errors import CheckpointError, ConfigError
+from .files import file_hash, synchronise
+from .models import CELLS, LanguageModel
+from .prediction import Predictor
+from .training.checkpoint import CONFIG, Checkpoint, best_checkpoint, load_checkpoint, set_parameters
+from .training.run_folder import find_run
+
+SYMBOL, PARAMETERS, VOCABULARY, MANIFEST = "model-symbol.json", "model-0000.params", "vocab.txt", "manifest.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint as it is exported: its model on the CPU, all dropout taken out, and what is known of it."""
+
+    model: LanguageModel
+    vocabulary: Vocabulary
+    config: Config
+    checkpoint: Checkpoint
+    path: Path
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder was written by `export_run`."""
+    return (path / MANIFEST).is_file()
+
+
+def export_run(name: str | Path | None, output: str | Path) -> dict[str, Any]:
+    """Write a run's model as symbol and parameters; an exported folder of that name is replaced when all is written.
+
+    Parameters
+    ----------
+    name : str or Path, optional
+        The run, or a checkpoint in it, as `gluon_lm.training.run_folder.find_run` takes it.
+    output : str or Path
+        The folder.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such run, or it is damaged.
+    ConfigError
+        If `output` exists and was not exported by us, or cannot be written.
+    """
+    return write_export(name, output, "symbol", _write_symbol)
+
+
+def write_export(
+    name: str | Path | None, output: str | Path, kind: str, write_model: Callable[[TrainedModel, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """Make an exported folder in one rename.
+
+    Parameters
+    ----------
+    kind : str
+        ``symbol`` or ``onnx``, noted in the manifest.
+    write_model : callable
+        Writes the model's files into a folder and returns what the manifest says of its inputs and outputs.
+    """
+    output = Path(output)
+    _check_free(output)
+    trained = load_trained(name)
+    fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
+    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        interface = write_model(trained, fresh)
+        trained.vocabulary.save(fresh / VOCABULARY)
+        manifest = {
+            "format": _FORMAT,
+            "kind": kind,
+            "gluon_lm": __version__,
+            "mxnet": mx.__version__,
+            **interface,
+            **_describe(trained),
+            "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
+        }
+        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in [*fresh.iterdir(), fresh]:
+            synchronise(path)
+        if output.exists():
+            output.rename(old)
+        fresh.rename(output)
+        synchronise(output.absolute().parent)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return manifest
+
+
+def load_trained(name: str | Path | None) -> TrainedModel:
+    """A run's best model on the CPU, without dropout."""
+    run, path = find_run(name)
+    path = path or best_checkpoint(run)
+    checkpoint = load_checkpoint(path)
+    config = Config.from_yaml(path / CONFIG)
+    vocabulary = Vocabulary.load(path / VOCABULARY)
+    model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
+    model.initialize_parameters(0, [mx.cpu()])
+    set_parameters(model, checkpoint.parameters, path)
+    return TrainedModel(model, vocabulary, config, checkpoint, path)
+
+
+def state_layout(config: ModelConfig) -> list[dict[str, Any]]:
+    """The recurrent state as it goes in and out: name, layer, what it is, and shape of each array."""
+    kinds = ("hidden", "cell")[: CELLS[config.cell].num_states]
+    arrays = [(layer, kind, size) for layer, size in enumerate(config.layer_sizes) for kind in kinds]
+    return [
+        {"name": f"state_{i}", "layer": layer, "kind": kind, "shape": [1, "N", size], "initial": 0}
+        for i, (layer, kind, size) in enumerate(arrays)
+    ]
+
+
+def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
+    states = state_layout(trained.config.model)
+    tokens = mx.sym.var("tokens")
+    outputs = mx.sym.Group(list(trained.model(tokens, *[mx.sym.var(state["name"]) for state in states])))
+    outputs.save(str(folder / SYMBOL))
+    parameters = {f"arg:{p.name}": p.data() for p in trained.model.named_parameters().values()}
+    mx.nd.save(str(folder / PARAMETERS), parameters)
+    # MXNet's writer does not notice when the last block of a file finds the disk full.
+    if mx.nd.load(str(folder / PARAMETERS)).keys() != parameters.keys():
+        raise OSError(f"{PARAMETERS} was not written whole")
+    log_probs, *new_states = outputs.list_outputs()
+    return {
+        "inputs": [
+            {"name": "tokens", "shape": ["T", "N"], "dtype": "float32 or int32, word ids"},
+            *({**state, "dtype": "float32"} for state in states),
+        ],
+        "outputs": [
+            {"name": log_probs, "shape": ["T", "N", "V"], "dtype": "float32", "what": "log-probability, base e"},
+            *({"name": name, "next": state["name"]} for name, state in zip(new_states, states)),
+        ],
+    }
+
+
+def _describe(trained: TrainedModel) -> dict[str, Any]:
+    training, model = trained.checkpoint.training, trained.config.model
+    loss = training.best_loss if training.best_step == training.step else None
+    return {
+        "model": {
+            "cell": model.cell,
+            "embed_size": model.embed_size,
+            "layer_sizes": model.layer_sizes,
+            "tied": model.tied,
+            "vocab_size": len(trained.vocabulary),
+        },
+        "text": {
+            **trained.checkpoint.text,
+            "tokenizer": trained.config.data.tokenizer,
+            "begins_with": "<eos>",
+            "eos_id": trained.vocabulary.eos_id,
+            "unk_id": trained.vocabulary.unk_id,
+        },
+        "training": {
+            "checkpoint": trained.path.name,
+            "epochs": training.epoch,
+            "steps": training.step,
+            "averaged": bool(trained.checkpoint.unaveraged),
+            "validation_loss": loss,
+            "validation_perplexity": None if loss is None else math.exp(loss),
+        },
+    }
+
+
+def _check_free(output: Path) -> None:
+    if (output.exists() or output.is_symlink()) and not is_exported(output):
+        if not output.is_dir() or any(output.iterdir()):
+            raise ConfigError(f"--output {output}: exists and is no exported model; name another folder")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {output}: no folder can be made in {parent}; name another one")
+
+
+# ---------------------------------------------------------------- loading
+
+
+class ExportedPredictor(Predictor):
+    """The model of an exported folder."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], device: mx.Context) -> None:
+        text = manifest["text"]
+        super().__init__(Vocabulary.load(folder / VOCABULARY), text["tokenizer"], device)
+        self._manifest = manifest
+        self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
+        names = [entry["name"] for entry in manifest["inputs"]]
+        self._block = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
+        self._block.hybridize(static_alloc=True)
+
+    def describe(self):
+        return {name: self._manifest[name] for name in ("model", "text", "training")}
+
+    def begin_state(self, num_streams):
+        return [mx.nd.zeros((1, num_streams, size), ctx=self.device) for size in self._state_sizes]
+
+    def log_probs(self, tokens_TN, states):
+        log_probs_TNV, *states = self._block(tokens_TN, *states)
+        return log_probs_TNV, states
+
+
+def load_exported(folder: str | Path, device: mx.Context | None = None) -> ExportedPredictor:
+    """A predictor from an exported folder.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged, or not the one that the manifest names.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or manifest["kind"] != "symbol":
+            raise CheckpointError(
+                f"{folder}: is an export of format {manifest['format']} ({manifest['kind']}); gluon_lm {__version__} "
+                f"loads format {_FORMAT} (symbol); export the run again"
+            )
+        for name in (SYMBOL, PARAMETERS, VOCABULARY):
+            if file_hash(folder / name) != manifest["sha256"][name]:
+                raise CheckpointError(f"{folder}: {name} is not the file that the manifest names; export the run again")
+        return ExportedPredictor(folder, manifest, device or mx.cpu())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{folder}: is no whole export ({error}); export the run again") from error

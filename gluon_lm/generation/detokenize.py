@@ -1,0 +1,29 @@
+"""From words set apart by spaces to text that reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ..data.vocabulary import EOS
+
+_RULES = [
+    (re.compile(r" @([-,.])@ "), r"\1"),  # WikiText: 1 @,@ 000, role @-@ playing
+    (re.compile(r" n't\b"), "n't"),  # Penn Treebank: do n't
+    (re.compile(r" (['’](?:s|t|re|ve|ll|d|m)\b)"), r"\1"),
+    (re.compile(r'(^|\s)(["“]) ([^"“”]*?) (["”])'), r"\1\2\3\4"),
+    (re.compile(r"([(\[$£€#]) "), r"\1"),
+    (re.compile(r" ([.,;:!?%)\]])"), r"\1"),
+]
+
+
+def detokenize(words: Iterable[str]) -> str:
+    """Join words as English is written: ``<eos>`` ends a line, punctuation stands at its word."""
+    lines = " ".join(words).split(EOS)
+    return "\n".join(_detokenize_line(line.strip()) for line in lines)
+
+
+def _detokenize_line(line: str) -> str:
+    for pattern, replacement in _RULES:
+        line = pattern.sub(replacement, line)
+    return line

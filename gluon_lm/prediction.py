@@ -1,0 +1,97 @@
+"""A trained model as those see it who use it: words in, log-probabilities of the next word out.
+
+Shapes: T time, N streams, V vocabulary, R rows = the first targets of T x N, in time-major order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import mxnet as mx
+
+from .data import Vocabulary
+from .losses import target_losses
+from .models import LanguageModel, State
+
+
+class Predictor(ABC):
+    """A language model that is ready for use on one device: a run of ours, or an exported folder.
+
+    Attributes
+    ----------
+    vocabulary : Vocabulary
+    tokenizer : str
+        How text becomes words: a name in `gluon_lm.data.tokenizers.TOKENIZERS`.
+    device : Context
+    """
+
+    def __init__(self, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
+        self.vocabulary, self.tokenizer, self.device = vocabulary, tokenizer, device
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the model is, as plain JSON values."""
+
+    @abstractmethod
+    def begin_state(self, num_streams: int) -> State:
+        """The zero state: arrays of shape (1, N, H), layer after layer."""
+
+    @abstractmethod
+    def log_probs(self, tokens_TN: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
+        """Log-probability, base e, of each word after each token, ``log_probs_TNV``, and the state after the last."""
+
+    def target_losses(
+        self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
+    ) -> tuple[mx.nd.NDArray, State]:
+        """Negative log-likelihood, in nats, of the targets of the first R rows, shape (R,), and the state."""
+        log_probs_TNV, states = self.log_probs(tokens_TN, states)
+        log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: targets_R.shape[0]]
+        return -mx.nd.pick(log_probs_RV, targets_R), states
+
+
+class ModelPredictor(Predictor):
+    """A `LanguageModel` whose parameters are on `device`."""
+
+    def __init__(self, model: LanguageModel, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
+        super().__init__(vocabulary, tokenizer, device)
+        self._model = model
+
+    def describe(self) -> dict[str, Any]:
+        config = self._model.config
+        return {
+            "model": config.model,
+            "layer_sizes": config.layer_sizes,
+            "embed_size": config.embed_size,
+            "tied": config.tied,
+            "vocab_size": len(self.vocabulary),
+        }
+
+    def begin_state(self, num_streams):
+        return self._model.begin_state(num_streams, self.device)
+
+    def log_probs(self, tokens_TN, states):
+        hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
+        return self._model.head(hidden_TNH), states
+
+    def target_losses(self, tokens_TN, targets_R, states):
+        hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
+        return target_losses(self._model.head, self._model.vocab_size, hidden_TNH, targets_R), states
+
+
+def load_predictor(name: str | Path | None, device: mx.Context) -> Predictor:
+    """A run (its best checkpoint), a checkpoint, or an exported folder, by a user's name for it; None: the newest run.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such run or folder, or it is damaged.
+    """
+    from .exporting import is_exported, load_exported
+    from .training.checkpoint import load_model
+
+    if name is not None and is_exported(Path(name)):
+        return load_exported(name, device)
+    model, vocabulary, config, _ = load_model(name, device)
+    return ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device)

@@ -1,0 +1,116 @@
+"""``python -m gluon_lm.score RUN FILE``: log-probability and perplexity of each line and each word of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cli import CommandParser, DebugOptions, Section, run_command
+from .config import DeviceConfig, choice, option, optional, switch, text
+from .errors import ConfigError, DataError
+from .files import open_output, output_file
+from .logs import log_to_terminal
+from .metrics import perplexity
+from .runtime import prepare_process
+
+if TYPE_CHECKING:
+    from .scoring import LineScore
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions(Section):
+    """What is written."""
+
+    format: str = option("tsv", choice("tsv", "jsonl"), "a table, or one JSON object a line, which has the words too")
+    words: bool = option(False, switch(), "a row for each word after that of its line (tsv)")
+    outf: str | None = option(None, optional(text("FILE")), "file to write (default: the terminal)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_score, argv)
+
+
+def _score(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "score",
+        "Log-probability (base e) and perplexity of each line of a file, each line on its own, its end included.",
+        "python -m gluon_lm.score runs/latest candidates.txt --format jsonl",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or exported folder")
+    parser.add_argument("file", metavar="FILE", help="text, a line for each candidate; - reads standard input")
+    parser.add_section(ScoreOptions, "output")
+    parser.add_section(DeviceConfig, "devices")
+    parser.add_section(DebugOptions, "debugging")
+    parsed = parser.parse(argv)
+    options = parsed.build(ScoreOptions)
+    if options.words and options.format == "jsonl":
+        raise ConfigError("--words with --format jsonl: JSON has the words anyway; leave --words out")
+    out = output_file(options.outf)
+    lines = _read(parsed.arguments.file)
+    log_to_terminal()
+    prepare_process()
+    from .data.tokenizers import TOKENIZERS
+    from .distributed import resolve_single_device
+    from .prediction import load_predictor
+    from .scoring import score_lines
+
+    predictor = load_predictor(parsed.arguments.run, resolve_single_device(parsed.build(DeviceConfig)))
+    scores = score_lines(predictor, map(TOKENIZERS[predictor.tokenizer], lines))
+    with open_output(out) as file:
+        if options.format == "tsv":
+            file.write(b"line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")
+        for number, score in enumerate(scores, 1):
+            rows = _json_row(number, score) if options.format == "jsonl" else _table_rows(number, score, options.words)
+            file.write("".join(f"{row}\n" for row in rows).encode())
+    return 0
+
+
+def _read(name: str) -> list[str]:
+    where = "standard input" if name == "-" else name
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror}); name a text file") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{where} line {line}: is not UTF-8 text; save it as UTF-8") from error
+    if not lines:
+        raise DataError(f"{where}: is empty; it must have a line at least")
+    return lines
+
+
+def _json_row(number: int, score: LineScore) -> list[str]:
+    words = [
+        {"word": word, "log_prob": float(log_prob), "unknown": unknown}
+        for word, log_prob, unknown in zip(score.words, score.log_probs, score.is_unknown)
+    ]
+    row = {
+        "line": number,
+        "log_prob": score.log_prob,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
+        "tokens": len(words),
+        "words": words,
+    }
+    return [json.dumps(row, ensure_ascii=False)]
+
+
+def _table_rows(number: int, score: LineScore, with_words: bool) -> list[str]:
+    text_ = " ".join(score.words[:-1])
+    rows = [f"{number}\tall\t{score.log_prob:.6f}\t{score.perplexity:.4f}\t{len(score.words)}\t{text_}"]
+    if with_words:
+        rows += [
+            f"{number}\t{place}\t{log_prob:.6f}\t{perplexity(-log_prob):.4f}\t1\t{word}"
+            for place, (word, log_prob) in enumerate(zip(score.words, score.log_probs.tolist()), 1)
+        ]
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
