@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -78,7 +78,7 @@ class RunOptions(Section):
     recipe: str | None = option(
         None,
         optional(text("NAME")),
-        "values to start from: lm, mxnet, awd, mos, demo (default: as the model asks)",
+        "values to start from: lm, mxnet, demo, awd, mos or another file of configs/ (default: as the model asks)",
     )
     print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
     dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
@@ -92,6 +92,10 @@ _INSTEAD = {
     "--test-mode": "for a short trial, use --max-steps 20",
     "--model-dir": "name the run folder with --save",
     "--model-name": "name the run folder with --save",
+    **dict.fromkeys(
+        ("--lr-update-interval", "--lr-update-factor"),
+        "--decay divides the learning rate where validation is no new best",
+    ),
     "--nhead": "there is no transformer here",
 }
 
@@ -141,9 +145,11 @@ class CommandParser(argparse.ArgumentParser):
         One sentence on what it does.
     example : str
         One command line, shown at the end of the help.
+    instead : mapping, optional
+        What to do instead of giving a flag that is not there, by flag.
     """
 
-    def __init__(self, command: str, description: str, example: str) -> None:
+    def __init__(self, command: str, description: str, example: str, instead: Mapping[str, str] | None = None) -> None:
         super().__init__(
             prog=f"python -m gluon_lm.{command}",
             description=description,
@@ -152,6 +158,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._declared: dict[str, dataclasses.Field[Any]] = {}
+        self._instead = {**_INSTEAD, **(instead or {})}
 
     def add_section(self, section: type[Section], title: str, only: Sequence[str] | None = None) -> None:
         """Add a flag, under all its names, for each field of `section` (or for those that `only` names)."""
@@ -219,7 +226,7 @@ class CommandParser(argparse.ArgumentParser):
             flag, equals, _ = word.partition("=")
             if word.startswith("-") and word != "-":
                 hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
-                hint = f"; {_INSTEAD[flag]}" if flag in _INSTEAD else hint
+                hint = f"; {self._instead[flag]}" if flag in self._instead else hint
                 problems.append(f"{show(flag)}: unknown flag{hint}")
                 previous = "" if equals else flag
             elif previous:
@@ -322,14 +329,15 @@ class TrainCommand:
         before = resolve(config_file=config_file, default_recipe=None).config
         resolved = resolve(self.settings, config_file, default_recipe=None)
         run = f"run {config_file.parent}"
-        sources = {name: run if s == str(config_file) else s for name, s in resolved.sources.items()}
-        problems = [
-            f"{flag_of(name)} {show(get(resolved.config, name))}: {config_file.parent} was trained with "
-            f"{show(get(before, name))}; leave the flag out, or train anew"
-            for name in self.settings
-            if name not in may_change | DeviceConfig.__dataclass_fields__.keys()
-            and get(resolved.config, name) != get(before, name)
-        ]
+        own = {setting.source for setting in self.settings.values()}
+        sources = {name: source if source in own else run for name, source in resolved.sources.items()}
+        problems = []
+        for name, setting in self.settings.items():
+            value, old = get(resolved.config, name), get(before, name)
+            if value != old and name not in may_change | DeviceConfig.__dataclass_fields__.keys():
+                flag = setting.source[len("flag ") :] + ("" if isinstance(value, bool) else f" {show(value)}")
+                was = f"{config_file.parent} was trained with {show(old)}"
+                problems.append(f"{flag}: {was}; leave the flag out, or train anew")
         resolved = dataclasses.replace(resolved, sources=sources)
         _check(resolved, self.print_config, problems)
         return dataclasses.replace(self, **vars(resolved))
@@ -416,6 +424,16 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 # ---------------------------------------------------------------- finetune
 
 
+_INSTEAD_OF_FINETUNING = {
+    **dict.fromkeys(
+        ("--ntasgd", "--no-ntasgd", "--asgd", "--no-asgd"), "finetuning averages the weights from its first step on"
+    ),
+    "--when": "while the weights are averaged the learning rate stays as it is",
+    "--resume": "to continue a finetuning, use RUN --continue-train",
+    **dict.fromkeys(("--config", "--recipe"), "finetuning begins with the run's own config.yaml"),
+}
+
+
 def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool, TrainCommand]:
     """Read the command line of `finetune`.
 
@@ -437,6 +455,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool,
         "finetune",
         "Train a finished run further with averaged weights (ASGD), until validation stops improving.",
         "python -m gluon_lm.finetune runs/ptb-awd --lr 25 --dropouth 0.225",
+        instead=_INSTEAD_OF_FINETUNING,
     )
     parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
     for name, section in SECTIONS.items():

@@ -24,6 +24,7 @@ from gluon_lm.errors import ConfigError
 DEFAULT_RECIPE = "lm"
 KVSTORES = ("device", "local")
 COMPRESSIONS = ("none", "2bit")
+OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
 MODELS = CELLS + tuple(REGULARISED_CELLS)
@@ -186,7 +187,7 @@ def keep_probability(field_name: str) -> Kind:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise TypeError
         keep = Decimal(str(value))
-        if not 0 < keep <= 1:
+        if not 0 < keep <= 1 or float(1 - keep) == 1:
             raise ValueError
         return float(1 - keep)
 
@@ -349,8 +350,8 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """The optimiser, its learning rate and what is added to the loss."""
 
-    optimizer: str = option("sgd", choice("sgd", "adam"), "update rule")
-    lr: float = option(20.0, real(0, above=True), "learning rate at the start")
+    optimizer: str = option("sgd", choice(*OPTIMIZER_LR), "update rule")
+    lr: float = option(OPTIMIZER_LR["sgd"], real(0, above=True), "learning rate at the start (adam: 0.001)")
     lr_decay: float | None = option(
         None,
         optional(real(1, above=True)),
@@ -376,7 +377,7 @@ class OptimConfig(Section):
     )
     when: tuple[int, ...] | None = option(
         None,
-        optional(integers(1, "epochs, each a whole number, 1 or more", "+"), -1),
+        optional(integers(1, "different epochs, each a whole number, 1 or more", "+"), -1),
         "epochs after which the learning rate is divided by 10",
     )
     max_seq_len_delta: int | None = option(
@@ -682,13 +683,16 @@ def _replaced_by(layer: Layer) -> set[str]:
         replaced |= {"asgd", "lr_decay"}
     if values.get("asgd"):
         replaced |= {"ntasgd", "lr_decay"}
-    if values.get("ntasgd") is False or values.get("asgd") is False:
-        replaced |= {"nonmono"}
     if values.get("shuffle"):
         replaced |= {"max_seq_len_delta"}
     if values.get("max_seq_len_delta") is not None:
         replaced |= {"shuffle"}
     return replaced
+
+
+def _value(layer: Layer, name: str) -> Any:
+    """A field's value in `layer`, or its default."""
+    return layer[name].value if name in layer else _fields()[name].default
 
 
 def _merge(layers: Iterable[Layer]) -> Layer:
@@ -698,9 +702,17 @@ def _merge(layers: Iterable[Layer]) -> Layer:
         gpus, cuda = layer.get("gpus"), layer.get("cuda")
         if gpus and gpus.value == (-1,) and not (cuda and cuda.value):
             layer = {**layer, "gpus": Setting(None, gpus.source), "cuda": Setting(False, gpus.source)}
+        optimizer = layer.get("optimizer")
+        if optimizer and "lr" not in layer and _value(merged, "optimizer") != optimizer.value:
+            # A learning rate is good for one optimiser only.
+            layer = {**layer, "lr": Setting(OPTIMIZER_LR[optimizer.value], optimizer.source)}
         for name in _replaced_by(layer):
             merged.pop(name, None)
         merged.update(layer)
+        averaging = ("ntasgd", "asgd")
+        is_off = not any(name in merged and merged[name].value for name in averaging)
+        if is_off and not layer.keys().isdisjoint(averaging) and "nonmono" not in layer:
+            merged.pop("nonmono", None)  # it began the averaging that this layer turns off
     return merged
 
 
@@ -763,6 +775,8 @@ def resolve(
     elif recipe is not None:
         base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
 
+    # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
+    file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
     merged = _merge((base, file, flags))
     if problems:
         raise ConfigError(problems)
@@ -808,10 +822,13 @@ LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
     "dropout",
     "dropout_input",
     "dropout_hidden",
+    "dropout_inner_input",
+    "dropout_last_input",
     "optimizer",
     "lr_decay",
     "ntasgd",
     "asgd",
+    "nonmono",
     "when",
     "epochs",
     "bptt",
@@ -910,9 +927,9 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     """Knobs of model and optimiser that cannot both be meant."""
     problems = []
 
-    def refuse(name: str, other: str, reason: str) -> None:
+    def refuse(name: str, other: str, reason: str, fix: str = "leave one of them out") -> None:
         both = " with ".join(_named(n, get(config, n), sources) for n in (name, other))
-        problems.append(f"{both}: {reason}; leave one of them out")
+        problems.append(f"{both}: {reason}; {fix}")
 
     optim = config.optim
     if optim.ntasgd and optim.asgd:
@@ -920,9 +937,11 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     for averaging in ("ntasgd", "asgd"):
         if get(config, averaging):
             if optim.optimizer != "sgd":
-                refuse(averaging, "optimizer", "the weights are averaged under SGD only")
+                fix = "use --optimizer sgd, and a --lr for it"
+                refuse(averaging, "optimizer", "the weights are averaged under SGD only", fix)
             if optim.lr_decay is not None:
-                refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate")
+                fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
+                refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.shuffle and optim.max_seq_len_delta is not None:
         refuse("shuffle", "max_seq_len_delta", "shuffled windows are all of one length")
     if config.model.cell != "lstm":
@@ -955,8 +974,8 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
 
 def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
     """Whether a flag, or a file that differs from the default, sets a value; a recipe's or a run's nobody asked for."""
-    source = sources.get(name, "default")
-    is_own = value != _fields()[name].default and not source.startswith(("default", "recipe ", "run "))
+    source = sources.get(name, "")
+    is_own = value != _fields()[name].default and source != "default" and not source.startswith(("recipe ", "run "))
     return source.startswith("flag ") or is_own
 
 

@@ -6,7 +6,9 @@ inputs are ``tokens``, of shape (T, N), and flat states; its outputs log-probabi
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -76,7 +78,7 @@ def export_run(name: str | Path | None, output: str | Path) -> dict[str, Any]:
 def write_export(
     name: str | Path | None, output: str | Path, kind: str, write_model: Callable[[TrainedModel, Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Make an exported folder in one rename.
+    """Make an exported folder in one step: at each moment it is absent or whole, the old one or the new one.
 
     Parameters
     ----------
@@ -88,8 +90,9 @@ def write_export(
     output = Path(output)
     _check_free(output)
     trained = load_trained(name)
-    fresh = output.with_name(f".{output.name}.new-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    target = output.resolve()  # a link to an export stays one
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     try:
         fresh.mkdir(parents=True)
         interface = write_model(trained, fresh)
@@ -103,20 +106,21 @@ def write_export(
             **_describe(trained),
             "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
         }
+        manifest["digest"] = _digest(manifest)
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in [*fresh.iterdir(), fresh]:
             synchronise(path)
-        if output.exists():
-            output.rename(old)
-        fresh.rename(output)
-        synchronise(output.absolute().parent)
+        if target.exists():
+            _exchange(fresh, target)
+        else:
+            fresh.rename(target)
+        synchronise(target.parent)
     except OSError as error:
         raise ConfigError(
             f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 
@@ -146,17 +150,20 @@ def state_layout(config: ModelConfig) -> list[dict[str, Any]]:
 def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     states = state_layout(trained.config.model)
     tokens = mx.sym.var("tokens")
-    outputs = mx.sym.Group(list(trained.model(tokens, *[mx.sym.var(state["name"]) for state in states])))
-    outputs.save(str(folder / SYMBOL))
+    with mx.name.NameManager():  # names that do not depend on what was made before
+        outputs = mx.sym.Group(list(trained.model(tokens, *[mx.sym.var(state["name"]) for state in states])))
+    (folder / SYMBOL).write_text(outputs.tojson(), encoding="utf-8")
     parameters = {f"arg:{p.name}": p.data() for p in trained.model.named_parameters().values()}
-    mx.nd.save(str(folder / PARAMETERS), parameters)
-    # MXNet's writer does not notice when the last block of a file finds the disk full.
-    if mx.nd.load(str(folder / PARAMETERS)).keys() != parameters.keys():
-        raise OSError(f"{PARAMETERS} was not written whole")
+    try:
+        mx.nd.save(str(folder / PARAMETERS), parameters)
+        # MXNet's writer does not notice when the last block of a file finds the disk full; its reader does.
+        mx.nd.load(str(folder / PARAMETERS))
+    except mx.MXNetError as error:
+        raise OSError(f"{PARAMETERS} was not written whole") from error
     log_probs, *new_states = outputs.list_outputs()
     return {
         "inputs": [
-            {"name": "tokens", "shape": ["T", "N"], "dtype": "float32 or int32, word ids"},
+            {"name": "tokens", "shape": ["T", "N"], "dtype": "float32 or int32", "what": "word ids"},
             *({**state, "dtype": "float32"} for state in states),
         ],
         "outputs": [
@@ -179,7 +186,7 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
         },
         "text": {
             **trained.checkpoint.text,
-            "tokenizer": trained.config.data.tokenizer,
+            "tokenizer": trained.config.data.tokenizer or "whitespace",
             "begins_with": "<eos>",
             "eos_id": trained.vocabulary.eos_id,
             "unk_id": trained.vocabulary.unk_id,
@@ -195,13 +202,51 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    """Hash of all else in a manifest, which an edit by hand does not fit."""
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders, in one step where the system can."""
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+        if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+            return
+    except (AttributeError, OSError):
+        pass  # an older C library; some network file systems refuse the call
+    aside = other.with_name(f"{one.name}-aside")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
+
+
 def _check_free(output: Path) -> None:
-    if (output.exists() or output.is_symlink()) and not is_exported(output):
-        if not output.is_dir() or any(output.iterdir()):
-            raise ConfigError(f"--output {output}: exists and is no exported model; name another folder")
+    if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
+        raise ConfigError(
+            f"--output {output}: exists and is no exported model, or has other files in it; name another folder"
+        )
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--output {output}: no folder can be made in {parent}; name another one")
+
+
+def _may_be_replaced(output: Path) -> bool:
+    """Whether nothing but an export, whole or not, would be lost."""
+    try:
+        names = {path.name for path in output.iterdir()}
+        if not names:
+            return True
+        manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+        return "gluon_lm" in manifest and names <= {MANIFEST, *manifest["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 # ---------------------------------------------------------------- loading
@@ -236,7 +281,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
     Raises
     ------
     CheckpointError
-        If a file is missing, damaged, or not the one that the manifest names.
+        If a file is missing or not as it was written.
     """
     folder = Path(folder)
     try:
@@ -246,9 +291,11 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
                 f"{folder}: is an export of format {manifest['format']} ({manifest['kind']}); gluon_lm {__version__} "
                 f"loads format {_FORMAT} (symbol); export the run again"
             )
+        if manifest["digest"] != _digest(manifest):
+            raise CheckpointError(f"{folder}: {MANIFEST} is not as it was written; export the run again")
         for name in (SYMBOL, PARAMETERS, VOCABULARY):
             if file_hash(folder / name) != manifest["sha256"][name]:
                 raise CheckpointError(f"{folder}: {name} is not the file that the manifest names; export the run again")
         return ExportedPredictor(folder, manifest, device or mx.cpu())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: is no whole export ({error}); export the run again") from error

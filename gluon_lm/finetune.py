@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from .cli import parse_finetune, run_command
 from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
 from .training.run_folder import RunFolder, find_run
 
 FOLDER = "finetune_model"
 
-# What may differ from the run: all but the text and the architecture.
+# What may differ from the run: all but the architecture, and how the text is read (it may lie elsewhere now).
 _ARCHITECTURE = frozenset(
     {
         "model",
@@ -52,6 +53,10 @@ def _finetune(argv: Sequence[str]) -> int:
     if is_continued:
         target, _ = find_run(target.path)
     elif not command.print_config:
+        if target.path.exists() and not command.overwrite:
+            raise ConfigError(
+                f"{target.path}: exists already; continue it with --continue-train, or replace it with --overwrite"
+            )
         target.check_free(command.overwrite)
     command = command.over(target.config if is_continued else run.config, _MAY_CHANGE)
     command = dataclasses.replace(command, save=str(target.path))

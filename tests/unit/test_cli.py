@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 import gluon_lm
 from gluon_lm.__main__ import COMMANDS
-from gluon_lm.cli import CommandParser, normalise_argv, parse_train, run_command, train_parser
-from gluon_lm.config import SECTIONS, Config, DeviceConfig, get
+from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
+from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
@@ -25,7 +26,11 @@ def parse(line):
     return parse_train(shlex.split(line))
 
 
-def problems_of(line):
+def parse_tuning(line):
+    return parse_finetune(shlex.split(line))
+
+
+def problems_of(line, parse=parse):
     with pytest.raises(ConfigError) as caught:
         parse(line)
     return caught.value.problems
@@ -170,6 +175,45 @@ REFERENCE_LINES = [
             "weight_decay": 1.2e-6, "gpus": (0,), "when": None, "ntasgd": True,
         },
     ),
+    # every flag of the regularised models, as their first code, as GluonNLP and as the mixture spells it
+    (
+        "--data data/penn/ --model LSTM --emsize 10 --nhid 11 --nlayers 4 --lr 29 --clip 0.5 --epochs 7 "
+        "--batch_size 21 --bptt 71 --dropout 0.41 --dropouth 0.31 --dropouti 0.66 --dropoute 0.11 --wdrop 0.51 "
+        "--seed 3 --ntasgd --nonmono 6 --cuda --log-interval 9 --save m.pt --alpha 3 --beta 2 --wdecay 1.3e-06 "
+        "--optimizer sgd --when 3 5 --max_seq_len_delta 13",
+        {
+            "recipe": "lm", "data": ("data/penn/",), "model": "lstm", "embed_size": 10, "hidden_size": 11,
+            "num_layers": 4, "lr": 29.0, "clip_norm": 0.5, "epochs": 7, "batch_size": 21, "bptt": 71, "dropout": 0.41,
+            "dropout_hidden": 0.31, "dropout_input": 0.66, "dropout_embed": 0.11, "weight_drop": 0.51, "seed": 3,
+            "ntasgd": True, "nonmono": 6, "cuda": True, "log_interval": 9, "save": "m.pt", "alpha": 3.0, "beta": 2.0,
+            "weight_decay": 1.3e-6, "optimizer": "sgd", "when": (3, 5), "max_seq_len_delta": 13, "lr_decay": None,
+        },
+    ),
+    (
+        "--model lstm --emsize 10 --nhid 11 --nlayers 4 --lr 0.001 --clip 0.5 --epochs 7 --batch_size 21 --bptt 71 "
+        "--dropout 0.41 --dropout_h 0.31 --dropout_i 0.66 --dropout_e 0.11 --weight_dropout 0.51 --tied --log-interval "
+        "9 --save m.params --gpu 2 --optimizer adam --wd 1.3e-06 --alpha 3 --beta 2",
+        {
+            "recipe": "lm", "dropout_hidden": 0.31, "dropout_input": 0.66, "dropout_embed": 0.11, "weight_drop": 0.51,
+            "tied": True, "gpus": (2,), "optimizer": "adam", "weight_decay": 1.3e-6, "alpha": 3.0, "beta": 2.0,
+            "ntasgd": False, "lr": 0.001, "lr_decay": 4.0,
+        },
+    ),
+    (
+        "--n_experts 3 --nhidlast 12 --dropoutl 0.28 --small_batch_size 7 --batch_size 21 --max_seq_len_delta 0 "
+        "--dropouth 0.31 --dropouti 0.66 --dropoute 0.11 --wdrop 0.51 --nonmono 6 --alpha 3 --beta 2 --wdecay 1.3e-06",
+        {
+            "recipe": "mos", "num_experts": 3, "last_hidden_size": 12, "dropout_latent": 0.28, "small_batch_size": 7,
+            "batch_size": 21, "max_seq_len_delta": 0, "dropout_hidden": 0.31, "dropout_input": 0.66,
+            "dropout_embed": 0.11, "weight_drop": 0.51, "nonmono": 6, "ntasgd": True, "alpha": 3.0, "beta": 2.0,
+            "weight_decay": 1.3e-6,
+        },
+    ),
+    (
+        "--model awd-lstm --optimizer adam --lr 1e-3 --max-seq-len-delta 5",
+        {"recipe": "awd", "optimizer": "adam", "ntasgd": False, "asgd": False, "weight_drop": 0.5, "lr": 1e-3},
+    ),
+    ("--nhidlast -1 --small_batch_size -1", {"recipe": "lm", "last_hidden_size": None, "small_batch_size": None}),
 ]  # fmt: skip
 
 
@@ -189,7 +233,7 @@ def test_reference_command_lines(line, expected):
 
 @pytest.mark.parametrize("line, expected", REFERENCE_LINES, ids=[line for line, _ in REFERENCE_LINES])
 def test_reference_command_lines_train_unless_they_ask_for_a_missing_feature(line, expected):
-    if expected.get("recipe") in ("mos", "awd"):
+    if expected.get("recipe") == "mos":
         assert all(problem.endswith("is not available in this version") for problem in problems_of(line))
     else:
         assert parse(line).config == parse(line + " --print-config").config
@@ -207,7 +251,7 @@ def test_switches_of_the_mxnet_example_that_are_always_on(capsys):
 
 def test_nothing_given_is_the_lm_recipe():
     command = parse("")
-    assert command.config == Config()
+    assert command.config == resolve(recipe="lm").config
     assert (command.recipe, command.save, command.resume) == ("lm", None, None)
     assert not (command.overwrite or command.print_config or command.dry_run or command.debug)
 
@@ -253,6 +297,16 @@ def test_normalised_words():
     ]
 
 
+@pytest.mark.parametrize("path", sorted(config_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_commands_above_a_recipe_use_it(path):
+    header = re.split(r"^(?!#)", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE)[0]
+    commands = re.findall(r"python -m gluon_lm\.train ([^&\n]+)", header.replace("\\\n#", ""))
+    assert commands
+    for line in commands:
+        command = parse(f"{line} --print-config")
+        assert command.recipe == path.stem, line
+
+
 def test_config_file_and_its_recipe(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("recipe: mxnet\nnhid: 5\nlr: 1e-4\n", encoding="utf-8")
@@ -288,14 +342,24 @@ def test_every_problem_at_once(tmp_path):
     assert problems_of(f"--continue-train --recipe nobody --config {path}") == [
         "--continue-train: needs the run to continue; add --save RUN, or use --resume RUN",
         f"{path} line 1: unknown key hiden_size; did you mean hidden_size?",
-        "--recipe nobody: must be one of awd, demo, lm, mos, mxnet",
+        f"--recipe nobody: must be one of {', '.join(recipe_names())}",
     ]
-    assert problems_of("--nhid 0 --gctype 2bit --alpha 2") == [
+    assert problems_of(
+        "--nhid 0 --ntasgd --optimizer adam --dropouth 0.2 --nlayers 1 --gctype 2bit --dropoutl 0.3"
+    ) == [
         "--nhid 0: must be a whole number, 1 or more; for example 200",
+        "--ntasgd with --optimizer adam: the weights are averaged under SGD only; use --optimizer sgd, and a --lr "
+        "for it",
+        "--dropouth 0.2: has no effect here, there is one layer; raise --num-layers, or leave it out",
         "--gctype 2bit: nothing to compress, one device exchanges no gradients; name several, as in --gpus "
         "0,1 or --cpus 2, or leave it out",
-        "--alpha 2: activation regularisation is not available in this version",
+        "--dropoutl 0.3: the mixture of softmaxes is not available in this version",
     ]
+    assert problems_of("--when 0 --ntasgd --optimizer adam") == [
+        "--when 0: must be different epochs, each a whole number, 1 or more, or none"
+    ]
+    assert problems_of("--nonmono 0") == ["--nonmono 0: must be a whole number, 1 or more; for example 5"]
+    assert len(problems_of("--locked --dropout 0 --dropout-last-input 2")) == 1
     assert problems_of("--cpus 0 --gctype 2bit") == ["--cpus 0: must be a whole number, 1 or more, or none"]
     assert problems_of("--gpuss 0,1 --gctype 2bit") == ["--gpuss: unknown flag; did you mean --gpus?"]
     assert problems_of("--cpus 3 --gctype 2bit --kvstore local --n-experts 2 --recipe lm") == [
@@ -333,6 +397,13 @@ def test_every_problem_at_once(tmp_path):
         ("--kvstore device --cpus 1", ["--kvstore device", "one device"]),
         ("--batch_size 21 --gpus 0,1", ["--batch-size 21", "use 20 or 22"]),
         ("--vocab v --min_freq 2", ["--min-freq 2 with --vocab"]),
+        ("--ntasgd --asgd", ["--ntasgd with --asgd"]),
+        ("--wd -1e-6", ["--wd -1e-6", "0 or more"]),
+        ("--dropouth 1", ["--dropouth 1", "below 1, or none"]),
+        ("--max_seq_len_delta -1", ["--max-seq-len-delta -1", "0 or more, or none"]),
+        ("--when 5 5", ["--when 5 5", "different epochs"]),
+        ("--optimizer asgd", ["--optimizer asgd", "one of sgd, adam"]),
+        ("--recurrent_keep_prob 0.9", ["--recurrent-keep-prob: unknown flag"]),
         ("--config /nonexistent/a.yaml", ["/nonexistent/a.yaml", "No such file"]),
         ("--save ''", ["--save ''", "a name or a path"]),
         ("--resume A --save B", ["--save B with --resume A"]),
@@ -351,30 +422,192 @@ def test_what_cannot_be_is_refused_on_one_line(line, words):
 # ---------------------------------------------------------------- resuming
 
 
-def test_resume_lays_the_flags_over_the_configuration_of_the_run(tmp_path):
-    path = tmp_path / "config.yaml"
-    first = parse("--recipe mxnet --nhid 5 --gpus 0,1 --gctype 2bit --gcthreshold 0.3")
-    path.write_text(first.config.to_yaml(recipe=first.recipe), encoding="utf-8")
+@pytest.fixture
+def write_run(tmp_path):
+    """Make a run folder as far as the command line reads it: its configuration, from flags."""
+
+    def write(line):
+        command = parse(line)
+        (tmp_path / "RUN" / "checkpoints").mkdir(parents=True)
+        path = tmp_path / "RUN" / "config.yaml"
+        path.write_text(command.config.to_yaml(command.sources, command.recipe), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_resume_lays_the_flags_over_the_configuration_of_the_run(write_run):
+    line = "--recipe mxnet --nhid 5 --gpus 0,1 --gctype 2bit --gcthreshold 0.3"
+    path = write_run(line)
     command = parse("--resume RUN --epochs 50 --cpus 1 --gctype none")
     assert command.resume == "RUN"
-    command = command.over(path)
+    command = command.over(path, may_change={"epochs"})
     assert (command.recipe, command.resume) == ("mxnet", "RUN")
     assert command.config.training.epochs == 50
     assert command.config.devices == DeviceConfig(cpus=1)
-    assert command.config.model == first.config.model
+    assert command.config.model == parse(line).config.model
+    assert [command.sources[name] for name in ("epochs", "hidden_size")] == ["flag --epochs", f"run {path.parent}"]
     with pytest.raises(ConfigError, match="multiple of the number of devices, 3"):
-        parse("--resume RUN --cpus 3").over(path)
+        parse("--resume RUN --cpus 3").over(path, may_change=set())
 
 
-def test_resume_is_checked_against_the_run_and_not_the_defaults(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(parse("--cpus 4 --gctype 2bit").config.to_yaml(), encoding="utf-8")
-    assert parse("--resume RUN --gcthreshold 0.3").over(path).config.devices.gcthreshold == 0.3
+def test_resume_is_checked_against_the_run_and_not_the_defaults(write_run):
+    path = write_run("--cpus 4 --gctype 2bit")
+    command = parse("--resume RUN --gcthreshold 0.3").over(path, may_change=set())
+    assert command.config.devices.gcthreshold == 0.3
+
+
+def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
+    path = write_run("--recipe awd --nhid 5 --seed 3")
+    same = parse("--resume RUN --nhid 5 --seed 3 --model awd-lstm --tied --lr 10").over(path, may_change={"lr"})
+    assert same.config.optim.lr == 10
+    with pytest.raises(ConfigError) as caught:
+        parse("--resume RUN --hidden-size 6 --seed 4 --lr 10 --dropoute 0.1 --cpus 3").over(path, may_change={"lr"})
+    assert caught.value.problems == [
+        f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train anew",
+        f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train anew",
+        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81",
+    ]
+
+
+def test_a_run_is_not_answered_for_by_who_resumes_it(write_run):
+    path = write_run("--ntasgd --nonmono 3 --dropouth 0.3 --when 30 --epochs 40 --beta 1")
+    may_change = {"epochs", "ntasgd", "optimizer", "bptt", "lr_decay"}
+    for line in ("--epochs 20", "--bptt 1", "--no-ntasgd", "--optimizer adam", "--no-ntasgd --lr-decay 2"):
+        command = parse(f"--resume RUN {line}").over(path, may_change)
+        assert command.config.model.dropout_hidden == 0.3
+    with pytest.raises(ConfigError) as caught:
+        parse("--resume RUN --lr-decay 2").over(path, may_change)
+    assert caught.value.problems == [
+        f"--ntasgd (run {path.parent}) with --lr-decay 2: averaging takes the place of a falling learning rate; "
+        "use --lr-decay none, or --no-ntasgd"
+    ]
 
 
 def test_continue_train_names_the_run_by_save():
     assert parse("--continue_train --save RUN").resume == "RUN"
     assert parse("--resume RUN --save RUN").resume == "RUN"
+
+
+def test_resuming_changes_how_hard_a_run_is_regularised_and_not_what_is_trained(write_run, capsys):
+    from gluon_lm.train import main
+
+    run = write_run("--model awd-lstm --data ptb").parent
+    line = f"--resume {run} --print-config --dropouth 0.2 --wdrop 0.1 --lr 3 --no-ntasgd --when 5 --epochs 9 --alpha 1"
+    assert main(shlex.split(line)) == 0
+    printed = Config.from_yaml(capsys.readouterr().out)
+    assert (printed.model.dropout_hidden, printed.model.weight_drop, printed.optim.ntasgd) == (0.2, 0.1, False)
+    assert main(shlex.split(f"{line} --nhid 6 --layer-norm --optimizer adam --seed 3 --bptt 3 --data sotu")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    for flag in ("--nhid 6", "--layer-norm", "--optimizer adam", "--seed 3", "--bptt 3", "--data sotu"):
+        assert any(row.startswith(f"error: {flag}: {run} was trained with ") for row in lines), flag
+
+
+# ---------------------------------------------------------------- finetuning
+
+TUNE_PTB = (
+    "--data data/penn --dropouti 0.4 --dropoutl 0.29 --dropouth 0.225 --seed 28 --batch_size 12 --lr 25.0 --epoch 1000 "
+    "--nhid 960 --emsize 280 --n_experts 15 --save PATH_TO_FOLDER --single_gpu"
+)
+TUNE_WT2 = WT2_FINETUNE_LINE + "--small_batch_size 5 --single_gpu"
+
+
+@pytest.mark.parametrize("line, expected", [(TUNE_PTB, {**MOS_PTB, "lr": 25.0}), (TUNE_WT2, {**MOS_WT2, "lr": 20.0})])
+def test_reference_command_lines_of_finetuning(line, expected):
+    run, is_continued, command = parse_tuning(line)
+    assert (run, is_continued) == ("PATH_TO_FOLDER", False)
+    assert (command.recipe, command.save, command.resume) == (None, None, None)
+    read = {name: get(command.config, name) for name in command.settings}
+    assert {"dropout_input", "dropout_latent", "num_experts", "hidden_size", "single_gpu"} <= set(read)
+    assert {name: value for name, value in read.items() if name in expected} == {
+        name: value for name, value in expected.items() if name in read
+    }
+
+
+def test_finetuning_names_its_run_first_or_by_save():
+    assert [parse_tuning(line)[0] for line in ("RUN", "--save RUN", "RUN --save RUN", "")] == ["RUN"] * 3 + [None]
+    assert [parse_tuning(line)[1] for line in ("RUN", "RUN --continue_train")] == [False, True]
+    command = parse_tuning("RUN --overwrite --print-config --dry-run --debug")[2]
+    assert command.overwrite and command.print_config and command.dry_run and command.debug
+    assert problems_of("RUN --save OTHER --overwrite --continue-train", parse_tuning) == [
+        "RUN with --save OTHER: both name the run; leave one of them out",
+        "--overwrite with --continue-train: it is either continued or replaced; leave one of them out",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flag, instead",
+    [
+        ("--ntasgd", "averages the weights from its first step"),
+        ("--no-ntasgd", "averages the weights from its first step"),
+        ("--asgd", "averages the weights from its first step"),
+        ("--no-asgd", "averages the weights from its first step"),
+        ("--when 3", "the learning rate stays"),
+        ("--resume R", "RUN --continue-train"),
+        ("--recipe lm", "the run's own config.yaml"),
+        ("--config c.yaml", "the run's own config.yaml"),
+    ],
+)
+def test_finetuning_has_no_flags_for_what_it_decides_itself(flag, instead):
+    (problem,) = problems_of(f"RUN {flag}", parse_tuning)
+    assert problem.startswith(f"{flag.split()[0]}: unknown flag; ") and instead in problem
+
+
+def test_finetuning_reports_every_bad_flag_at_once():
+    assert problems_of("RUN --nonmono 0 --foooooooo --dropouth 1", parse_tuning) == [
+        "--foooooooo: unknown flag; see python -m gluon_lm.finetune --help",
+        "--nonmono 0: must be a whole number, 1 or more; for example 5",
+        "--dropouth 1: must be a number, 0 or more and below 1, or none",
+    ]
+
+
+@pytest.mark.parametrize("line", ["--model awd-lstm --when 9 --nonmono 3", "--recipe lm --decay 2 --when 9"])
+def test_finetuning_averages_from_the_first_step_whatever_the_run_did(line, write_run):
+    path = write_run(line)
+    before = parse(line).config
+    _, _, command = parse_tuning("RUN --lr 25 --dropouth 0.225 --bptt 30 --cpus 2")
+    config = command.over(path, may_change={"lr", "dropout_hidden", "bptt", "asgd", "when"}).config
+    averaging = {"asgd": True, "ntasgd": False, "when": None, "lr_decay": None}
+    given = {"lr": 25.0, "dropout_hidden": 0.225, "bptt": 30, "cpus": 2}
+    for name in (name for section in SECTIONS.values() for name in section.__dataclass_fields__):
+        assert get(config, name) == {**averaging, **given}.get(name, get(before, name)), name
+
+
+def finetune(line):
+    from gluon_lm.finetune import main
+
+    return main(shlex.split(line))
+
+
+def test_finetuning_keeps_text_and_architecture_and_takes_all_else_from_the_line(write_run, capsys):
+    path = write_run("--model awd-lstm --nhid 5 --data ptb")
+    line = f"{path.parent} --print-config --model awd-lstm --nhid 5 --data data/penn --tied"
+    assert finetune(f"{line} --lr 25 --dropouti 0.1 --wdrop 0.2 --alpha 1 --nonmono 2 --seed 5 --batch-size 8") == 0
+    printed = capsys.readouterr().out
+    for row in ("lr: 25.0  # flag --lr", "dropout_input: 0.1  # flag --dropouti", "asgd: true  # finetune"):
+        assert f"\n{row}\n" in printed
+    assert "\nhidden_size: 5  # flag --nhid\n" in printed
+    assert f"\ndropout_hidden: 0.3  # run {path.parent}\n" in printed
+    assert Config.from_yaml(printed).optim.ntasgd is False
+
+    line = f"{path.parent} --nhid 6 --model lstm --no-tied --max-vocab 9 --init xavier --nlayers 2 --lr 25"
+    assert finetune(line) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 6
+    for flag, value in [("--nhid 6", 5), ("--model lstm", "awd-lstm"), ("--nlayers 2", 3), ("--no-tied", "true")]:
+        assert f"error: {flag}: {path.parent} was trained with {value}; leave the flag out, or train anew" in lines
+
+
+def test_finetuning_a_run_that_does_not_exist_or_a_second_time_is_refused(write_run, capsys):
+    path = write_run("--model awd-lstm")
+    assert finetune(f"{path.parent}x") == 2
+    assert "there is no such run" in capsys.readouterr().err
+    assert finetune(f"{path.parent} --continue-train") == 2
+    assert "there is no such run" in capsys.readouterr().err
+    (path.parent / "finetune_model").mkdir()
+    assert finetune(f"{path.parent}") == 2
+    assert "exists already; continue it with --continue-train" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- help, and other commands
@@ -390,6 +623,7 @@ def test_help_has_every_flag_with_its_default(capsys):
             for name in (f.name, *f.metadata["aliases"]):
                 assert "--" + name.replace("_", "-") in text
     assert "words in a window, through which gradients flow back (default: 35)" in text
+    assert "--locked, --no-locked" in text and "--wdrop, --weight-dropout X" in text
     assert "example:\n  python -m gluon_lm.train" in text
     assert max(map(len, text.splitlines())) <= 110
 

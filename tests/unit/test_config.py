@@ -23,6 +23,7 @@ from gluon_lm.config import (
     build,
     config_folder,
     device_count,
+    flag_of,
     get,
     recipe_names,
     resolve,
@@ -32,10 +33,11 @@ from gluon_lm.config import (
 from gluon_lm.errors import ConfigError
 
 FIELDS = {f.name: f for section in SECTIONS.values() for f in dataclasses.fields(section)}
+CONFIG_FILES = sorted(config_folder().glob("*.yaml"))
 
 
 def flags(**values):
-    return {name: Setting(value, f"flag --{name}") for name, value in values.items()}
+    return {name: Setting(value, f"flag {flag_of(name)}") for name, value in values.items()}
 
 
 def problems_of(call, *args, **kwargs):
@@ -48,7 +50,7 @@ def problems_of(call, *args, **kwargs):
 
 
 def test_names_and_aliases_are_unique():
-    names = [name for f in FIELDS.values() for name in (f.name, *f.metadata["aliases"])]
+    names = [name for f in FIELDS.values() for name in (f.name, *f.metadata["aliases"], f.metadata["keep"]) if name]
     assert len(names) == len(set(names))
     assert len(FIELDS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
 
@@ -59,7 +61,7 @@ def test_every_default_obeys_its_own_rule():
 
 
 def test_every_unavailable_knob_is_a_field():
-    assert {row.split("=")[0] for row in UNAVAILABLE} <= set(FIELDS)
+    assert set(UNAVAILABLE) <= set(FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,10 @@ def test_every_unavailable_knob_is_a_field():
         ("gpus", 3, (3,)),
         ("when", ["10", "20,30"], (10, 20, 30)),
         ("when", ["-1"], None),
+        ("dropout_input", "0.65", 0.65),
+        ("dropout_hidden", "none", None),
+        ("locked", False, False),
+        ("locked", None, None),
         ("last_hidden_size", "-1", None),
         ("small_batch_size", -1, None),
         ("data", "ptb", ("ptb",)),
@@ -130,6 +136,11 @@ def test_values_are_read(name, raw, value):
         ("tied", "yes"),
         ("tied", 1),
         ("when", "0"),
+        ("dropout_hidden", 1),
+        ("locked", "yes"),
+        ("nonmono", 0),
+        ("nonmono", None),
+        ("optimizer", "asgd"),
     ],
 )
 def test_values_that_break_their_rule_are_refused(name, raw):
@@ -176,15 +187,29 @@ def test_recipes_have_the_published_values(recipe):
     assert validate(resolved.config, resolved.sources) == []
 
 
-def test_every_shipped_recipe_is_tested_and_sets_only_what_a_recipe_may():
-    assert set(recipe_names()) == set(RECIPES)
-    for recipe in recipe_names():
+def test_recipes_that_name_no_corpus_leave_text_and_seed_to_the_user():
+    assert set(RECIPES) <= set(recipe_names())
+    for recipe in RECIPES:
         keys = yaml.safe_load((config_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
-        assert not set(keys) & {"data", "data_dir", "seed", *DeviceConfig.__dataclass_fields__}, recipe
+        assert not set(keys) & {"data", "seed"}, recipe
 
 
-def test_defaults_are_the_lm_recipe():
-    assert resolve().config == Config()
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_is_sound(path):
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert not set(keys) & {"recipe", "data_dir", *DeviceConfig.__dataclass_fields__}, "those are the user's to choose"
+    as_recipe = resolve(recipe=path.stem)
+    assert validate(as_recipe.config, as_recipe.sources) == []
+    as_file = resolve(config_file=path, default_recipe=None)  # here, a knob without effect is refused as well
+    assert validate(as_file.config, as_file.sources) == []
+    assert as_file.config == as_recipe.config
+    lacks = unavailable(as_recipe.config, as_recipe.sources)
+    assert bool(lacks) == (as_recipe.config.model.num_experts is not None), lacks
+
+
+def test_defaults_are_the_lm_recipe_without_its_falling_learning_rate():
+    assert Config().optim.lr_decay is None
+    assert resolve().config == dataclasses.replace(Config(), optim=OptimConfig(lr_decay=4.0))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +238,7 @@ def test_recipe_follows_from_the_file():
 
 def test_unknown_recipe_gets_the_nearest():
     assert problems_of(resolve, recipe="mxnett") == [
-        "--recipe mxnett: must be one of awd, demo, lm, mos, mxnet; did you mean mxnet?"
+        f"--recipe mxnett: must be one of {', '.join(recipe_names())}; did you mean mxnet?"
     ]
     assert "(config.yaml)" in problems_of(resolve, config_file="recipe: lmm")[0]
 
@@ -227,7 +252,7 @@ def test_flags_over_file_over_recipe_over_default():
     assert (model.hidden_size, model.embed_size, model.dropout, model.weight_drop) == (7, 9, 0.5, 0.0)
     names = ("hidden_size", "embed_size", "dropout", "weight_drop", "recipe")
     assert [resolved.sources[name] for name in names] == [
-        "flag --hidden_size", "config.yaml", "recipe mxnet", "default", "flag --recipe"
+        "flag --hidden-size", "config.yaml", "recipe mxnet", "default", "flag --recipe"
     ]  # fmt: skip
 
 
@@ -276,6 +301,21 @@ def test_merging_takes_each_value_from_the_highest_layer(flag_values, file_value
         ),
         ({"vocab": "v.txt"}, "recipe: demo", {"vocab": "v.txt", "min_freq": None}),
         ({"max_vocab": 9}, "vocab: v.txt", {"vocab": None, "max_vocab": 9}),
+        (
+            {"optimizer": "adam"},
+            "recipe: awd\nnonmono: 3",
+            {"optimizer": "adam", "ntasgd": False, "asgd": False, "nonmono": 5},
+        ),
+        ({"optimizer": "adam"}, "asgd: true", {"optimizer": "adam", "asgd": False}),
+        ({"ntasgd": True}, "recipe: lm", {"ntasgd": True, "lr_decay": None}),
+        ({"ntasgd": True}, "asgd: true", {"ntasgd": True, "asgd": False}),
+        ({"asgd": True}, "recipe: awd\nnonmono: 3", {"asgd": True, "ntasgd": False, "nonmono": 3}),
+        ({"asgd": True}, "recipe: mxnet", {"asgd": True, "lr_decay": None}),
+        ({"ntasgd": False}, "recipe: awd\nnonmono: 3", {"ntasgd": False, "nonmono": 5, "lr_decay": None}),
+        ({"asgd": False}, "ntasgd: true\nnonmono: 3", {"ntasgd": True, "nonmono": 3}),
+        ({"ntasgd": False, "lr_decay": 2.0}, "recipe: awd", {"ntasgd": False, "lr_decay": 2.0}),
+        ({"shuffle": True}, "max_seq_len_delta: 0", {"shuffle": True, "max_seq_len_delta": None}),
+        ({"max_seq_len_delta": 0}, "shuffle: true", {"shuffle": False, "max_seq_len_delta": 0}),
     ],
 )
 def test_a_higher_layer_replaces_what_contradicts_it(above, below, expected):
@@ -294,7 +334,7 @@ def test_print_config_is_yaml_that_loads_back_equal(recipe, tmp_path):
     (tmp_path / "config.yaml").write_text(printed, encoding="utf-8")
     assert Config.from_yaml(tmp_path / "config.yaml") == resolved.config
     assert set(yaml.safe_load(printed)) == {"recipe", *FIELDS}
-    assert "hidden_size: 7  # flag --hidden_size\n" in printed
+    assert "hidden_size: 7  # flag --hidden-size\n" in printed
     assert f"recipe: {recipe}  # flag --recipe\n" in printed
     assert "seed: 1111  # default\n" in printed
     assert f"lr: {resolved.config.optim.lr}  # recipe {recipe}\n" in printed
@@ -303,8 +343,12 @@ def test_print_config_is_yaml_that_loads_back_equal(recipe, tmp_path):
 def _values(f):
     if f.default is False or f.default is True:
         return st.booleans()
+    if f.name in ("lr", "lr_decay", "clip_norm"):
+        return st.floats(1.01, 1e9)
+    if f.name in ("dropout_input", "dropout_hidden", "locked"):
+        return st.none() | (st.booleans() if f.name == "locked" else st.floats(0, 0.99))
     if isinstance(f.default, float):
-        return st.floats(1.01, 1e9) if f.name in ("lr", "lr_decay", "clip_norm") else st.floats(1e-12, 0.99)
+        return st.floats(1e-12, 0.99)
     if isinstance(f.default, int):
         return st.integers(1, 2**31 - 1)
     return st.just(f.default)
@@ -399,11 +443,123 @@ def test_files_that_cannot_be_read(tmp_path):
         assert reason in problem and str(tmp_path) in problem
 
 
+# ---------------------------------------------------------------- the names of OpenSeq2Seq
+
+KEEP_NAMES = {
+    "encoder_emb_keep_prob": "dropout_embed_elements",
+    "encoder_dp_input_keep_prob": "dropout_inner_input",
+    "encoder_dp_output_keep_prob": "dropout_hidden",
+    "encoder_last_input_keep_prob": "dropout_last_input",
+    "encoder_last_output_keep_prob": "dropout",
+    "input_weight_keep_prob": "input_weight_drop",
+    "recurrent_weight_keep_prob": "weight_drop",
+    "recurrent_keep_prob": "dropout_candidate",
+}
+
+
+def test_openseq2seq_names_of_switches():
+    config = Config.from_yaml("rand_start: true\nweight_tied: true\n")
+    assert config == Config(model=ModelConfig(tied=True), optim=OptimConfig(random_start=True))
+
+
+@pytest.mark.parametrize("key, name", KEEP_NAMES.items())
+def test_a_probability_of_keeping_is_read_as_one_of_dropping(key, name):
+    for keep, drop in [("0.9", 0.1), ("0.85", 0.15), ("0.37", 0.63), ("1e-2", 0.99), ("1", 0.0), ("1.0", 0.0)]:
+        resolved = resolve(config_file=f"{key}: {keep}")
+        assert get(resolved.config, name) == drop  # 1 - 0.9 in floating point is not 0.1
+        assert resolved.sources[name] == "config.yaml"
+    assert get(Config.from_yaml(f"{key.replace('_', '-')}: '0.7'"), name) == 0.3
+    assert get(resolve(flags(**{name: 0.2}), config_file=f"{key}: 0.9").config, name) == 0.2
+
+
+@given(st.integers(1, 10**6))
+def test_keeping_and_dropping_add_up_to_one_as_decimals(millionths):
+    model = Config.from_yaml(f"recurrent_weight_keep_prob: {millionths / 10**6}").model
+    assert model.weight_drop == (10**6 - millionths) / 10**6
+
+
+@pytest.mark.parametrize("key, name", KEEP_NAMES.items())
+def test_probabilities_of_keeping_outside_their_range_are_refused_together(key, name, tmp_path):
+    path = tmp_path / "my.yaml"
+    rule = f"must be a number above 0, at most 1 (it sets {name} to 1 - value)"
+    for value, shown in [
+        ("0", "0"),
+        ("1.01", "1.01"),
+        ("-0.5", "-0.5"),
+        (".nan", "nan"),
+        ("true", "true"),
+        ("", "none"),
+    ]:
+        path.write_text(f"nhid: 0\n\n{key}: {value}\n", encoding="utf-8")
+        assert problems_of(resolve, config_file=path) == [
+            f"{path} line 1: nhid: 0: must be a whole number, 1 or more; for example 200",
+            f"{path} line 3: {key}: {shown}: {rule}",
+        ]
+    for value in (".inf", "high", "[0.5]", "1e-30", "1e9999999", "1e-999999999999999999999"):
+        assert problems_of(Config.from_yaml, f"{key}: {value}")[0].endswith(rule)
+
+
+@pytest.mark.parametrize("key, name", KEEP_NAMES.items())
+def test_a_probability_given_under_both_names_is_refused(key, name):
+    for first, second in [(key, name), (name, key), (key, key.replace("_", "-"))]:
+        assert problems_of(Config.from_yaml, f"{first}: 0.5\n{second}: 0.5\n") == [
+            f"config.yaml line 2: {second}: given a second time, first in line 1; keep one of them"
+        ]
+
+
+def test_a_misspelt_openseq2seq_name_gets_the_nearest():
+    assert problems_of(Config.from_yaml, "recurent_keep_prob: 0.5") == [
+        "config.yaml line 1: unknown key recurent_keep_prob; did you mean recurrent_keep_prob?"
+    ]
+
+
+# ---------------------------------------------------------------- what the model makes of its dropouts
+
+
+@pytest.mark.parametrize(
+    "values, is_locked",
+    [
+        ({}, False),
+        ({"weight_drop": 0.5, "dropout_embed": 0.1}, False),
+        ({"dropout_input": 0.1}, True),
+        ({"dropout_hidden": 0.0}, True),
+        ({"dropout_input": 0.1, "dropout_hidden": 0.1, "locked": False}, False),
+        ({"locked": True}, True),
+        ({"model": "awd-lstm"}, True),
+        ({"model": "awd-gru"}, True),
+        ({"model": "awd-rnn"}, True),
+        ({"model": "awd-lstm", "locked": False}, False),
+    ],
+)
+def test_locked_dropout_is_the_default_of_the_regularised_models_and_of_their_knobs(values, is_locked):
+    assert ModelConfig(**values).has_locked_dropout is is_locked
+
+
+@pytest.mark.parametrize(
+    "values, keep",
+    [
+        ({"dropout": 0.2}, [0.8, 0.8, 0.8]),
+        ({"dropout": 0.2, "dropout_input": 0.5}, [0.5, 0.8, 0.8]),
+        ({"dropout": 0.2, "dropout_input": 0.0, "dropout_hidden": 0.5}, [1, 0.5, 0.5]),
+        ({"dropout": 0.2, "dropout_inner_input": 0.5, "dropout_last_input": 0.1}, [0.4, 0.4, 0.72]),
+        ({"dropout": 0.0, "dropout_inner_input": 0.5, "dropout_last_input": 0.1}, [0.5, 0.5, 0.9]),
+    ],
+)
+def test_dropouts_of_one_place_keep_with_the_product_of_their_probabilities(values, keep):
+    rates = ModelConfig(num_layers=3, **values).layer_dropouts
+    assert [1 - rate for rate in rates] == pytest.approx(keep, abs=1e-15)
+
+
 # ---------------------------------------------------------------- rules between fields
 
 
 def config_with(**values):
     return resolve(flags(**values)).config
+
+
+def complaints(file=None, recipe=None, **values):
+    resolved = resolve(flags(**values), config_file=file, recipe=recipe)
+    return validate(resolved.config, resolved.sources)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +583,7 @@ def config_with(**values):
         ),
         ({"kvstore": "device"}, ["--kvstore device", "one device"]),
         ({"gcthreshold": 0.3}, ["--gcthreshold 0.3", "no effect", "--gctype 2bit"]),
+        ({"nonmono": 3}, ["--nonmono 3", "no effect", "--ntasgd"]),
         ({"vocab": "v.txt", "min_freq": 2}, ["--min-freq 2 with --vocab"]),
         ({"vocab": "v.txt", "max_vocab": 2}, ["--max-vocab 2 with --vocab"]),
     ],
@@ -456,17 +613,153 @@ def test_combinations_that_cannot_be(values, words):
         {"tied": True, "hidden_size": 300},
         {"max_vocab": 5, "min_freq": 2},
         {"clip_norm": None, "lr_decay": None},
+        {"ntasgd": True, "nonmono": 3},
+        {"asgd": True, "nonmono": 3},
+        {"optimizer": "adam", "lr_decay": 2.0},
+        {"ntasgd": False, "asgd": False, "lr_decay": 2.0},
+        {"model": "awd-lstm", "optimizer": "adam"},
+        {"model": "awd-gru", "weight_drop": 0.5, "input_weight_drop": 0.5},
+        {"model": "awd-lstm", "layer_norm": True, "dropout_candidate": 0.1},
+        {"shuffle": True, "random_start": True},
+        {"max_seq_len_delta": 0, "random_start": True},
+        {"num_layers": 1, "dropout_last_input": 0.1},
+        {"num_layers": 1, "dropout_hidden": 0.0, "dropout_inner_input": 0.0},
+        {"dropout": 0.0, "locked": False},
+        {"dropout": 0.0, "locked": True, "dropout_last_input": 0.1},
+        {"bptt": 1, "alpha": 2.0, "beta": 0.0},
+        {"bptt": 2, "beta": 1.0},
+        {"when": (39, 50), "epochs": 40},
+        {"gcthreshold": 0.5, "gctype": "2bit", "cpus": 2},
     ],
 )
 def test_combinations_that_can_be(values):
-    assert validate(config_with(**values)) == []
+    assert complaints(**values) == []
 
 
-def test_threshold_at_its_default_is_refused_as_a_flag_and_accepted_in_a_file():
-    resolved = resolve(flags(gcthreshold=0.5))
-    assert len(validate(resolved.config, resolved.sources)) == 1
-    resolved = resolve(config_file=Config().to_yaml())
-    assert validate(resolved.config, resolved.sources) == []
+CONTRADICTIONS = [
+    (
+        {"ntasgd": True, "asgd": True},
+        "--ntasgd with --asgd: averaging starts either when validation stops improving or at once; "
+        "leave one of them out",
+    ),
+    (
+        {"ntasgd": True, "optimizer": "adam"},
+        "--ntasgd with --optimizer adam: the weights are averaged under SGD only; use --optimizer sgd, and a --lr "
+        "for it",
+    ),
+    (
+        {"asgd": True, "optimizer": "adam"},
+        "--asgd with --optimizer adam: the weights are averaged under SGD only; use --optimizer sgd, and a --lr for it",
+    ),
+    (
+        {"ntasgd": True, "lr_decay": 4.0},
+        "--ntasgd with --lr-decay 4: averaging takes the place of a falling learning rate; "
+        "use --lr-decay none, or --no-ntasgd",
+    ),
+    (
+        {"asgd": True, "lr_decay": 4.0},
+        "--asgd with --lr-decay 4: averaging takes the place of a falling learning rate; "
+        "use --lr-decay none, or --no-asgd",
+    ),
+    (
+        {"shuffle": True, "max_seq_len_delta": 0},
+        "--shuffle with --max-seq-len-delta 0: shuffled windows are all of one length; leave one of them out",
+    ),
+    (
+        {"dropout_candidate": 0.1, "model": "gru"},
+        "--dropout-candidate 0.1 with --model gru: only an LSTM has it; leave one of them out",
+    ),
+    (
+        {"layer_norm": True, "model": "awd-rnn"},
+        "--layer-norm with --model awd-rnn: only an LSTM has it; leave one of them out",
+    ),
+]
+
+
+@pytest.mark.parametrize("values, problem", CONTRADICTIONS)
+def test_knobs_that_contradict_each_other_are_refused(values, problem):
+    assert complaints(**values) == [problem]
+
+
+def test_every_contradiction_is_reported_at_once():
+    values = {name: value for given_values, _ in CONTRADICTIONS for name, value in given_values.items()}
+    found = complaints(**{**values, "model": "gru"})
+    assert len(found) == len(CONTRADICTIONS)
+    for _, problem in CONTRADICTIONS:
+        assert problem.replace("awd-rnn", "gru") in found
+
+
+def test_a_contradiction_names_where_each_value_comes_from():
+    assert complaints(recipe="awd", lr_decay=4.0) == [
+        "--ntasgd (recipe awd) with --lr-decay 4: averaging takes the place of a falling learning rate; "
+        "use --lr-decay none, or --no-ntasgd"
+    ]
+    assert complaints("asgd: true", recipe="demo") == [
+        "--asgd (config.yaml) with --optimizer adam (recipe demo): the weights are averaged under SGD only; "
+        "use --optimizer sgd, and a --lr for it"
+    ]
+
+
+WITHOUT_EFFECT = [
+    ({"nonmono": 3}, {}, "--nonmono 3: has no effect here, add --ntasgd"),
+    ({"dropout_hidden": 0.3}, {"num_layers": 1}, "--dropout-hidden 0.3: has no effect here, there is one layer; raise "
+     "--num-layers"),
+    ({"dropout_inner_input": 0.3}, {"num_layers": 1}, "--dropout-inner-input 0.3: has no effect here, there is one "
+     "layer; raise --num-layers"),
+    ({"locked": True}, {"dropout": 0.0}, "--locked: has no effect here, there is no dropout that it could lock; add "
+     "--dropout P"),
+    ({"beta": 1.0}, {"bptt": 1}, "--beta 1: has no effect here, a window of one word has no change over time; raise "
+     "--bptt"),
+    ({"when": (3, 5)}, {"epochs": 3}, "--when 3,5: has no effect here, training ends after 3 epochs; name an earlier "
+     "one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("idle, others, problem", WITHOUT_EFFECT)
+def test_knobs_without_effect_are_refused_where_the_user_set_them(idle, others, problem):
+    assert complaints(**idle, **others) == [f"{problem}, or leave it out"]
+    file = yaml.safe_dump({name: list(v) if isinstance(v, tuple) else v for name, v in idle.items()})
+    named = problem.replace(":", " (config.yaml):", 1)
+    assert complaints(file, **others) == [f"{named}, or leave it out"]
+
+
+@pytest.mark.parametrize("origin", ["recipe lm", "run runs/a", "default"])
+@pytest.mark.parametrize("idle, others, problem", WITHOUT_EFFECT)
+def test_knobs_without_effect_are_kept_where_nobody_asked_for_them(idle, others, problem, origin):
+    resolved = resolve(flags(**idle, **others))
+    assert validate(resolved.config, {**resolved.sources, **dict.fromkeys(idle, origin)}) == []
+
+
+def test_every_knob_without_effect_is_reported_at_once():
+    assert complaints(
+        dropout_hidden=0.0, num_layers=1, dropout=0.0, locked=True, bptt=1, beta=1.0, epochs=3, when=(3, 5), nonmono=3
+    ) == [f"{WITHOUT_EFFECT[i][2]}, or leave it out" for i in (0, 3, 4, 5)]
+
+
+def test_one_flag_over_a_recipe_makes_no_knob_of_the_recipe_a_problem():
+    for changed in ({"num_layers": 1}, {"bptt": 1}, {"ntasgd": False}, {"optimizer": "adam"}, {"dropout": 0.0}):
+        assert complaints(recipe="awd", **changed) == []
+
+
+def test_a_value_at_its_default_is_refused_as_a_flag_and_accepted_in_a_file():
+    assert complaints(gcthreshold=0.5) == [
+        "--gcthreshold 0.5: has no effect without compression; add --gctype 2bit, or leave it out"
+    ]
+    assert complaints(nonmono=5) == ["--nonmono 5: has no effect here, add --ntasgd, or leave it out"]
+    assert complaints(Config().to_yaml()) == []
+
+
+def test_a_file_is_answered_for_whatever_its_name(tmp_path):
+    for name in ("default.yaml", "runs.yaml", "recipe.yaml"):
+        (tmp_path / name).write_text("nonmono: 3", encoding="utf-8")
+        (problem,) = complaints(tmp_path / name)
+        assert problem.startswith(f"--nonmono 3 ({tmp_path / name}): has no effect")
+
+
+def test_a_file_is_answered_for_only_where_it_differs_from_the_default():
+    assert complaints("gcthreshold: 0.3\nnonmono: 5\n") == [
+        "--gcthreshold 0.3 (config.yaml): has no effect without compression; add --gctype 2bit, or leave it out"
+    ]
 
 
 def test_problems_name_the_recipe_or_file_of_a_value():
@@ -512,24 +805,22 @@ def test_devices_of_any_command():
 
 
 def test_a_feature_is_refused_with_one_line():
-    config = Config(model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=5, ntasgd=True))
+    config = Config(
+        model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=3, small_batch_size=5)
+    )
     assert unavailable(config) == [
         "--num-experts 15, --last-hidden-size 650: the mixture of softmaxes is not available in this version",
-        "--ntasgd, --nonmono 5: NT-ASGD is not available in this version",
+        "--small-batch-size 5: gradient accumulation is not available in this version",
     ]
 
 
 @pytest.mark.parametrize("row", UNAVAILABLE)
 def test_each_knob_of_a_missing_feature_is_refused(row):
-    name, _, value = row.partition("=")
-    f = FIELDS[name]
-    other = value or {bool: True, float: 0.5}.get(type(f.default), (5,) if name == "when" else 5)
-    (line,) = unavailable(resolve(flags(**{name: other}), recipe="lm").config)
+    value = 0.5 if isinstance(FIELDS[row].default, float) else 5
+    (line,) = unavailable(resolve(flags(**{row: value}), recipe="lm").config)
     assert line.endswith(f"{UNAVAILABLE[row]} is not available in this version")
 
 
-def test_what_there_is_is_not_refused():
+def test_only_the_mixture_is_missing():
     assert unavailable(Config()) == []
-    assert unavailable(resolve(recipe="demo").config) == []
-    assert unavailable(resolve(recipe="mxnet").config) == []
-    assert len(unavailable(resolve(recipe="awd").config)) == 3
+    assert set(UNAVAILABLE) == {"num_experts", "last_hidden_size", "dropout_latent", "small_batch_size"}
