@@ -62,7 +62,7 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     from . import __version__
 
     model, layer_norm = trained.model, trained.config.model.layer_norm
-    if not isinstance(model.head, SoftmaxHead):
+    if type(model.head) is not SoftmaxHead:
         raise ConfigError(f"--format onnx: has no {type(model.head).__name__}; use --format symbol")
     states = state_layout(trained.config.model)
     graph = _Graph({name: parameter.data().asnumpy() for name, parameter in model.named_parameters().items()})

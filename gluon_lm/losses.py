@@ -68,7 +68,7 @@ def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, target
 
 def activation_penalty(
     hidden_TNH: mx.nd.NDArray, raw_TNH: mx.nd.NDArray, num_targets: int, alpha: float, beta: float
-) -> mx.nd.NDArray:
+) -> list[mx.nd.NDArray]:
     """Activation and temporal activation regularisation, summed over the first `num_targets` rows; differentiable.
 
     ``alpha * sum mean_H(hidden[t]^2) + beta * sum mean_H((raw[t+1] - raw[t])^2)``, the first sum over all targets, the
@@ -84,7 +84,8 @@ def activation_penalty(
 
     Returns
     -------
-    NDArray, shape (1,)
+    list of NDArray
+        The terms to add up, of shape (1,) each; none where there is nothing to add.
     """
     width = hidden_TNH.shape[-1]
     terms = []
@@ -94,4 +95,4 @@ def activation_penalty(
     if beta and num_pairs > 0:
         changes_RH = (raw_TNH[1:] - raw_TNH[:-1]).reshape((-1, width))
         terms.append(mx.nd.square(changes_RH[:num_pairs]).sum() * (beta / width))
-    return mx.nd.add_n(*terms) if terms else mx.nd.zeros((1,), ctx=hidden_TNH.context)
+    return terms

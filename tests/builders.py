@@ -54,9 +54,41 @@ def forward_backward(model, tokens_TN, targets_TN, states):
     for parameter in model.named_parameters().values():
         parameter.zero_grad()
     with mx.autograd.record():
-        hidden_TNH, *new_states = model.encoder(int32(tokens_TN), *states)
+        raw_TNH, *new_states = model.encoder(int32(tokens_TN), *states)
+        hidden_TNH = model.output_dropout(raw_TNH)
     loss, grad_TNH = backward_through_head(
         model.head, model.vocab_size, hidden_TNH.detach(), int32(targets_TN.reshape(-1))
     )
     hidden_TNH.backward(grad_TNH)
     return float(loss.asscalar()), [state.detach() for state in new_states]
+
+
+def drawn_masks(model, tokens_TN, seed) -> list[np.ndarray]:
+    """What dropout multiplies with under that seed, for `reference.encode`: each layer's input, and the output.
+
+    The model must not be hybridized: the blocks of a graph are not called one by one. An element that is zero already
+    counts as dropped.
+    """
+    found, blocks = [], [model.encoder.embedding, *model.encoder.dropouts, model.output_dropout]
+
+    def note(block, inputs, output):
+        before = inputs[0].asnumpy() if block is not blocks[0] else block.weight.data().asnumpy()[tokens_TN]
+        after = output.asnumpy().astype(np.float64)
+        found.append(np.divide(after, before, out=np.zeros_like(after), where=before != 0))
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    mx.random.seed(seed)
+    with mx.autograd.record():
+        raw_TNH, *_ = model.encoder(int32(tokens_TN), *model.begin_state(tokens_TN.shape[1], mx.cpu(0)))
+        model.output_dropout(raw_TNH)
+    for hook in hooks:
+        hook.detach()
+    by_embedding, by_input, *others = found
+    return [by_embedding * by_input, *others]
+
+
+def assert_drops(mask, rate) -> None:
+    """Of independent elements, a share `rate` is zero, within five standard deviations; the rest is 1 / (1 - rate)."""
+    kept = mask != 0
+    np.testing.assert_allclose(mask[kept], 1 / (1 - rate), rtol=1e-5)
+    assert abs(1 - kept.mean() - rate) < 5 * (rate * (1 - rate) / mask.size) ** 0.5

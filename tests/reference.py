@@ -2,7 +2,7 @@
 
 Nothing here is shared with the package, so that an error would have to be made twice to go unseen. Parameters
 are dictionaries of arrays by the names that `LanguageModel.named_parameters` gives; a tied model has no
-``head.decoder.weight``. No dropout.
+``head.decoder.weight``. Dropout is what masks, given by the test, multiply with.
 
 Shapes: T time, N batch, V vocabulary, E embedding width, I and H widths of a layer, R = T x N rows.
 """
@@ -108,8 +108,11 @@ def zero_states(cell, parameters, batch_size):
     ]
 
 
-def encode(cell, parameters, tokens_TN, states):
-    """Hidden vectors of the last layer, the new states, and what the way back needs."""
+def encode(cell, parameters, tokens_TN, states, masks=None):
+    """Hidden vectors of the last layer, the new states, and what the way back needs.
+
+    `masks`, where given, multiply with the input of each layer; one more, for the output, is not used here.
+    """
     forward, _ = CELLS[cell]
     count = NUM_STATES[cell]
     outputs_TNI = parameters["encoder.embedding.weight"][tokens_TN]
@@ -117,6 +120,8 @@ def encode(cell, parameters, tokens_TN, states):
     for i in range(num_layers(parameters)):
         weights = [parameters[name] for name in _layer_names(i)]
         h, c = states[i * count], states[i * count + 1] if count == 2 else None
+        if masks is not None:
+            outputs_TNI = outputs_TNI * masks[i]
         hidden, saved = [], []
         for x in outputs_TNI:
             h, c, kept = forward(x, h, c, *weights)
@@ -137,12 +142,35 @@ def log_probs(cell, parameters, tokens_TN, states):
     return log_softmax(hidden_TNH @ decoder_weight(parameters).T + parameters["head.decoder.bias"]), new_states
 
 
-def loss_and_gradients(cell, parameters, tokens_TN, targets_TN, states, num_targets=None):
-    """Summed loss of the first `num_targets` rows (or all), its gradients by name, and the new states."""
+def activation_penalty(hidden_TNH, raw_TNH, num_targets, alpha, beta):
+    """``alpha mean(hidden^2) + beta mean((raw[t+1] - raw[t])^2)`` over the rows that have a target, and its gradients.
+
+    By the output of the last layer with dropout, `hidden_TNH`, and without, `raw_TNH`.
+    """
+    T, N, H = raw_TNH.shape
+    has_target_TN1 = (np.arange(T * N) < num_targets).reshape(T, N, 1)
+    hidden_TNH, pairs = hidden_TNH * has_target_TN1, max(1, num_targets - N)
+    changes = (raw_TNH[1:] - raw_TNH[:-1]) * has_target_TN1[1:]
+    value = alpha * (hidden_TNH**2).sum() / (num_targets * H) + beta * (changes**2).sum() / (pairs * H)
+    by_raw_TNH = np.zeros_like(raw_TNH)
+    by_raw_TNH[1:] += 2 * beta * changes / (pairs * H)
+    by_raw_TNH[:-1] -= 2 * beta * changes / (pairs * H)
+    return value, 2 * alpha * hidden_TNH / (num_targets * H), by_raw_TNH
+
+
+def loss_and_gradients(
+    cell, parameters, tokens_TN, targets_TN, states, num_targets=None, masks=None, alpha=0.0, beta=0.0
+):
+    """Summed loss of the first `num_targets` rows (or all), its gradients by name, and the new states.
+
+    The gradients are those of the loss and `num_targets` times the penalty, the loss is without it.
+    """
     _, backward = CELLS[cell]
     count = NUM_STATES[cell]
-    hidden_TNH, new_states, tape = encode(cell, parameters, tokens_TN, states)
-    T, N, H = hidden_TNH.shape
+    raw_TNH, new_states, tape = encode(cell, parameters, tokens_TN, states, masks)
+    T, N, H = raw_TNH.shape
+    output_mask = 1.0 if masks is None else masks[-1]
+    hidden_TNH = raw_TNH * output_mask
     num_targets = T * N if num_targets is None else num_targets
     hidden_RH, targets_R = hidden_TNH.reshape(-1, H)[:num_targets], targets_TN.reshape(-1)[:num_targets]
     weight_VH = decoder_weight(parameters)
@@ -157,7 +185,8 @@ def loss_and_gradients(cell, parameters, tokens_TN, targets_TN, states, num_targ
     gradients["head.decoder.bias"] += logits_grad_RV.sum(0)
     grad_RH = np.zeros((T * N, H))
     grad_RH[:num_targets] = logits_grad_RV @ weight_VH
-    grad_TNH = grad_RH.reshape(T, N, H)
+    _, by_hidden_TNH, by_raw_TNH = activation_penalty(hidden_TNH, raw_TNH, num_targets, alpha, beta)
+    grad_TNH = (grad_RH.reshape(T, N, H) + num_targets * by_hidden_TNH) * output_mask + num_targets * by_raw_TNH
 
     for i in reversed(range(num_layers(parameters))):
         names = _layer_names(i)
@@ -169,7 +198,7 @@ def loss_and_gradients(cell, parameters, tokens_TN, targets_TN, states, num_targ
             for name, value in zip(names, by_weights):
                 gradients[name] += value
             grad_inputs.append(grad_x)
-        grad_TNH = np.stack(grad_inputs[::-1])
+        grad_TNH = np.stack(grad_inputs[::-1]) * (1.0 if masks is None else masks[i])
     np.add.at(gradients["encoder.embedding.weight"], tokens_TN, grad_TNH)
     return loss, gradients, new_states
 

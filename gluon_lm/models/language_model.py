@@ -59,9 +59,9 @@ def _number_of_word(F, tokens_TN):
     tokens_R = F.cast(F.reshape(tokens_TN, shape=(-1,)), dtype="float32")
     order_R = F.argsort(tokens_R)
     sorted_R = F.take(tokens_R, order_R)
-    is_new_R = F.slice_axis(sorted_R, axis=0, begin=1, end=None) != F.slice_axis(sorted_R, axis=0, begin=0, end=-1)
-    first_1 = F.zeros_like(F.slice_axis(sorted_R, axis=0, begin=0, end=1))
-    numbers_R = F.cumsum(F.concat(first_1, is_new_R, dim=0), axis=0)
+    first_1 = F.slice_axis(sorted_R, axis=0, begin=0, end=1)
+    previous_R = F.slice_axis(F.concat(first_1, sorted_R, dim=0), axis=0, begin=0, end=-1)
+    numbers_R = F.cumsum(sorted_R != previous_R, axis=0)
     return F.take(numbers_R, F.argsort(order_R))
 
 

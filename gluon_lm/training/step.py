@@ -115,7 +115,7 @@ class TrainingStep:
 
         Memory grows whenever a window is longer than all before it; after the longest one it stays as it is.
         """
-        states = self.states
+        states = None if self.states is None else list(self.states)
         self._clear_gradients()
         self._forward_backward(window)
         mx.nd.waitall()
@@ -159,7 +159,7 @@ class TrainingStep:
         # fewer pairs of neighbours than targets, and theirs is to be a mean over pairs.
         num_pairs = max(1, window.num_targets - window.tokens_TN.shape[1])
         beta = self._beta * window.num_targets / num_pairs
-        return [activation_penalty(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)]
+        return activation_penalty(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
 
     def _gradient_norm(self) -> float:
         squares = square_sums([parameter.list_grad()[0] for parameter in self._parameters]).asnumpy()

@@ -33,17 +33,24 @@ def flat(states):
 
 @pytest.mark.parametrize("cell", sorted(CELLS))
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied):
+@pytest.mark.parametrize("num_targets", [3 * N + 1, 2])
+def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied, num_targets):
     model = build_model(model=cell, tied=tied)
     parameters = values_of(model)
     ((tokens, targets),) = windows(1)
     states = [state + 0.3 for state in reference.zero_states(cell, parameters, N)]
+    rng = np.random.RandomState(3)
+    masks = [rng.uniform(0.5, 1.5, (T, N, width)) for width in (6, 5, 6 if tied else 5)]
 
-    def run(num_targets=3 * N + 1):
-        return reference.loss_and_gradients(cell, parameters, tokens, targets, states, num_targets)
+    def run():
+        loss, gradients, _ = reference.loss_and_gradients(
+            cell, parameters, tokens, targets, states, num_targets, masks, alpha=2.0, beta=1.0
+        )
+        raw, *_ = reference.encode(cell, parameters, tokens, states, masks)
+        penalty, *_ = reference.activation_penalty(raw * masks[-1], raw, num_targets, alpha=2.0, beta=1.0)
+        return loss + num_targets * penalty, gradients
 
     gradients, epsilon = run()[1], 1e-6
-    rng = np.random.RandomState(3)
     for name, value in parameters.items():
         direction = rng.randn(*value.shape)
         value += epsilon * direction
@@ -213,13 +220,11 @@ def test_first_weights_depend_on_the_seed_alone():
 
 
 def hidden_vectors(model, tokens, seed=None):
-    """The encoder's output: in training with that seed, or in evaluation."""
-    if seed is None:
-        return model.encoder(int32(tokens), *model.begin_state(tokens.shape[1], mx.cpu(0)))[0].asnumpy()
-    mx.random.seed(seed)
-    with mx.autograd.record():
+    """What the head is given: in training with that seed, or in evaluation."""
+    mx.random.seed(seed or 0)
+    with mx.autograd.pause() if seed is None else mx.autograd.record():
         hidden, *_ = model.encoder(int32(tokens), *model.begin_state(tokens.shape[1], mx.cpu(0)))
-    return hidden.asnumpy()
+        return model.output_dropout(hidden).asnumpy()
 
 
 @pytest.mark.parametrize("hybridize", [False, True], ids=["imperative", "hybrid"])
