@@ -270,6 +270,43 @@ def normalise_argv(argv: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------- train
 
 
+# What may differ from the run that is continued, besides the devices: how long, how often, and how hard it is
+# regularised; not what is trained, nor on what.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "data_dir",
+        "dropout",
+        "dropout_input",
+        "dropout_hidden",
+        "dropout_embed",
+        "dropout_embed_elements",
+        "dropout_inner_input",
+        "dropout_last_input",
+        "dropout_latent",
+        "weight_drop",
+        "input_weight_drop",
+        "lr",
+        "lr_decay",
+        "when",
+        "clip_norm",
+        "weight_decay",
+        "alpha",
+        "beta",
+        "ntasgd",
+        "nonmono",
+        "epochs",
+        "max_steps",
+        "log_interval",
+        "eval_every",
+        "eval_batch_size",
+        "patience",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "gen_word_len",
+    }
+)
+
+
 @dataclass(frozen=True)
 class TrainCommand:
     """A `train` command line, resolved.
@@ -312,7 +349,7 @@ class TrainCommand:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
-    def over(self, config_file: Path, may_change: Set[str]) -> TrainCommand:
+    def over(self, config_file: Path, may_change: Set[str], problems: Sequence[str] = ()) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
 
         Parameters
@@ -320,6 +357,8 @@ class TrainCommand:
         config_file : Path
         may_change : set of str
             Fields, besides those of the devices, that may differ from the run's.
+        problems : sequence of str
+            Those found already.
 
         Raises
         ------
@@ -331,7 +370,7 @@ class TrainCommand:
         run = f"run {config_file.parent}"
         own = {setting.source for setting in self.settings.values()}
         sources = {name: source if source in own else run for name, source in resolved.sources.items()}
-        problems = []
+        problems = list(problems)
         for name, setting in self.settings.items():
             value, old = get(resolved.config, name), get(before, name)
             if value != old and name not in may_change | DeviceConfig.__dataclass_fields__.keys():
@@ -434,22 +473,35 @@ _INSTEAD_OF_FINETUNING = {
 }
 
 
-def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool, TrainCommand]:
-    """Read the command line of `finetune`.
+@dataclass(frozen=True)
+class FinetuneCommand:
+    """A `finetune` command line.
 
-    Returns
-    -------
-    str or None
+    Attributes
+    ----------
+    run : str or None
         The run to finetune, as the user named it.
-    bool
+    is_continued : bool
         Whether to continue a finetuning that was stopped.
-    TrainCommand
-        The command line alone, unchecked; `TrainCommand.over` lays it over the run's configuration.
+    command : TrainCommand
+        The flags alone, unchecked; `TrainCommand.over` lays them over the run's configuration.
+    problems : list of str
+        Of single values, to be raised with those that `TrainCommand.over` finds.
+    """
+
+    run: str | None
+    is_continued: bool
+    command: TrainCommand
+    problems: list[str]
+
+
+def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
+    """Read the command line of `finetune`.
 
     Raises
     ------
     ConfigError
-        With every problem found.
+        For what makes it unclear which run is meant, or what to do with it.
     """
     parser = CommandParser(
         "finetune",
@@ -463,16 +515,17 @@ def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool,
             fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
             parser.add_section(section, name, only=sorted(fields))
     parser.add_run()
-    parsed = parser.parse(argv)
+    problems: list[str] = []
+    parsed = parser.parse(argv, postponed=problems)
     options = parsed.build(FinetuneOptions)
     run = parsed.arguments.run
-    problems = []
+    unclear = []
     if run is not None and options.save not in (None, run):
-        problems.append(f"{show(run)} with --save {show(options.save)}: both name the run; leave one of them out")
+        unclear.append(f"{show(run)} with --save {show(options.save)}: both name the run; leave one of them out")
     if options.continue_train and options.overwrite:
-        problems.append("--overwrite with --continue-train: it is either continued or replaced; leave one of them out")
-    if problems:
-        raise ConfigError(problems)
+        unclear.append("--overwrite with --continue-train: it is either continued or replaced; leave one of them out")
+    if unclear:
+        raise ConfigError(problems + unclear)
     own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
     settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
     settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
@@ -486,7 +539,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> tuple[str | None, bool,
         debug=parsed.build(DebugOptions).debug,
         settings=settings,
     )
-    return run or options.save, options.continue_train, command
+    return FinetuneCommand(run or options.save, options.continue_train, command, problems)
 
 
 # ---------------------------------------------------------------- how a command ends

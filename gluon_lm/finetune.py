@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import parse_finetune, run_command
+from .cli import MAY_CHANGE_ON_RESUME, parse_finetune, run_command
 from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
@@ -47,18 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _finetune(argv: Sequence[str]) -> int:
-    name, is_continued, command = parse_finetune(argv)
-    run, checkpoint = find_run(name)
+    parsed = parse_finetune(argv)
+    command, is_continued = parsed.command, parsed.is_continued
+    run, checkpoint = find_run(parsed.run)
     target = RunFolder(run.path / FOLDER)
     if is_continued:
         target, _ = find_run(target.path)
-    elif not command.print_config:
-        if target.path.exists() and not command.overwrite:
-            raise ConfigError(
-                f"{target.path}: exists already; continue it with --continue-train, or replace it with --overwrite"
-            )
-        target.check_free(command.overwrite)
-    command = command.over(target.config if is_continued else run.config, _MAY_CHANGE)
+        command = command.over(target.config, MAY_CHANGE_ON_RESUME, parsed.problems)
+    else:
+        command = command.over(run.config, _MAY_CHANGE, parsed.problems)
+        if not command.print_config:
+            if target.path.exists() and not command.overwrite:
+                raise ConfigError(
+                    f"{target.path}: exists already; continue it with --continue-train, or replace it with --overwrite"
+                )
+            target.check_free(command.overwrite)
     command = dataclasses.replace(command, save=str(target.path))
     if command.print_config:
         print(command.describe(), end="")

@@ -167,7 +167,10 @@ class Trainer:
                 self._save_unless_saved()
             if stop.signal is not None:
                 self._save_unless_saved()
-                LOGGER.info("stopped at step %d; continue with --resume %s", state.step, self.run.path)
+                if self._saved_step is None:
+                    LOGGER.info("stopped before the first step")
+                else:
+                    LOGGER.info("stopped at step %d; continue with --resume %s", state.step, self.run.path)
                 return
             if self._finished():
                 return

@@ -31,10 +31,21 @@ def communicator_on(num_devices, kvstore="device", threshold=None):
     return SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices, kvstore, threshold)
 
 
-def build_step(communicator, clip_norm=None, optimizer="sgd", lr=0.5, **config):
+# Every regulariser of an AWD-LSTM that draws a mask.
+MASKS = {
+    "model": "awd-lstm",
+    "dropout": 0.2,
+    "dropout_input": 0.3,
+    "dropout_hidden": 0.2,
+    "dropout_embed": 0.1,
+    "weight_drop": 0.3,
+}
+
+
+def build_step(communicator, clip_norm=None, optimizer="sgd", lr=0.5, weight_decay=0.0, alpha=0.0, beta=0.0, **config):
     model = build_model(communicator.devices, **config)
-    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr))
-    return model, TrainingStep(model, rule, communicator, clip_norm)
+    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
+    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta)
 
 
 def train(step, num_steps=10, ids=None, seed=3):
@@ -59,8 +70,10 @@ def train(step, num_steps=10, ids=None, seed=3):
         {"clip_norm": 0.3, "model": "lstm"},
         {"clip_norm": 0.3, "model": "gru", "tied": True},
         {"clip_norm": None, "model": "lstm", "tied": True, "optimizer": "adam", "lr": 0.01},
+        {"clip_norm": 0.3, "model": "awd-lstm", "tied": True, "alpha": 2.0, "beta": 1.0, "weight_decay": 0.01},
+        {"clip_norm": None, "model": "awd-gru", "alpha": 20.0, "beta": 30.0},
     ],
-    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied"],
+    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied", "penalties-decay-awd-tied", "penalties-awd-gru"],
 )
 def test_any_number_of_devices_gives_the_parameters_of_one(num_devices, kvstore, settings):
     one, one_step = build_step(communicator_on(1), **settings)
@@ -209,6 +222,36 @@ def test_step_seeds_are_distinct_and_in_range():
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
+# ---------------------------------------------------------------- rehearsal
+
+
+@pytest.mark.parametrize("in_mid_text", [False, True])
+@pytest.mark.parametrize(("num_devices", "threshold"), [(1, None), (2, None), (2, 0.5)])
+def test_a_rehearsal_leaves_no_trace(num_devices, threshold, in_mid_text):
+    """Before the first step, and between two of them where states are carried and residuals are kept."""
+
+    def run(rehearses):
+        model, step = build_step(
+            communicator_on(num_devices, threshold=threshold), 0.3, alpha=2.0, beta=1.0, weight_decay=0.01, **MASKS
+        )
+        windows = list(Streams(text(), BATCH, EOS).windows(BPTT))
+        results = [step(windows[k], 3, k) for k in range(2 * in_mid_text)]
+        before = values_of(model)
+        if rehearses:
+            step.rehearse(Streams(text(), BATCH, EOS).window(0, 2 * BPTT))
+            for name, value in values_of(model).items():
+                np.testing.assert_array_equal(value, before[name])
+        carried = [state.asnumpy() for states in step.states or [] for state in states]
+        results += [step(windows[k], 3, k) for k in range(len(results), 4)]
+        return results, carried, [v for i in range(num_devices) for v in values_of(model, mx.cpu(i)).values()]
+
+    (results, carried, values), (results_after, carried_after, values_after) = run(False), run(True)
+    assert results_after == results
+    assert len(carried_after) == len(carried)
+    for array, after in zip([*carried, *values], [*carried_after, *values_after]):
+        np.testing.assert_array_equal(after, array)
+
+
 # ---------------------------------------------------------------- not finite
 
 
@@ -301,6 +344,29 @@ def test_two_bit_training_learns_as_much_as_without():
     assert compressed[CALIBRATION_STEPS + 1] != exact[CALIBRATION_STEPS + 1]
     assert compressed[CALIBRATION_STEPS] > 0.2
     assert compressed[-1] < 0.05
+
+
+def test_two_bit_training_learns_with_every_regulariser_on():
+    """Four words in turn: guessing among them is a loss of ln 4, and only what came before tells which it is."""
+    model, step = build_step(
+        communicator_on(2, threshold=0.5),
+        clip_norm=0.25,
+        lr=1.0,
+        weight_decay=1e-4,
+        alpha=0.1,
+        beta=0.1,
+        embed_size=16,
+        hidden_size=16,
+        tied=True,
+        **MASKS,
+    )
+    results = train(step, CALIBRATION_STEPS + 80, ids=np.arange(80, dtype=np.int32) % 4)
+    losses = [result.loss_sum / result.num_targets for result in results]
+    for value, first in zip(values_of(model, mx.cpu(1)).values(), values_of(model).values()):
+        np.testing.assert_array_equal(value, first)
+        assert np.isfinite(value).all()
+    assert losses[CALIBRATION_STEPS] > np.log(4)
+    assert np.mean(losses[-20:]) < np.log(4) / 2
 
 
 # ---------------------------------------------------------------- GPU

@@ -515,8 +515,9 @@ TUNE_WT2 = WT2_FINETUNE_LINE + "--small_batch_size 5 --single_gpu"
 
 @pytest.mark.parametrize("line, expected", [(TUNE_PTB, {**MOS_PTB, "lr": 25.0}), (TUNE_WT2, {**MOS_WT2, "lr": 20.0})])
 def test_reference_command_lines_of_finetuning(line, expected):
-    run, is_continued, command = parse_tuning(line)
-    assert (run, is_continued) == ("PATH_TO_FOLDER", False)
+    parsed = parse_tuning(line)
+    assert (parsed.run, parsed.is_continued, parsed.problems) == ("PATH_TO_FOLDER", False, [])
+    command = parsed.command
     assert (command.recipe, command.save, command.resume) == (None, None, None)
     read = {name: get(command.config, name) for name in command.settings}
     assert {"dropout_input", "dropout_latent", "num_experts", "hidden_size", "single_gpu"} <= set(read)
@@ -526,9 +527,9 @@ def test_reference_command_lines_of_finetuning(line, expected):
 
 
 def test_finetuning_names_its_run_first_or_by_save():
-    assert [parse_tuning(line)[0] for line in ("RUN", "--save RUN", "RUN --save RUN", "")] == ["RUN"] * 3 + [None]
-    assert [parse_tuning(line)[1] for line in ("RUN", "RUN --continue_train")] == [False, True]
-    command = parse_tuning("RUN --overwrite --print-config --dry-run --debug")[2]
+    assert [parse_tuning(line).run for line in ("RUN", "--save RUN", "RUN --save RUN", "")] == ["RUN"] * 3 + [None]
+    assert [parse_tuning(line).is_continued for line in ("RUN", "RUN --continue_train")] == [False, True]
+    command = parse_tuning("RUN --overwrite --print-config --dry-run --debug").command
     assert command.overwrite and command.print_config and command.dry_run and command.debug
     assert problems_of("RUN --save OTHER --overwrite --continue-train", parse_tuning) == [
         "RUN with --save OTHER: both name the run; leave one of them out",
@@ -566,7 +567,7 @@ def test_finetuning_reports_every_bad_flag_at_once():
 def test_finetuning_averages_from_the_first_step_whatever_the_run_did(line, write_run):
     path = write_run(line)
     before = parse(line).config
-    _, _, command = parse_tuning("RUN --lr 25 --dropouth 0.225 --bptt 30 --cpus 2")
+    command = parse_tuning("RUN --lr 25 --dropouth 0.225 --bptt 30 --cpus 2").command
     config = command.over(path, may_change={"lr", "dropout_hidden", "bptt", "asgd", "when"}).config
     averaging = {"asgd": True, "ntasgd": False, "when": None, "lr_decay": None}
     given = {"lr": 25.0, "dropout_hidden": 0.225, "bptt": 30, "cpus": 2}

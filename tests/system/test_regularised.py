@@ -1,0 +1,285 @@
+"""Training with every regulariser, averaging, random windows and finetuning: exact, also when resumed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+ARCHITECTURE = ("--model", "awd-lstm", "--emsize", 8, "--nhid", 8, "--nlayers", 2)
+DROPOUTS = ("--dropouti", 0.2, "--dropouth", 0.2, "--dropoute", 0.1, "--dropout", 0.2, "--wdrop", 0.3)
+PENALTIES = ("--alpha", 1, "--beta", 1, "--wdecay", 1e-5)
+# A learning rate that soon leaves the loss going up and down, so that averaging begins.
+NTASGD = ("--lr", 40, "--clip", 1, "--ntasgd", "--nonmono", 1, "--eval-every", 10)
+EVERYTHING = (*ARCHITECTURE, *DROPOUTS, *PENALTIES, *NTASGD, "--max_seq_len_delta", 3, "--random-start")
+
+
+def valid_events(project, run):
+    return [event for event in project.events(run) if event["event"] == "valid"]
+
+
+def results(project, run):
+    """Every validation result of a run and its last test result, which each stop gives another of."""
+    tests = [event for event in project.events(run) if event["event"] == "test"]
+    return [(event["step"], event["loss"]) for event in (*valid_events(project, run), tests[-1])]
+
+
+def arrays(project, checkpoint, file="parameters.npz"):
+    with np.load(project.path / checkpoint / file) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
+def errors(output):
+    assert "Traceback" not in output
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def evaluated_loss(project, name, split="valid"):
+    """What `evaluate` prints, on the streams on which training evaluates."""
+    output = project.run("evaluate", name, "--split", split, "--eval-batch-size", 10)
+    return re.search(rf"{split} loss (\d+\.\d{{5}}) ", output)[1]
+
+
+def published_trigger(losses, n):
+    """Index of the first loss above the lowest of those more than n evaluations before it (Merity et al. 2017)."""
+    return next((t for t in range(n + 1, len(losses)) if losses[t] > min(losses[: t - n])), None)
+
+
+def assert_means(project, run, since, steps):
+    """The checkpoints of `steps` hold the means, in float64, of the weights after each step since `since`."""
+    for step in steps:
+        found = arrays(project, f"{run}/checkpoints/step-{step}")
+        history = [arrays(project, f"{run}/checkpoints/step-{k}", "unaveraged.npz") for k in range(since + 1, step + 1)]
+        for name, mean in found.items():
+            expected = np.mean([weights[name] for weights in history], axis=0, dtype=np.float64)
+            np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6, err_msg=f"{name} at step {step}")
+
+
+def assert_same_ending(project, one, other):
+    for file in ("parameters.npz", "unaveraged.npz"):
+        expected, found = arrays(project, f"{other}/latest", file), arrays(project, f"{one}/latest", file)
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected[name], err_msg=f"{file} {name}")
+    assert results(project, one) == results(project, other)
+
+
+# ---------------------------------------------------------------- NT-ASGD
+
+
+def test_averaging_begins_by_the_rule_and_the_averages_are_what_is_saved_and_evaluated(project):
+    output = project.train("run", *EVERYTHING, "--max-steps", 70, "--checkpoint-every", 1, "--keep-checkpoints", 100)
+    losses = [event["loss"] for event in valid_events(project, "run")]
+    trigger = published_trigger(losses, n=1)
+    assert trigger is not None
+    since = valid_events(project, "run")[trigger]["step"]
+    assert re.findall(r"averaging the weights from step (\d+) on", output) == [str(since)]
+    checkpoints = project.path / "run/checkpoints"
+    assert not (checkpoints / f"step-{since}/unaveraged.npz").exists()
+    assert_means(project, "run", since, steps=(since + 1, since + 2, 70))
+    assert evaluated_loss(project, "run/latest") == f"{losses[-1]:.5f}"
+    assert evaluated_loss(project, "run", "test") == f"{project.events('run')[-1]['loss']:.5f}"
+    assert losses[-1] < min(losses[: trigger + 1])  # which is what averaging is for
+
+
+@pytest.mark.parametrize("devices", [(), ("--cpus", 2)], ids=["one device", "two devices"])
+def test_killed_and_resumed_ends_as_if_never_stopped(project, devices):
+    flags = (*EVERYTHING, *devices, "--epochs", 4, "--checkpoint-every", 7)
+    project.train("whole", *flags)
+    process = project.start_training("killed", *flags)
+    checkpoints, end = project.path / "killed/checkpoints", time.monotonic() + 60
+    while not any(checkpoints.glob("step-*/unaveraged.npz")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(valid_events(project, "killed")) < len(valid_events(project, "whole"))
+    project.run("train", "--resume", "killed")
+    assert_same_ending(project, "killed", "whole")
+
+
+def test_stopped_by_max_steps_before_and_after_averaging_begins(project):
+    flags = (*EVERYTHING, "--epochs", 2)
+    project.train("whole", *flags)
+    project.train("parts", *flags, "--max-steps", 10)
+    assert not (project.path / "parts/latest/unaveraged.npz").exists()
+    project.run("train", "--resume", "parts", "--max-steps", 70)
+    assert (project.path / "parts/latest/unaveraged.npz").exists()
+    project.run("train", "--resume", "parts", "--max-steps", "none")
+    assert_same_ending(project, "parts", "whole")
+
+
+def test_averaging_that_is_switched_off_on_resume_goes_on_with_the_weights_themselves(project):
+    project.train("run", *EVERYTHING, "--max-steps", 70)
+    weights = arrays(project, "run/latest", "unaveraged.npz")
+    project.run("train", "--resume", "run", "--no-ntasgd", "--max-steps", 71, "--lr", 1e-30, "--wdecay", 0)
+    assert not (project.path / "run/latest/unaveraged.npz").exists()
+    for name, value in arrays(project, "run/latest").items():
+        np.testing.assert_array_equal(value, weights[name])
+
+
+# ---------------------------------------------------------------- schedule and windows
+
+
+def test_when_divides_the_learning_rate_by_ten_after_those_epochs(project):
+    flags = ("--dropout", 0.2, "--decay", "none")
+    project.train("run", *flags, "--epochs", 3, "--when", 1, 2)
+    lr = {event["epoch"]: event["lr"] for event in project.events("run") if event["event"] == "train"}
+    assert lr == pytest.approx({1: 1, 2: 0.1, 3: 0.01})
+    project.train("by-hand", *flags, "--epochs", 1)
+    for epochs, by_hand in ((2, 0.1), (3, 0.01)):
+        project.run("train", "--resume", "by-hand", "--epochs", epochs, "--lr", by_hand)
+    assert project.parameters("run") == project.parameters("by-hand")
+
+
+def test_shuffled_windows_from_a_random_start_resume_in_mid_epoch(project):
+    flags = ("--shuffle", "--random-start", "--dropout", 0.2, "--decay", "none", "--eval-every", 10, "--epochs", 2)
+    project.train("whole", *flags)
+    project.train("parts", *flags, "--max-steps", 50)
+    project.run("train", "--resume", "parts", "--max-steps", "none")
+    assert project.parameters("parts") == project.parameters("whole")
+    assert results(project, "parts") == results(project, "whole")
+    losses = [event["loss"] for event in valid_events(project, "whole")]
+    assert losses[-1] < losses[0]
+    project.train("in-order", *flags[2:])
+    assert project.parameters("in-order") != project.parameters("whole")
+
+
+# ---------------------------------------------------------------- finetuning
+
+FINETUNE = ("--lr", 2, "--eval-every", 10, "--epochs", 1)
+
+
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def finetuning(project, kept_run):
+    """A project with a run to finetune, which is trained once and copied from then on."""
+    if kept_run.exists():
+        shutil.copytree(kept_run, project.path / "run", symlinks=True)
+    else:
+        project.train("run", *EVERYTHING, "--epochs", 2)
+        shutil.copytree(project.path / "run", kept_run, symlinks=True)
+    return project
+
+
+def best_loss(project, run):
+    return min(event["loss"] for event in valid_events(project, run))
+
+
+def test_finetuning_averages_from_its_first_step(finetuning):
+    finetuning.run("finetune", "run", *FINETUNE, "--max-steps", 15, "--checkpoint-every", 1, "--keep-checkpoints", 100)
+    events = valid_events(finetuning, "run/finetune_model")
+    assert [event["step"] for event in events] == [0, 10, 15]
+    assert events[0]["loss"] == best_loss(finetuning, "run")
+    assert_means(finetuning, "run/finetune_model", since=0, steps=(1, 2, 15))
+
+
+def test_finetuning_gives_a_run_of_its_own_with_what_the_line_said(finetuning):
+    before = finetuning.parameters("run")
+    flags = ("--dropouth", 0.05, "--dropouti", 0.1, "--dropoute", 0, "--dropout", 0.15, "--wdrop", 0.25, *FINETUNE)
+    output = finetuning.run("finetune", "run", *flags)
+    config = (finetuning.path / "run/finetune_model/config.yaml").read_text()
+    for line in (
+        "lr: 2.0  # flag --lr",
+        "dropout_hidden: 0.05  # flag --dropouth",
+        "dropout_input: 0.1  # flag --dropouti",
+        "dropout_embed: 0.0  # flag --dropoute",
+        "dropout: 0.15  # flag --dropout",
+        "weight_drop: 0.25  # flag --wdrop",
+        "hidden_size: 8  # run run",
+        "alpha: 1.0  # run run",
+        "ntasgd: false  # run run",
+        "asgd: true  # finetune",
+    ):
+        assert line in config.splitlines()
+    assert best_loss(finetuning, "run/finetune_model") < best_loss(finetuning, "run"), output
+    best = f"{best_loss(finetuning, 'run/finetune_model'):.5f}"
+    for name in ("run/finetune_model", "run/finetune_model.pt", "run/finetune_model/best"):
+        assert evaluated_loss(finetuning, name) == best
+    assert evaluated_loss(finetuning, "run") == f"{best_loss(finetuning, 'run'):.5f}"
+    assert finetuning.parameters("run") == before
+
+
+def test_finetuning_ends_by_the_rule_and_never_worse_than_the_run(finetuning):
+    finetuning.run("finetune", "run", "--lr", 1000, "--clip", "none", "--eval-every", 2, "--nonmono", 3)
+    losses = [event["loss"] for event in valid_events(finetuning, "run/finetune_model")]
+    assert min(losses[1:]) > losses[0]
+    assert published_trigger(losses, n=3) == len(losses) - 1 == 4
+    assert finetuning.parameters("run/finetune_model", "best") == finetuning.parameters("run", "best")
+    assert evaluated_loss(finetuning, "run/finetune_model", "test") == evaluated_loss(finetuning, "run", "test")
+
+
+@pytest.mark.parametrize(
+    ("devices", "go_on"),
+    [
+        ((), ("finetune", "run", "--continue-train")),
+        (("--cpus", 2), ("train", "--resume", "run/finetune_model")),
+    ],
+    ids=["one device, finetune", "two devices, train"],
+)
+def test_a_stopped_finetuning_is_continued(finetuning, devices, go_on):
+    flags = ("--save", "run", *FINETUNE, *devices)
+    finetuning.run("finetune", *flags)
+    shutil.move(finetuning.path / "run/finetune_model", finetuning.path / "whole")
+    finetuning.run("finetune", *flags, "--max-steps", 10)
+    finetuning.run(*go_on, "--max-steps", "none")
+    assert_same_ending(finetuning, "run/finetune_model", "whole")
+
+
+def test_what_decides_the_windows_may_not_change_when_a_finetuning_is_continued(finetuning):
+    finetuning.run("finetune", "run", *FINETUNE, "--max-steps", 10)
+    config = (finetuning.path / "run/finetune_model/config.yaml").read_text()
+    for flag, value in {"--bptt": 50, "--seed": 2, "--max-seq-len-delta": 9}.items():
+        refused = errors(finetuning.run("finetune", "run", "--continue-train", flag, value, code=2))
+        assert len(refused) == 1 and f"{flag} {value}: run/finetune_model was trained with" in refused[0]
+    assert (finetuning.path / "run/finetune_model/config.yaml").read_text() == config
+
+
+def test_the_architecture_may_be_repeated_and_not_changed(finetuning):
+    flags = ("--data", "text", "--save", "run", "--max-steps", 2)
+    changes = {"--hidden-size": 12, "--model": "awd-gru", "--num-layers": 3, "--min-freq": 2, "--init": "xavier"}
+    for flag, value in changes.items():
+        refused = errors(finetuning.run("finetune", *flags, *ARCHITECTURE, flag, value, code=2))
+        assert len(refused) == 1 and f"{flag} {value}: run was trained with" in refused[0]
+        assert not (finetuning.path / "run/finetune_model").exists()
+    finetuning.run("finetune", *flags, *ARCHITECTURE, "--tied")
+    assert valid_events(finetuning, "run/finetune_model")[-1]["step"] == 2
+
+
+def test_a_second_finetuning_needs_overwrite(finetuning):
+    finetuning.run("finetune", "run", "--max-steps", 2)
+    before = finetuning.parameters("run/finetune_model")
+    refused = errors(finetuning.run("finetune", "run", "--max-steps", 3, code=2))
+    assert len(refused) == 1 and "--overwrite" in refused[0] and "--continue-train" in refused[0]
+    assert finetuning.parameters("run/finetune_model") == before
+    finetuning.run("finetune", "run", "--max-steps", 3, "--overwrite")
+    assert finetuning.parameters("run/finetune_model") != before
+
+
+def test_what_cannot_be_finetuned_is_refused_in_one_line(finetuning):
+    text = (finetuning.path / "text/train.txt").read_text()
+    cases = {
+        "another vocabulary": (text.replace("river", "stream"), ("run",), "text"),
+        "another text": (text + "the cat sees a river .\n", ("run",), "text"),
+        "no such run": (text, ("nowhere",), "nowhere"),
+        "no such run, named otherwise": (text, ("--save", "nowhere"), "nowhere"),
+        "nothing to continue": (text, ("run", "--continue-train"), "finetune_model"),
+        "a folder that is no run": (text, ("text",), "text"),
+    }
+    for what, (content, words, named) in cases.items():
+        (finetuning.path / "text/train.txt").write_text(content)
+        refused = errors(finetuning.run("finetune", *words, "--max-steps", 2, code=2))
+        assert len(refused) == 1 and named in refused[0], what
+        assert not (finetuning.path / "run/finetune_model").exists()
+    assert not (finetuning.path / "nowhere").exists()
