@@ -34,6 +34,8 @@ CUDA_11 = [
     "nvidia-nvtx-cu11==11.8.86",
 ]
 
+ONNX = ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"]
+
 EXTRAS = {
     # Exactly one of these three.
     "cpu": ["mxnet==1.9.1"],
@@ -46,7 +48,7 @@ EXTRAS = {
     # HOROVOD_GPU_OPERATIONS=NCCL in front of these gives NCCL instead of gloo on GPUs.
     "horovod": ["horovod==0.28.1"],
     "serve": ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1"],
-    "onnx": ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"],
+    "onnx": ONNX,
     "tensorboard": ["tensorboardX>=2.6,<3"],
     "plot": ["matplotlib>=3.7,<4"],
     "test": [
@@ -56,6 +58,7 @@ EXTRAS = {
         "ruff>=0.6,<1",
         "mypy>=1.8,<3",
         "types-PyYAML",
+        *ONNX,
     ],
     # What scripts/benchmark.py measures ours against. Its sdist does not compile as it is on Python 3.11 and
     # later: `bash scripts/environment.sh peers` installs it.

@@ -10,7 +10,7 @@ from .cli import MAY_CHANGE_ON_RESUME, parse_finetune, run_command
 from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
-from .runtime import prepare_process
+from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run
 
 FOLDER = "finetune_model"
@@ -68,7 +68,7 @@ def _finetune(argv: Sequence[str]) -> int:
         return 0
     log_to_terminal()
     LOGGER.info("finetuning %s", run.path)
-    prepare_process(command.config.devices.cpus or 1)
+    prepare_training(command.config)
     from .training.checkpoint import best_checkpoint
     from .training.session import resume_run, start_run
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .cli import MAY_CHANGE_ON_RESUME, parse_train, run_command
 from .logs import LOGGER, log_to_terminal
-from .runtime import prepare_process
+from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run, strip_model_suffix
 
 
@@ -28,7 +28,7 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     log_to_terminal()
     LOGGER.info("recipe %s", command.recipe or "none")
-    prepare_process(command.config.devices.cpus or 1)
+    prepare_training(command.config)
     from .training.session import resume_run, start_run
 
     return start_run(command) if command.resume is None else resume_run(command, run, checkpoint)

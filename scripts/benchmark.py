@@ -1,24 +1,27 @@
 """Speed, memory and start-up of gluon_lm, beside a peer on the same machine in the same run.
 
-    python scripts/benchmark.py training                      # every size, with start-up
+    python scripts/benchmark.py training                      # the plain LSTMs, with start-up
     python scripts/benchmark.py training --sizes A --rounds 5 --json result.json
+    python scripts/benchmark.py training --sizes C            # the AWD-LSTM; a step takes many seconds
+    python scripts/benchmark.py memory                        # resident memory over 1,000 windows of random length
+    python scripts/benchmark.py unrolled                      # what goes beyond the fused recurrent operator costs this
     python scripts/benchmark.py startup --corpus wikitext-2   # the corpus's files must be in --data-dir
 
 Each measurement is a process of its own, so that memory and allocator settings are clean. The cases take
 turns, round after round, so that a change of the machine's speed meets all of them; the tables give medians
 and ranges over the rounds.
 
-The peer is gluonnlp's StandardRNN in the training loop of its tutorial (`bash scripts/environment.sh peers`
-installs it). The text is random, Zipf-distributed words of a WikiText-2-sized vocabulary.
+The peer is gluonnlp's StandardRNN or AWDRNN in the training loop of its word_language_model.py (`bash
+scripts/environment.sh peers` installs it). The text is random, Zipf-distributed words of a WikiText-2-sized vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -26,16 +29,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gluon_lm.config import Config, ModelConfig, OptimConfig, TrainingConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 33_278
 SEED = 1111
 PROCESS_TIMEOUT_S = 1800
+STEP_TIMEOUT_S = 60  # for each step of a measurement, start-up included
 
 # The allocator part of `gluon_lm.runtime.prepare_process`, in the form that any program on glibc takes.
 ALLOCATOR = {
@@ -48,23 +54,55 @@ ALLOCATOR = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how it is trained."""
+    """A model, how it is trained, and how many steps before and while the clock runs give a steady figure."""
 
-    hidden_size: int
-    dropout: float
-    num_layers: int = 2
-    batch_size: int = 32
-    bptt: int = 35
-    lr: float = 1.0
-    clip_norm: float = 0.25
+    model: ModelConfig
+    optim: OptimConfig
+    batch_size: int
+    bptt: int
+    warmup: int = 8
+    steps: int = 40
 
     @property
     def description(self) -> str:
-        return f"LSTM {self.num_layers}x{self.hidden_size} tied, batch {self.batch_size}, bptt {self.bptt}"
+        model = self.model
+        tied = " tied" if model.tied else ""
+        return (
+            f"{model.model.upper()} {model.num_layers}x{model.hidden_size}{tied}, "
+            f"batch {self.batch_size}, bptt {self.bptt}"
+        )
 
 
-SIZES = {"A": Size(hidden_size=200, dropout=0.2), "B": Size(hidden_size=650, dropout=0.5)}
+def lstm(hidden_size: int, dropout: float) -> ModelConfig:
+    return ModelConfig(embed_size=hidden_size, hidden_size=hidden_size, tied=True, dropout=dropout)
+
+
+SIZES = {
+    "A": Size(lstm(200, dropout=0.2), OptimConfig(lr=1.0), batch_size=32, bptt=35),
+    "A70": Size(lstm(200, dropout=0.2), OptimConfig(lr=1.0), batch_size=20, bptt=70),
+    "B": Size(lstm(650, dropout=0.5), OptimConfig(lr=1.0), batch_size=32, bptt=35),
+    "C": Size(
+        ModelConfig(
+            model="awd-lstm",
+            embed_size=400,
+            hidden_size=1150,
+            num_layers=3,
+            tied=True,
+            dropout=0.4,
+            dropout_input=0.65,
+            dropout_hidden=0.2,
+            dropout_embed=0.1,
+            weight_drop=0.5,
+        ),
+        OptimConfig(lr=30.0, weight_decay=1.2e-6, alpha=2.0, beta=1.0),
+        batch_size=80,
+        bptt=70,
+        warmup=1,
+        steps=3,
+    ),
+}
 EVALUATION_STREAMS = 10  # the batch size that the peer evaluates with
+MAX_SEQ_LEN_DELTA = 20  # of the windows of random length, as in the recipe awd
 
 
 # ---------------------------------------------------------------- measurements, each in a process of its own
@@ -80,42 +118,38 @@ def zipf_ids(count: int):
 
 
 def ours_model(size: Size):
-    """Our model and its communicator, made as `gluon_lm.train` makes them."""
-    from gluon_lm.runtime import prepare_process
-
-    prepare_process()
-    from gluon_lm.config import DeviceConfig, ModelConfig
+    """Our model and its communicator, made as `gluon_lm.train` makes them once the process is prepared."""
+    from gluon_lm.config import DeviceConfig
     from gluon_lm.distributed import create_communicator
     from gluon_lm.models import LanguageModel
 
     communicator = create_communicator(DeviceConfig(cuda=False))
-    model = LanguageModel(
-        ModelConfig(
-            model="lstm",
-            embed_size=size.hidden_size,
-            hidden_size=size.hidden_size,
-            num_layers=size.num_layers,
-            tied=True,
-            dropout=size.dropout,
-        ),
-        VOCAB_SIZE,
-    )
+    model = LanguageModel(size.model, VOCAB_SIZE)
     model.initialize_parameters(SEED, communicator.devices)
     model.hybridize_for_use()
     return model, communicator
 
 
-def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
+def ours_step(size: Size):
+    """Our training step, made as `gluon_lm.train` makes it."""
+    from gluon_lm.runtime import prepare_training
+
+    training = TrainingConfig(batch_size=size.batch_size, bptt=size.bptt)
+    prepare_training(Config(model=size.model, optim=size.optim, training=training))
     model, communicator = ours_model(size)
-    from gluon_lm.config import OptimConfig
-    from gluon_lm.data.windows import Streams
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
-    streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt), size.batch_size, eos=0)
-    optimizer = create_optimizer(OptimConfig(lr=size.lr, clip_norm=size.clip_norm))
-    step = TrainingStep(model, optimizer, communicator, size.clip_norm)
+    optim = size.optim
     communicator.broadcast_parameters(list(model.named_parameters().values()))
+    return TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
+
+
+def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    step = ours_step(size)
+    from gluon_lm.data.windows import Streams
+
+    streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt), size.batch_size, eos=0)
 
     def take(start: int, stop: int) -> None:
         for i in range(start, stop):
@@ -124,7 +158,34 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
     return timed_steps(size, warmup, steps, take)
 
 
+def memory_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
+    """Resident memory over steps on windows of random length, noted ten times; the longest is rehearsed first."""
+    step = ours_step(size)
+    from gluon_lm.data.windows import TrainingWindows
+
+    ids = zipf_ids(100 * size.batch_size * size.bptt)
+    windows = TrainingWindows(ids, size.batch_size, size.bptt, 0, SEED, max_seq_len_delta=MAX_SEQ_LEN_DELTA)
+    trace: list[dict[str, float]] = []
+
+    def look(done: int) -> None:
+        trace.append({"steps": done, "memory_mb": memory_mb(), "peak_memory_mb": peak_memory_mb()})
+        note(f"{done} steps: {trace[-1]['memory_mb']:,.1f} MB, peak {trace[-1]['peak_memory_mb']:,.1f} MB")
+
+    step.rehearse(windows.longest())
+    look(0)
+    epochs = (windows.epoch(number) for number in itertools.count())
+    text = (epoch.window(i) for epoch in epochs for i in range(len(epoch)))
+    for done, window in enumerate(itertools.islice(text, steps), 1):
+        step(window, SEED, done)
+        if done % max(1, steps // 10) == 0:
+            look(done)
+    return {"trace": trace}
+
+
 def evaluate_ours(size: Size, warmup: int, steps: int, num_streams: int = EVALUATION_STREAMS) -> dict[str, float]:
+    from gluon_lm.runtime import prepare_process
+
+    prepare_process()
     model, communicator = ours_model(size)
     from gluon_lm.evaluation.static import evaluate
 
@@ -147,10 +208,13 @@ def peer_model(size: Size, train: bool):
     import mxnet as mx
 
     mx.random.seed(SEED)
-    models = nlp.model.train if train else nlp.model
-    model = models.StandardRNN(
-        "lstm", VOCAB_SIZE, size.hidden_size, size.hidden_size, size.num_layers, size.dropout, True
-    )
+    models, config = nlp.model.train if train else nlp.model, size.model
+    shape = (config.cell, VOCAB_SIZE, config.embed_size, config.hidden_size, config.num_layers)
+    if config.weight_drop:
+        inner = (config.weight_drop, config.dropout_hidden, config.dropout_input, config.dropout_embed)
+        model = models.AWDRNN(*shape, config.tied, config.dropout, *inner)
+    else:
+        model = models.StandardRNN(*shape, config.dropout, config.tied)
     model.initialize(mx.init.Xavier(), ctx=mx.cpu())
     if train:
         model.hybridize(static_alloc=True)
@@ -165,13 +229,22 @@ def peer_batches(size: Size, batch_size: int, windows: int):
     return mx.nd.array(zipf_ids(rows * batch_size).reshape(batch_size, rows).T)
 
 
+def detached(states):
+    """The peer's recurrent state, arrays in lists in lists, cut from what it was computed from."""
+    return [detached(state) for state in states] if isinstance(states, (list, tuple)) else states.detach()
+
+
 def train_peer(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    import gluonnlp as nlp
     import mxnet as mx
     from mxnet import autograd, gluon
 
-    model = peer_model(size, train=True)
+    model, optim = peer_model(size, train=True), size.optim
     loss = gluon.loss.SoftmaxCrossEntropyLoss()
-    trainer = gluon.Trainer(model.collect_params(), "sgd", {"learning_rate": size.lr, "momentum": 0, "wd": 0})
+    activation = nlp.loss.ActivationRegularizationLoss(optim.alpha)
+    change = nlp.loss.TemporalActivationRegularizationLoss(optim.beta)
+    settings = {"learning_rate": optim.lr, "momentum": 0, "wd": optim.weight_decay}
+    trainer = gluon.Trainer(model.collect_params(), "sgd", settings)
     parameters = model.collect_params().values()
     ids = peer_batches(size, size.batch_size, warmup + steps)
     hidden = model.begin_state(batch_size=size.batch_size, func=mx.nd.zeros, ctx=mx.cpu())
@@ -180,12 +253,17 @@ def train_peer(size: Size, warmup: int, steps: int) -> dict[str, float]:
         nonlocal hidden
         for i in range(start * size.bptt, stop * size.bptt, size.bptt):
             tokens, targets = ids[i : i + size.bptt], ids[i + 1 : i + 1 + size.bptt]
-            hidden = [state.detach() for state in hidden]
+            hidden = detached(hidden)
             with autograd.record():
-                output, hidden, *_ = model(tokens, hidden)
-                mean_loss = loss(output.reshape(-3, -1), targets.reshape(-1)) / tokens.size
+                output, hidden, raw, dropped = model(tokens, hidden)
+                losses = loss(output.reshape(-3, -1), targets.reshape(-1))
+                if optim.alpha:
+                    losses = losses + activation(*dropped)
+                if optim.beta:
+                    losses = losses + change(*raw)
+                mean_loss = losses / tokens.size
             mean_loss.backward()
-            gluon.utils.clip_global_norm([parameter.grad(mx.cpu()) for parameter in parameters], size.clip_norm)
+            gluon.utils.clip_global_norm([parameter.grad(mx.cpu()) for parameter in parameters], optim.clip_norm)
             trainer.step(1)
             mx.nd.sum(mean_loss).asscalar()
 
@@ -205,7 +283,7 @@ def evaluate_peer(size: Size, warmup: int, steps: int) -> dict[str, float]:
         nonlocal hidden
         for i in range(start * size.bptt, stop * size.bptt, size.bptt):
             output, hidden = model(ids[i : i + size.bptt], hidden)
-            hidden = [state.detach() for state in hidden]
+            hidden = detached(hidden)
             losses = loss(output.reshape(-3, -1), ids[i + 1 : i + 1 + size.bptt].reshape(-1))
             mx.nd.sum(losses).asscalar()
 
@@ -247,6 +325,7 @@ MEASUREMENTS = {
         train_ours,
         train_peer,
         train_peer_set_alike,
+        memory_of_ours,
         evaluate_ours,
         evaluate_ours_exactly,
         evaluate_peer,
@@ -255,10 +334,23 @@ MEASUREMENTS = {
 }
 
 
-def measure(name: str, size: str, warmup: int, steps: int) -> dict[str, float]:
+def measure(name: str, size: Size, warmup: int, steps: int) -> dict[str, Any]:
     """Run one measurement in this process; with it, the peak of the process's resident memory."""
-    result = MEASUREMENTS[name](SIZES[size], warmup, steps)
-    return {**result, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
+    return {**MEASUREMENTS[name](size, warmup, steps), "peak_memory_mb": peak_memory_mb()}
+
+
+def peak_memory_mb() -> float:
+    return _status_mb("VmHWM")
+
+
+def memory_mb() -> float:
+    """Resident memory of this process now."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
 
 
 # ---------------------------------------------------------------- cases and rounds
@@ -266,12 +358,13 @@ def measure(name: str, size: str, warmup: int, steps: int) -> dict[str, float]:
 
 @dataclass
 class Case:
-    """A measurement under an environment, and what it gave."""
+    """A measurement under an environment, with changes to the size's model, and what it gave."""
 
     label: str
     measurement: str
     environment: dict[str, str] = field(default_factory=dict)
-    results: list[dict[str, float]] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_peer(self) -> bool:
@@ -305,6 +398,14 @@ def evaluation_cases() -> list[Case]:
     ]
 
 
+def unrolled_cases() -> list[Case]:
+    return [
+        Case("fused", "train_ours"),
+        Case("unrolled, dropout_candidate 0.3", "train_ours", model={"dropout_candidate": 0.3}),
+        Case("unrolled, layer_norm", "train_ours", model={"layer_norm": True}),
+    ]
+
+
 def child_environment(extra: dict[str, str]) -> dict[str, str]:
     """This process's environment with our source tree first, and no allocator setting but `extra`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -314,27 +415,32 @@ def child_environment(extra: dict[str, str]) -> dict[str, str]:
 
 def run_case(case: Case, size: str, warmup: int, steps: int) -> None:
     """Measure `case` once more, in a new process."""
-    command = [sys.executable, __file__, "measure", case.measurement, size, str(warmup), str(steps)]
+    arguments = [case.measurement, size, str(warmup), str(steps), json.dumps(case.model)]
     done = subprocess.run(
-        command,
+        [sys.executable, __file__, "measure", *arguments],
         env=child_environment(case.environment),
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=PROCESS_TIMEOUT_S,
+        timeout=STEP_TIMEOUT_S * (warmup + steps),
         check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"{case.label}: {case.measurement} ended with {done.returncode}\n{done.stderr}")
+        raise SystemExit(f"{case.label}: {case.measurement} ended with {done.returncode}, see above")
     case.results.append(json.loads(done.stdout.splitlines()[-1]))
 
 
-def run_rounds(title: str, cases: list[Case], options: argparse.Namespace, size: str, steps: int) -> dict[str, Any]:
+def run_rounds(
+    kind: str, cases: list[Case], options: argparse.Namespace, size: str, windows_a_step: int = 1
+) -> dict[str, Any]:
     """Measure all cases in turn, `options.rounds` times, and print their table."""
     cases = [case for case in cases if options.peers or not case.is_peer]
+    title = f"{kind}, {size}: {SIZES[size].description}"
+    warmup = options.warmup or SIZES[size].warmup
+    steps = windows_a_step * (options.steps or SIZES[size].steps)
     for n in range(options.rounds):
         for case in cases:
-            run_case(case, size, options.warmup, steps)
+            run_case(case, size, warmup, steps)
             note(
                 f"{title} {n + 1}/{options.rounds}  {case.label}: {case.results[-1]['tokens_per_second']:,.0f} tokens/s"
             )
@@ -349,7 +455,7 @@ def run_rounds(title: str, cases: list[Case], options: argparse.Namespace, size:
         for case in cases
     ]
     print_table(title, ["", "tokens/s (range)", "peak memory, MB (range)", f"{cases[0].label} is faster by"], rows)
-    return {"title": title, "cases": [asdict(case) for case in cases]}
+    return {"title": title, "warmup": warmup, "steps": steps, "cases": [asdict(case) for case in cases]}
 
 
 # ---------------------------------------------------------------- start-up
@@ -472,16 +578,36 @@ def run_training(options: argparse.Namespace) -> list[dict[str, Any]]:
         note("gluonnlp is not installed here: run 'bash scripts/environment.sh peers', or give --no-peers")
         raise SystemExit(2)
     results = []
-    for size in options.sizes:
-        description = SIZES[size].description
-        results.append(run_rounds(f"Training, {size}: {description}", training_cases(), options, size, options.steps))
-        results.append(
-            run_rounds(f"Evaluation, {size}: {description}", evaluation_cases(), options, size, 3 * options.steps)
-        )
+    for size in options.sizes or ["A", "B"]:
+        results.append(run_rounds("Training", training_cases(), options, size))
+        results.append(run_rounds("Evaluation", evaluation_cases(), options, size, windows_a_step=3))
     return results + run_startup(options)
 
 
-BENCHMARKS = {"training": run_training, "startup": run_startup}
+def run_unrolled(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Training speed of an LSTM that is computed step by step, beside the fused operator's."""
+    return [run_rounds("Training", unrolled_cases(), options, size) for size in options.sizes or ["A"]]
+
+
+def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Resident memory in the course of training on windows of random length."""
+    results = []
+    for size in options.sizes or ["A70"]:
+        case = Case("gluon_lm", "memory_of_ours")
+        run_case(case, size, 0, options.steps or 1000)
+        trace = case.results[0]["trace"]
+        rows = [
+            [f"{now['steps']} steps" if now["steps"] else "the longest window, rehearsed"]
+            + [f"{now[metric]:,.1f}" for metric in ("memory_mb", "peak_memory_mb")]
+            for now in trace
+        ]
+        title = f"Memory, {size}: {SIZES[size].description}, up to {MAX_SEQ_LEN_DELTA} longer"
+        print_table(title, ["after", "resident, MB", "peak, MB"], rows)
+        results.append({"title": title, "trace": trace})
+    return results
+
+
+BENCHMARKS = {"training": run_training, "unrolled": run_unrolled, "memory": run_memory, "startup": run_startup}
 
 
 # ---------------------------------------------------------------- reporting
@@ -534,8 +660,9 @@ def machine() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["measure"]:
-        name, size, warmup, steps = argv[1:]
-        print(json.dumps(measure(name, size, int(warmup), int(steps))))
+        name, size, warmup, steps, model = argv[1:]
+        changed = replace(SIZES[size], model=replace(SIZES[size].model, **json.loads(model)))
+        print(json.dumps(measure(name, changed, int(warmup), int(steps))))
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -545,12 +672,12 @@ def main(argv: list[str] | None = None) -> int:
         "--sizes",
         nargs="+",
         choices=SIZES,
-        default=list(SIZES),
-        help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items()),
+        help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items())
+        + " (default: training A B, unrolled A, memory A70)",
     )
     parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
-    parser.add_argument("--steps", type=positive, default=40, help="timed training steps (default 40)")
-    parser.add_argument("--warmup", type=positive, default=8, help="steps before the clock runs (default 8)")
+    parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, memory: 1000)")
+    parser.add_argument("--warmup", type=positive, help="steps before the clock runs (default 8, C: 1)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument("--corpus", help="corpus of the start-up measurement (default: a text made for it)")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where --corpus lies (default ./data)")
@@ -567,8 +694,6 @@ def main(argv: list[str] | None = None) -> int:
             "machine": about,
             "load_average_at_end": os.getloadavg(),
             "rounds": options.rounds,
-            "steps": options.steps,
-            "warmup": options.warmup,
             "results": results,
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
