@@ -131,7 +131,8 @@ def load_trained(name: str | Path | None) -> TrainedModel:
     checkpoint = load_checkpoint(path)
     config = Config.from_yaml(path / CONFIG)
     vocabulary = Vocabulary.load(path / VOCABULARY)
-    model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
+    with mx.name.NameManager():  # its names do not depend on what was made before
+        model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
     model.initialize_parameters(0, [mx.cpu()])
     set_parameters(model, checkpoint.parameters, path)
     return TrainedModel(model, vocabulary, config, checkpoint, path)
@@ -150,7 +151,7 @@ def state_layout(config: ModelConfig) -> list[dict[str, Any]]:
 def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     states = state_layout(trained.config.model)
     tokens = mx.sym.var("tokens")
-    with mx.name.NameManager():  # names that do not depend on what was made before
+    with mx.name.NameManager():  # as in `load_trained`
         outputs = mx.sym.Group(list(trained.model(tokens, *[mx.sym.var(state["name"]) for state in states])))
     (folder / SYMBOL).write_text(outputs.tojson(), encoding="utf-8")
     parameters = {f"arg:{p.name}": p.data() for p in trained.model.named_parameters().values()}
@@ -298,4 +299,6 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
                 raise CheckpointError(f"{folder}: {name} is not the file that the manifest names; export the run again")
         return ExportedPredictor(folder, manifest, device or mx.cpu())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: is no whole export ({error}); export the run again") from error
+        raise CheckpointError(
+            f"{folder}: is no whole export, by its {MANIFEST} ({error}); export the run again"
+        ) from error

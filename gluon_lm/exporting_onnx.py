@@ -131,6 +131,10 @@ class _Graph:
         self.nodes.append(helper.make_node(operator, inputs, names, name=name, **attributes))
         return names[0]
 
+    def integer(self, value: int) -> str:
+        """Add a vector of one number."""
+        return self.add("Constant", [], value_ints=[value])
+
     def constant(self, name: str, array: np.ndarray) -> str:
         """Store an array under a name, which it returns."""
         from onnx import numpy_helper
@@ -162,7 +166,7 @@ def _add_layer(graph: _Graph, cell: str, layer: int, inputs_TNI: str, old: list[
         hidden_size=biases.size // (2 * len(order)),
         **attributes,
     )
-    return graph.add("Squeeze", [outputs_T1NH, _axis(graph, prefix, 1)])
+    return graph.add("Squeeze", [outputs_T1NH, graph.integer(1)])
 
 
 def _add_layer_norm_lstm(graph: _Graph, layer: int, inputs_TNI: str, old: list[str], new: list[str]) -> str:
@@ -202,7 +206,7 @@ def _add_layer_norm_lstm(graph: _Graph, layer: int, inputs_TNI: str, old: list[s
     )
     i2h_weight = graph.constant(f"{prefix}.i2h_weight", graph.parameters[f"{prefix}.i2h_weight"].T)
     from_inputs_TNG = graph.add("MatMul", [inputs_TNI, i2h_weight])
-    axis = _axis(graph, prefix, 0)
+    axis = graph.integer(0)
     last_hidden_NH, last_cell_NH, outputs_TNH = (f"{prefix}.{name}" for name in ("hidden", "cell", "outputs"))
     graph.add(
         "Scan",
@@ -220,13 +224,8 @@ def _add_softmax(graph: _Graph, hidden_TNH: str) -> None:
     """The head. Its matrix is that of the embedding where the model is tied, so it is not transposed beforehand."""
     name = "head.decoder.weight"
     weight_VH = graph.weight(name) if name in graph.parameters else "encoder.embedding.weight"
-    rows = graph.constant("rows", np.array([-1, graph.parameters[weight_VH].shape[1]]))
-    hidden_RH = graph.add("Reshape", [hidden_TNH, rows])
+    hidden_RH = graph.add("Flatten", [hidden_TNH], axis=2)
     logits_RV = graph.add("Gemm", [hidden_RH, weight_VH, graph.weight("head.decoder.bias")], transB=1)
     log_probs_RV = graph.add("LogSoftmax", [logits_RV], axis=-1)
-    shape = graph.add("Concat", [graph.add("Shape", ["tokens"]), graph.constant("rest", np.array([-1]))], axis=0)
+    shape = graph.add("Concat", [graph.add("Shape", ["tokens"]), graph.integer(-1)], axis=0)
     graph.add("Reshape", [log_probs_RV, shape], "log_probs")
-
-
-def _axis(graph: _Graph, prefix: str, axis: int) -> str:
-    return graph.constant(f"{prefix}.axis", np.array([axis]))
