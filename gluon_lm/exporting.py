@@ -6,7 +6,6 @@ inputs are ``tokens``, of shape (T, N), and flat states; its outputs log-probabi
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,7 @@ from . import __version__
 from .config import Config, ModelConfig
 from .data import Vocabulary
 from .errors import CheckpointError, ConfigError
-from .files import file_hash, synchronise
+from .files import exchange, file_hash, synchronise
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .training.checkpoint import CONFIG, Checkpoint, best_checkpoint, load_checkpoint, set_parameters
@@ -111,7 +110,7 @@ def write_export(
         for path in [*fresh.iterdir(), fresh]:
             synchronise(path)
         if target.exists():
-            _exchange(fresh, target)
+            exchange(fresh, target)
         else:
             fresh.rename(target)
         synchronise(target.parent)
@@ -207,25 +206,6 @@ def _digest(manifest: dict[str, Any]) -> str:
     """Hash of all else in a manifest, which an edit by hand does not fit."""
     content = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap the names of two folders, in one step where the system can."""
-    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    try:
-        rename = ctypes.CDLL(None).renameat2
-        if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
-            return
-    except (AttributeError, OSError):
-        pass  # an older C library; some network file systems refuse the call
-    aside = other.with_name(f"{one.name}-aside")
-    other.rename(aside)
-    try:
-        one.rename(other)
-    except OSError:
-        aside.rename(other)
-        raise
-    aside.rename(one)
 
 
 def _check_free(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -49,6 +50,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fresh.unlink(missing_ok=True)
         raise
     synchronise(path.parent)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders, in one step where the system can."""
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+        if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+            return
+    except (AttributeError, OSError):
+        pass  # an older C library; some network file systems refuse the call
+    aside = other.with_name(f"{one.name}-aside")
+    other.rename(aside)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
+    aside.rename(one)
 
 
 def output_file(name: str | None) -> Path | None:

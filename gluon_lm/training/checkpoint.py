@@ -28,7 +28,7 @@ from .. import __version__
 from ..config import Config
 from ..data import Vocabulary
 from ..errors import CheckpointError
-from ..files import file_hash, synchronise
+from ..files import exchange, file_hash, synchronise
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
@@ -130,6 +130,7 @@ def save_checkpoint(
     fresh = run.checkpoints / f".{final.name}.new-{os.getpid()}"
     try:
         _check_space(run.checkpoints, checkpoint)
+        shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
         fresh.mkdir()
         _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
         if checkpoint.unaveraged:
@@ -152,8 +153,9 @@ def save_checkpoint(
         for path in [*fresh.iterdir(), fresh]:
             synchronise(path)
         if final.exists():  # the same step again, now evaluated
-            final.rename(run.checkpoints / f".{final.name}.old")
-        fresh.rename(final)
+            exchange(fresh, final)
+        else:
+            fresh.rename(final)
     except OSError as error:
         raise CheckpointError(
             f"{final}: cannot be written ({error.strerror}); mend that, and continue from the checkpoint before with "
@@ -226,10 +228,6 @@ def newest_checkpoint(run: RunFolder) -> Path:
     CheckpointError
         If there is none, or the newest one is damaged; the message then names the one before it.
     """
-    for replaced in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*.old"):
-        name = replaced.name[1 : -len(".old")]
-        if not (run.checkpoints / name).exists():  # killed while a checkpoint took the place of an older one
-            replaced.rename(run.checkpoints / name)
     checkpoints = run.saved_checkpoints()
     if not checkpoints:
         raise CheckpointError(f"{run.path}: has no checkpoint yet; train it again with --overwrite")

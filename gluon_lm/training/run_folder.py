@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write
+from ..files import atomic_write, exchange
 
 CHECKPOINT_PREFIX = "step-"
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
@@ -64,6 +64,7 @@ class RunFolder:
         """Make the folder, configuration and vocabulary in it, in one rename; an old one makes way if it may."""
         self.check_free(overwrite)
         fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
+        shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
         try:
             (fresh / self.checkpoints.name).mkdir(parents=True)
         except OSError as error:
@@ -71,10 +72,8 @@ class RunFolder:
         (fresh / self.config.name).write_text(config_yaml, encoding="utf-8")
         vocabulary.save(fresh / self.vocabulary.name)
         if self.path.exists():
-            old = self.path.with_name(f".{self.path.name}.old-{os.getpid()}")
-            self.path.rename(old)
-            fresh.rename(self.path)
-            shutil.rmtree(old)
+            exchange(fresh, self.path)
+            shutil.rmtree(fresh)
         else:
             fresh.rename(self.path)
 
