@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -86,13 +87,15 @@ def output_file(name: str | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def open_output(path: Path | None) -> Iterator[IO[bytes]]:
-    """Standard output, or a file that takes the place of `path` when the block ends well."""
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+    """Standard output, or a UTF-8 file that takes the place of `path` when the block ends well."""
     if path is None:
-        yield sys.stdout.buffer
+        yield sys.stdout
     else:
         with atomic_write(path) as file:
-            yield file
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+            yield text
+            text.detach()
 
 
 @contextlib.contextmanager

@@ -109,12 +109,12 @@ def _counted(words: Iterable[list[str | None]], options: GenerateOptions) -> Ite
             LOGGER.info("| Generated %d/%d words", n, options.words)
 
 
-def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[bytes]) -> None:
+def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[str]) -> None:
     """Write the texts, the prompt at the head of each, an empty line between them; one text as it comes."""
     from .generation.detokenize import detokenize
 
     def put(line: str) -> None:
-        file.write(f"{line}\n".encode())
+        file.write(f"{line}\n")
         file.flush()
 
     if options.samples == 1 and not options.detokenize:

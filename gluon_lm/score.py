@@ -64,10 +64,10 @@ def _score(argv: Sequence[str]) -> int:
     scores = score_lines(predictor, map(TOKENIZERS[predictor.tokenizer], lines))
     with open_output(out) as file:
         if options.format == "tsv":
-            file.write(b"line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")
+            file.write("line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")
         for number, score in enumerate(scores, 1):
             rows = _json_row(number, score) if options.format == "jsonl" else _table_rows(number, score, options.words)
-            file.write("".join(f"{row}\n" for row in rows).encode())
+            file.write("".join(f"{row}\n" for row in rows))
     return 0
 
 

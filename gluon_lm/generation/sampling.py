@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import mxnet as mx
 import numpy as np
+from mxnet import gluon
 
 _BLOCK = 256
 _BELOW_ONE = 1 - 2**-22  # the largest uniform number: times a float32 it stays below that
@@ -74,10 +75,8 @@ class Sampler:
         self._last_k_N = array([min(s.top_k or vocab_size, vocab_size) - 1 for s in sampling])
         self._has_k_N = array([s.top_k is not None for s in sampling])
         self._top_p_N1 = array([[1.0 if s.top_p is None else s.top_p] for s in sampling])
-        self._num_blocks = -(-vocab_size // _BLOCK)
-        self._padding_NP = mx.nd.zeros((count, self._num_blocks * _BLOCK - vocab_size), ctx=device)
-        self._ones_1C = mx.nd.ones((1, _BLOCK), ctx=device)
-        self._row_starts_N = mx.nd.arange(count, ctx=device) * self._num_blocks
+        self._draw = _InverseCumulative(vocab_size, count, device)
+        self._draw.hybridize(static_alloc=True)
 
     def __call__(self, log_probs_NV: mx.nd.NDArray, uniforms_N: np.ndarray) -> mx.nd.NDArray:
         """Draw the next words.
@@ -103,10 +102,10 @@ class Sampler:
             threshold_N1 = self._thresholds(probs_NV)
             probs_NV = probs_NV * mx.nd.broadcast_greater_equal(probs_NV, threshold_N1)
         uniforms_N1 = mx.nd.array(np.minimum(uniforms_N, _BELOW_ONE).reshape(-1, 1), ctx=self._device)
-        words_N = self._invert_cumulative(probs_NV, uniforms_N1)
+        words_N = self._draw(probs_NV, uniforms_N1)
         if likeliest_N is not None:
-            words_N = mx.nd.where(self._is_greedy_N, likeliest_N, words_N)
-        return words_N.astype("int32")
+            words_N = mx.nd.where(self._is_greedy_N, likeliest_N.astype("int32"), words_N)
+        return words_N
 
     def _thresholds(self, probs_NV):
         """The smallest probability that each stream may still draw."""
@@ -123,24 +122,37 @@ class Sampler:
         by_p_N = mx.nd.pick(sorted_NK, mx.nd.maximum(num_kept_N - 1, 0), mode="clip")
         return mx.nd.maximum(by_k_N, by_p_N).expand_dims(1)
 
-    def _invert_cumulative(self, probs_NV, uniforms_N1):
-        """The word in which the cumulative distribution passes each uniform number: first its block, then itself."""
-        padded_NV = mx.nd.concat(probs_NV, self._padding_NP, dim=1) if self._padding_NP.shape[1] else probs_NV
-        blocks_RC = padded_NV.reshape((-1, _BLOCK))
-        # A matrix product, because MXNet's sums over short rows are slow on CPU.
-        sums_NB = mx.nd.FullyConnected(blocks_RC, self._ones_1C, num_hidden=1, no_bias=True).reshape(
-            (-1, self._num_blocks)
+
+class _InverseCumulative(gluon.HybridBlock):
+    """The word in which the cumulative distribution passes a uniform number: first its block of words, then itself."""
+
+    def __init__(self, vocab_size: int, num_streams: int, device: mx.Context) -> None:
+        super().__init__()
+        self._num_blocks = vocab_size // _BLOCK + 1
+        self._constants = (
+            mx.nd.zeros((num_streams, self._num_blocks * _BLOCK - vocab_size), ctx=device),
+            mx.nd.arange(num_streams, ctx=device) * self._num_blocks,
+            mx.nd.ones((1, _BLOCK), ctx=device),
         )
-        block_N, rest_N1 = _first_above(sums_NB, uniforms_N1)
-        word_N, _ = _first_above(mx.nd.take(blocks_RC, self._row_starts_N + block_N), rest_N1)
-        return block_N * _BLOCK + word_N
+
+    def __call__(self, probs_NV, uniforms_N1):
+        return super().__call__(probs_NV, uniforms_N1, *self._constants)
+
+    def hybrid_forward(self, F, probs_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C):
+        blocks_RC = F.reshape(F.concat(probs_NV, padding_NP, dim=1), shape=(-1, _BLOCK))
+        # A matrix product, because MXNet's sums over short rows are slow on CPU.
+        sums_R1 = F.FullyConnected(blocks_RC, ones_1C, num_hidden=1, no_bias=True)
+        sums_NB = F.reshape(sums_R1, shape=(-1, self._num_blocks))
+        block_N, rest_N1 = _first_above(F, sums_NB, uniforms_N1)
+        word_N, _ = _first_above(F, F.take(blocks_RC, row_starts_N + block_N), rest_N1)
+        return F.cast(block_N * _BLOCK + word_N, dtype="int32")
 
 
-def _first_above(masses_NB, fractions_N1):
+def _first_above(F, masses_NB, fractions_N1):
     """Where the running sum of masses passes a fraction of their total, and how far into that mass it is (0 to 1)."""
-    cumulative_NB = mx.nd.cumsum(masses_NB, axis=1)
-    target_N1 = cumulative_NB[:, -1:] * fractions_N1
-    index_N = mx.nd.broadcast_lesser_equal(cumulative_NB, target_N1).sum(axis=1)
-    mass_N1 = mx.nd.pick(masses_NB, index_N, keepdims=True)
-    before_N1 = mx.nd.pick(cumulative_NB, index_N, keepdims=True) - mass_N1
-    return index_N, mx.nd.clip((target_N1 - before_N1) / mass_N1, 0.0, _BELOW_ONE)
+    cumulative_NB = F.cumsum(masses_NB, axis=1)
+    target_N1 = F.slice_axis(cumulative_NB, axis=1, begin=-1, end=None) * fractions_N1
+    index_N = F.sum(F.broadcast_lesser_equal(cumulative_NB, target_N1), axis=1)
+    mass_N1 = F.pick(masses_NB, index_N, axis=1, keepdims=True)
+    before_N1 = F.pick(cumulative_NB, index_N, axis=1, keepdims=True) - mass_N1
+    return index_N, F.clip((target_N1 - before_N1) / mass_N1, 0.0, _BELOW_ONE)

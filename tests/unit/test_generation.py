@@ -11,7 +11,10 @@ import reference
 from builders import VOCAB_SIZE, build_model, values_of
 
 from gluon_lm.data import Vocabulary
+from gluon_lm.generation.detokenize import detokenize
 from gluon_lm.generation.generator import generate
+from gluon_lm.generation.sampling import Sampling
+from gluon_lm.prediction import ModelPredictor
 
 VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
 
@@ -21,6 +24,12 @@ def build():
     weight = model.head.decoder.weight
     weight.set_data(4 * weight.data())  # a sharp distribution, that depends on what came before
     return model
+
+
+def write(model, num_words, seed=1111, temperature=1.0):
+    """The words of one text."""
+    predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
+    return [word for (word,) in generate(predictor, num_words, Sampling(temperature), seed=seed)]
 
 
 def misfit(model, words, temperature, burn_in=50):
@@ -44,7 +53,7 @@ def misfit(model, words, temperature, burn_in=50):
 @pytest.mark.parametrize(("temperature", "other"), [(1.0, 0.5), (0.5, 1.0), (2.0, 1.0)])
 def test_words_follow_the_distribution_at_their_temperature(temperature, other):
     model = build()
-    words = list(generate(model, VOCABULARY, 1500, temperature=temperature, seed=7))
+    words = write(model, 1500, seed=7, temperature=temperature)
     assert len(words) == 1500
     assert misfit(model, words, temperature) < 2.5 * VOCAB_SIZE
     assert misfit(model, words, other) > 5 * VOCAB_SIZE
@@ -52,25 +61,61 @@ def test_words_follow_the_distribution_at_their_temperature(temperature, other):
 
 def test_the_seed_decides_the_text():
     model = build()
-
-    def write(seed):
-        return list(generate(model, VOCABULARY, 40, seed=seed))
-
-    first = write(1)
+    first = write(model, 40, seed=1)
     mx.nd.random.uniform(shape=(3,))
-    assert write(1) == first
-    assert write(2) != first
+    assert write(model, 40, seed=1) == first
+    assert write(model, 40, seed=2) != first
 
 
 def test_words_come_one_after_another():
     model = build()
-    assert list(islice(generate(model, VOCABULARY, 10**9, seed=1), 5)) == list(generate(model, VOCABULARY, 5, seed=1))
-    assert list(generate(model, VOCABULARY, 0)) == []
+    predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
+    endless = generate(predictor, 10**9, seed=1)
+    assert [word for (word,) in islice(endless, 5)] == write(model, 5, seed=1)
+    assert write(model, 0) == []
+
+
+def test_a_text_is_the_same_beside_others():
+    predictor = ModelPredictor(build(), VOCABULARY, "whitespace", mx.cpu())
+    together = list(zip(*generate(predictor, 60, num_samples=5, seed=9)))
+    assert len(set(together)) == 5
+    (alone,) = zip(*generate(predictor, 60, num_samples=1, seed=9))
+    assert together[0] == alone
+
+
+def test_a_text_goes_on_from_its_prompt():
+    model = build()
+    predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
+    prompt = ["w3", "never-seen", "w4"]
+    (text,) = zip(*generate(predictor, 20, Sampling(temperature=0), prompt=prompt))
+    parameters = values_of(model)
+    states, ids = reference.zero_states("gru", parameters, 1), [VOCABULARY.eos_id, *VOCABULARY.encode(prompt)]
+    for place in range(20):
+        log_probs, states = reference.log_probs("gru", parameters, np.array(ids)[:, None], states)
+        ids = [int(log_probs[-1, 0].argmax())]
+        assert text[place] == VOCABULARY.words[ids[0]]
+
+
+def test_a_text_ends_with_its_first_line_where_that_is_asked_for():
+    predictor = ModelPredictor(build(), VOCABULARY, "whitespace", mx.cpu())
+    to_the_end = list(zip(*generate(predictor, 200, num_samples=8, seed=2)))
+    stopped = list(zip(*generate(predictor, 200, num_samples=8, seed=2, stop_at_eos=True)))
+    for whole, cut in zip(to_the_end, stopped):
+        length = whole.index("<eos>") + 1
+        assert cut[:length] == whole[:length] and set(cut[length:]) <= {None}
+
+
+def test_text_that_reads():
+    first = 'the cost rose to 1 @,@ 000 ( $ 3 @.@ 5 ) , he said : " do n\'t " . <eos>'
+    second = "it 's a well @-@ known ' case ' ? <eos>"
+    assert detokenize(f"{first} {second}".split()) == (
+        "the cost rose to 1,000 ($3.5), he said: \"don't\".\nit's a well-known ' case '?\n"
+    )
 
 
 def test_a_low_temperature_takes_the_likeliest_word():
     model = build()
-    words = list(generate(model, VOCABULARY, 30, temperature=1e-3, seed=5))
+    words = write(model, 30, seed=5, temperature=1e-3)
     parameters, states = values_of(model), reference.zero_states("gru", values_of(model), 1)
 
     def greedy(start):
@@ -87,5 +132,5 @@ def test_a_low_temperature_takes_the_likeliest_word():
 def test_dropout_is_off():
     with_dropout = build_model(dropout=0.9)
     without = build_model(dropout=0.0)
-    texts = [list(generate(model, VOCABULARY, 30, seed=2)) for model in (with_dropout, without)]
+    texts = [write(model, 30, seed=2) for model in (with_dropout, without)]
     assert texts[0] == texts[1]

@@ -1,0 +1,98 @@
+"""What is done with a trained run: text, scores."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+
+@pytest.fixture
+def run(project):
+    project.train("run", "--epochs", 8, "--lr", 10)
+    return project
+
+
+def words_of(output):
+    return [line.split() for line in output.splitlines()]
+
+
+def test_text_from_a_prompt_in_many_samples(run):
+    output = run.run("generate", "run", "--prompt", "the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4)
+    samples = output.strip().split("\n\n")
+    assert len(samples) == 3 and all(sample.startswith("the cat ") for sample in samples)
+    assert all(len(sample.split()) == 2 + 6 for sample in samples)
+    assert output == run.run(
+        "generate", "run", "--prompt", "the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4
+    )
+    greedy = run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--greedy", "--no-unk")
+    assert "<unk>" not in greedy
+    assert greedy == run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--top-k", 1)
+    sentence = run.run(
+        "generate", "run", "--prompt", "a dog", "--words", 40, "--greedy", "--stop-at-eos", "--detokenize"
+    )
+    assert sentence.strip().endswith(".") and " ." not in sentence and "<eos>" not in sentence
+
+
+def test_the_references_flags_of_generation(run):
+    output = run.run(
+        "generate",
+        "--checkpoint",
+        "run.pt",
+        "--data",
+        "elsewhere",
+        "--words",
+        10,
+        "--log-interval",
+        5,
+        "--outf",
+        "o.txt",
+    )
+    assert "| Generated 5/10 words" in output and "--data elsewhere: has no effect" in output
+    assert len((run.path / "o.txt").read_text().split()) == 10
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (("run", "--checkpoint", "other"), "both name the run"),
+        (("run", "--greedy", "--top-p", 0.5), "--greedy with --top-p"),
+        (("run", "--temperature", 0), "--temperature 0: must be a number above 0"),
+        (("run", "--top-p", 1.5), "--top-p 1.5: must be"),
+        (("run", "--outf", "no/such/folder.txt"), "must be a file in a folder that exists"),
+        (("nothing",), "there is no such run"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(project, flags, complaint):
+    output = project.run("generate", *flags, code=2)
+    assert complaint in output and output.startswith("error: ") and len(output.splitlines()) == 1
+
+
+def test_scores_tell_what_the_model_learnt(run):
+    (run.path / "lines.txt").write_text("the cat sees a tree .\ntree a sees the cat .\n\nan elephant\n")
+    header, *rows = [line.split("\t") for line in run.run("score", "run", "lines.txt").splitlines()]
+    assert header == ["line", "position", "log_prob", "perplexity", "tokens", "text"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"] and [row[4] for row in rows] == ["7", "7", "1", "3"]
+    assert float(rows[0][2]) > float(rows[1][2]) + 5
+    assert float(rows[0][3]) == pytest.approx(math.exp(-float(rows[0][2]) / 7), rel=1e-4)
+
+    with_words = [line.split("\t") for line in run.run("score", "run", "lines.txt", "--words").splitlines()[1:]]
+    assert [row[5] for row in with_words[:8]] == ["the cat sees a tree .", *"the cat sees a tree . <eos>".split()]
+    assert sum(float(row[2]) for row in with_words[1:8]) == pytest.approx(float(rows[0][2]), abs=1e-4)
+
+    run.run("score", "run", "lines.txt", "--format", "jsonl", "--outf", "scores.jsonl")
+    objects = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
+    assert [o["log_prob"] for o in objects] == pytest.approx([float(row[2]) for row in rows], abs=1e-5)
+    assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [(b"", "is empty"), (b"fine\n\xff\xfe\n", "line 2: is not UTF-8"), (None, "cannot be read")],
+)
+def test_a_file_that_cannot_be_scored_is_refused(project, content, complaint):
+    if content is not None:
+        (project.path / "lines.txt").write_bytes(content)
+    output = project.run("score", "run", "lines.txt", code=2)
+    assert output.startswith("error: lines.txt") and complaint in output and len(output.splitlines()) == 1
