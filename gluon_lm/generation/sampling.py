@@ -56,27 +56,31 @@ class Sampler:
 
     def __init__(self, sampling: Sequence[Sampling], vocab_size: int, unk_id: int, device: mx.Context) -> None:
         self._vocab_size, self._unk_id, self._device = vocab_size, unk_id, device
-
-        def array(values, dtype="float32"):
-            return mx.nd.array(np.array(values, dtype=dtype), ctx=device, dtype=dtype)
-
-        count = len(sampling)
-        self._inverse_N1 = None
-        if any(s.temperature not in (0, 1) for s in sampling):
-            self._inverse_N1 = array([[1 / (s.temperature or 1)] for s in sampling])
-        self._is_greedy_N = (
-            array([s.temperature == 0 for s in sampling]) if any(s.temperature == 0 for s in sampling) else None
-        )
-        self._unk_bias_N1 = None
-        if any(s.suppress_unk for s in sampling):
-            self._unk_bias_N1 = array([[-np.inf if s.suppress_unk else 0.0] for s in sampling])
-        largest_k = max((s.top_k or 0 for s in sampling), default=0)
-        self._num_sorted = vocab_size if any(s.top_p is not None for s in sampling) else min(largest_k, vocab_size)
-        self._last_k_N = array([min(s.top_k or vocab_size, vocab_size) - 1 for s in sampling])
-        self._has_k_N = array([s.top_k is not None for s in sampling])
-        self._top_p_N1 = array([[1.0 if s.top_p is None else s.top_p] for s in sampling])
-        self._draw = _InverseCumulative(vocab_size, count, device)
+        self._draw = _InverseCumulative(vocab_size, len(sampling), device)
         self._draw.hybridize(static_alloc=True)
+        self.set(sampling)
+
+    def set(self, sampling: Sequence[Sampling]) -> None:
+        """Draw in other ways from now on, for as many streams as before."""
+
+        def array(values, needed=True):
+            return mx.nd.array(np.array(values, dtype=np.float32), ctx=self._device) if needed else None
+
+        every = self._vocab_size
+        self._inverse_N1 = array(
+            [[1 / (s.temperature or 1)] for s in sampling], any(s.temperature not in (0, 1) for s in sampling)
+        )
+        is_greedy = [s.temperature == 0 for s in sampling]
+        self._is_greedy_N = array(is_greedy, any(is_greedy))
+        self._unk_bias_N1 = array(
+            [[-np.inf if s.suppress_unk else 0.0] for s in sampling], any(s.suppress_unk for s in sampling)
+        )
+        largest_k = max(s.top_k or 0 for s in sampling)
+        self._num_sorted = every if any(s.top_p is not None for s in sampling) else min(largest_k, every)
+        self._last_k_N = array([min(s.top_k or every, every) - 1 for s in sampling])
+        self._has_k_N = array([s.top_k is not None for s in sampling])
+        # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
+        self._top_p_N1 = array([[np.inf if s.top_p is None else s.top_p] for s in sampling])
 
     def __call__(self, log_probs_NV: mx.nd.NDArray, uniforms_N: np.ndarray) -> mx.nd.NDArray:
         """Draw the next words.

@@ -59,6 +59,21 @@ def test_words_follow_the_distribution_at_their_temperature(temperature, other):
     assert misfit(model, words, other) > 5 * VOCAB_SIZE
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["softmax", "tied softmax"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_hundred_thousand_words_fit_the_softmax(temperature, tied):
+    model = build_model(model="gru", tied=tied)
+    predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
+    (words,) = generate(predictor, 1, Sampling(temperature), prompt=["w3", "w5"], num_samples=100_000, seed=3)
+    observed = np.bincount(VOCABULARY.encode(words), minlength=VOCAB_SIZE)
+    parameters = values_of(model)
+    tokens = np.array([VOCABULARY.eos_id, *VOCABULARY.encode(["w3", "w5"])])[:, None]
+    log_probs, _ = reference.log_probs("gru", parameters, tokens, reference.zero_states("gru", parameters, 1))
+    expected = np.exp(reference.log_softmax(log_probs[-1, 0] / temperature)) * len(words)
+    assert expected.min() > 5
+    assert ((observed - expected) ** 2 / expected).sum() < 50  # 12 degrees of freedom: one chance in a million
+
+
 def test_the_seed_decides_the_text():
     model = build()
     first = write(model, 40, seed=1)
