@@ -34,6 +34,7 @@ CUDA_11 = [
     "nvidia-nvtx-cu11==11.8.86",
 ]
 
+SERVE = ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1", "pydantic>=2,<3"]
 ONNX = ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"]
 
 EXTRAS = {
@@ -47,7 +48,7 @@ EXTRAS = {
     #   HOROVOD_WITHOUT_PYTORCH=1 pip install --no-build-isolation -e ".[horovod]"
     # HOROVOD_GPU_OPERATIONS=NCCL in front of these gives NCCL instead of gloo on GPUs.
     "horovod": ["horovod==0.28.1"],
-    "serve": ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1"],
+    "serve": SERVE,
     "onnx": ONNX,
     "tensorboard": ["tensorboardX>=2.6,<3"],
     "plot": ["matplotlib>=3.7,<4"],
@@ -59,6 +60,9 @@ EXTRAS = {
         "mypy>=1.8,<3",
         "types-PyYAML",
         *ONNX,
+        *SERVE,
+        "schemathesis>=4,<5",
+        "playwright>=1.40,<2",
     ],
     # What scripts/benchmark.py measures ours against. Its sdist does not compile as it is on Python 3.11 and
     # later: `bash scripts/environment.sh peers` installs it.
@@ -92,7 +96,7 @@ setup(
     # The recipes are edited at the top of the tree and travel inside the package.
     packages=[*find_packages(include=["gluon_lm", "gluon_lm.*"]), "gluon_lm.configs"],
     package_dir={"gluon_lm.configs": "configs"},
-    package_data={"gluon_lm.configs": ["*.yaml"], "gluon_lm": ["py.typed"]},
+    package_data={"gluon_lm.configs": ["*.yaml"], "gluon_lm": ["py.typed", "serving/*.html"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["gluon-lm = gluon_lm.__main__:main"]},

@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per word of a run on a text",
     "generate": "write text with a run",
     "score": "how likely a run finds each line of a file, and each word",
+    "serve": "a model behind an address: a form, a JSON API, a page",
     "export": "write a model that runs with MXNet alone, or as ONNX",
     "download": "fetch corpora",
 }

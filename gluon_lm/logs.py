@@ -12,17 +12,19 @@ from pathlib import Path
 LOGGER = logging.getLogger("gluon_lm")
 
 
-def log_to_terminal(level: int = logging.INFO) -> None:
-    """Send the package's log lines to standard output, bare, and hold them for the file of a run that is made later.
+def log_to_terminal(level: int = logging.INFO, hold: bool = False) -> None:
+    """Send the package's log lines to standard output, bare. For commands; a library user configures logging.
 
-    For commands; a library user configures logging.
+    Parameters
+    ----------
+    hold : bool
+        Keep them as well, for the file of a run that is made later.
     """
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.handlers[:] = [
-        terminal,
-        logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL),
-    ]
+    LOGGER.handlers[:] = [terminal]
+    if hold:
+        LOGGER.addHandler(logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL))
     LOGGER.setLevel(level)
     LOGGER.propagate = False
 

@@ -7,6 +7,13 @@ set -euo pipefail
 use_environment cpu test
 cd "$ROOT"
 
+# The page of `gluon_lm.serve` is tested in a real browser, which is no Python package.
+if ! command -v chromium chromium-browser google-chrome >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+    echo "installing chromium for the tests of the web page"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; } \
+        </dev/null >/dev/null 2>&1 || echo "chromium cannot be installed; the tests of the web page are skipped"
+fi
+
 checks=0
 if [ $# -eq 0 ]; then
     python -m ruff check . </dev/null || checks=$?

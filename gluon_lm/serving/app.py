@@ -1,0 +1,337 @@
+"""The web application: a form, a JSON API, a page.
+
+Handlers are coroutines of one event loop. They hand work to the engine and wait for its futures.
+
+FastAPI reads the handlers' annotations when they are defined, so annotations are not postponed here.
+"""
+
+import asyncio
+import json
+import math
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from html import escape
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from .. import __version__
+from ..data.tokenizers import TOKENIZERS
+from ..generation.detokenize import detokenize
+from ..generation.sampling import Sampling
+from ..prediction import Predictor
+from ..scoring import LineScore
+from . import schemas
+from .engine import Busy, Closed, Engine, TextRequest
+from .guard import WORK, Guard
+from .limits import Limits
+from .metrics import RequestMetrics
+
+WORDS_PER_LINE = 20
+_HERE = Path(__file__).parent
+_ONLY_THIS_SERVER = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
+    408: {"model": schemas.Problem, "description": "The request came too slowly."},
+    413: {"model": schemas.Problem, "description": "The request is too long."},
+    422: {"model": schemas.FieldProblems, "description": "Something is wrong with the request."},
+    429: {"model": schemas.Problem, "description": "Too much is waiting already; try again later."},
+    503: {"model": schemas.Problem, "description": "The server is stopping, or the time was up."},
+}
+_FORM_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
+    status: {"description": what, "content": {"text/plain": {"schema": {"type": "string"}}}}
+    for status, what in [
+        (200, "The text, 20 words a line."),
+        (400, "Something is wrong with the form."),
+        (429, "Too much is waiting already; try again later."),
+        (503, "The server is stopping, or the time was up."),
+    ]
+}
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON"}},
+    "required": ["data"],
+}
+
+
+def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path: Optional[str] = None) -> FastAPI:
+    """The application that serves a model.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        The application's own from now on.
+    limits : Limits, optional
+    root_path : str, optional
+        Where a proxy puts the application, such as ``/expose/ID``. Paths may have it in front or not; a form may be
+        sent to any path below it.
+
+    Returns
+    -------
+    FastAPI
+        Its engine runs from the start of the application to its end.
+    """
+    limits = limits or Limits()
+    root_path = None if root_path is None else root_path.rstrip("/")
+    engine = Engine(predictor, limits.slots, limits.max_waiting)
+    metrics = RequestMetrics()
+    models = schemas.RequestModels(limits)
+    tokenize = TOKENIZERS[predictor.tokenizer]
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with engine:
+            yield  # until every request has been answered, or the time for that is up
+
+    app = FastAPI(
+        title="gluon_lm",
+        version=__version__,
+        description="Writes and scores text with a word-level language model.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        servers=[{"url": root_path}] if root_path else None,
+    )
+    app.state.engine = engine
+    app.add_middleware(
+        Guard,
+        metrics=metrics,
+        max_body=limits.max_body,
+        timeout=limits.timeout,
+        root_path=root_path,
+        post_paths=frozenset({"/v1/generate", "/v1/score"}),
+    )
+    _answer_errors(app, limits)
+
+    async def result(futures: Iterable[Any]) -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), limits.timeout)
+
+    def text_requests(asked: Any, seed: int, num_texts: int) -> list[TextRequest]:
+        is_greedy = asked.temperature < schemas.LOWEST_TEMPERATURE
+        sampling = Sampling(0.0 if is_greedy else asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
+        prompt = None if asked.prompt is None else tokenize(asked.prompt)
+        return [
+            TextRequest(asked.words, sampling, seed, index, prompt, asked.stop_at_eos) for index in range(num_texts)
+        ]
+
+    @app.post(
+        "/",
+        summary="Write text, asked for with a form",
+        response_class=PlainTextResponse,
+        responses=_FORM_PROBLEMS,
+        openapi_extra={"requestBody": {"required": True, "content": _form_content(models.Form)}},
+    )
+    async def write_for_form(request: Request) -> PlainTextResponse:
+        try:
+            asked = models.Form.model_validate(await _read_form(request))
+        except ValidationError as error:
+            raise HTTPException(400, "; ".join(map(_in_words, error.errors()))) from None
+        seed = _seed_of(asked)
+        request.scope[WORK] += engine.generate(text_requests(asked, seed, 1))
+        (words,) = await result(request.scope[WORK])
+        lines = (words[start : start + WORDS_PER_LINE] for start in range(0, len(words), WORDS_PER_LINE))
+        text = "".join(f"{' '.join(line)}\n" for line in lines)
+        return PlainTextResponse(text, headers={"X-Seed": str(seed), "X-Content-Type-Options": "nosniff"})
+
+    @app.post(
+        "/v1/generate",
+        summary="Write text",
+        response_model=schemas.GenerateAnswer,
+        responses={
+            **_PROBLEMS,
+            200: {
+                "description": "The texts; with `stream`, events: `start` with the seed, a `data` line with `index` "
+                "and `word` for each word, `done` with the seed and the texts, or `error` with the reason.",
+                "content": {"text/event-stream": {"schema": _EVENT}},
+            },
+        },
+    )
+    async def generate(request: Request, asked: models.Generate) -> Any:  # type: ignore[name-defined]
+        seed = _seed_of(asked)
+        requests = text_requests(asked, seed, asked.n)
+        if not asked.stream:
+            request.scope[WORK] += engine.generate(requests)
+            return _texts(seed, await result(request.scope[WORK]))
+        loop, written = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
+
+        def on_word(index: int, word: str) -> None:
+            loop.call_soon_threadsafe(written.put_nowait, {"index": index, "word": word})
+
+        request.scope[WORK] += engine.generate(requests, on_word)
+        texts = asyncio.ensure_future(result(request.scope[WORK]))
+        texts.add_done_callback(lambda texts: written.put_nowait(None))
+
+        async def events() -> AsyncIterator[str]:
+            yield _event({"seed": seed}, "start")
+            is_open = True
+            while is_open:
+                words = [await written.get()]
+                while not written.empty():
+                    words.append(written.get_nowait())
+                is_open = words[-1] is not None
+                yield "".join(_event(word) for word in words if word is not None)
+            error = texts.exception()
+            if error is None:
+                yield _event(_texts(seed, texts.result()), "done")
+            else:
+                yield _event({"detail": _refusal(error, limits)[1]}, "error")
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+    @app.post(
+        "/v1/score",
+        summary="How likely the model finds lines, each on its own",
+        response_model=schemas.ScoreAnswer,
+        responses=_PROBLEMS,
+    )
+    async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
+        lines = asked.lines or asked.text.splitlines()
+        request.scope[WORK].append(engine.score([tokenize(line) for line in lines]))
+        (scores,) = await result(request.scope[WORK])
+        return {"lines": list(map(_line_answer, scores))}
+
+    @app.get("/v1/model", summary="What is served", response_model=schemas.ModelAnswer)
+    async def model() -> Any:
+        return {
+            "version": __version__,
+            "tokenizer": predictor.tokenizer,
+            "vocab_size": len(predictor.vocabulary),
+            "description": predictor.describe(),
+            "limits": vars(limits),
+        }
+
+    @app.get("/healthz", summary="Whether it works", response_model=schemas.Health, responses={503: _PROBLEMS[503]})
+    async def healthz() -> Any:
+        if not engine.is_alive:
+            raise HTTPException(503, "the engine has stopped")
+        return {"ok": True}
+
+    @app.get("/readyz", summary="Whether it takes work", response_model=schemas.Health, responses={503: _PROBLEMS[503]})
+    async def readyz() -> Any:
+        if not engine.is_ready:
+            raise HTTPException(503, "the engine is starting or stopping")
+        return {"ok": True}
+
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)
+    async def show_metrics() -> PlainTextResponse:
+        figures = {
+            "gluon_lm_words_total": ("counter", "Words written.", engine.num_words),
+            "gluon_lm_live_texts": ("gauge", "Texts that have a slot.", engine.num_live),
+            "gluon_lm_waiting": ("gauge", "Texts and scorings that wait for their turn.", engine.num_waiting),
+            "gluon_lm_slots": ("gauge", "Texts that can have a slot.", engine.num_slots),
+        }
+        return PlainTextResponse(metrics.render(figures), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def add_page(path: str, file: str, summary: str) -> None:
+        base = f'<base href="{escape(root_path or "")}/">'
+        page = (_HERE / file).read_text(encoding="utf-8").replace('<base href="/">', base)
+
+        @app.get(path, summary=summary, response_class=HTMLResponse, name=file)
+        async def show_page() -> HTMLResponse:
+            return HTMLResponse(page, headers=_ONLY_THIS_SERVER)
+
+    add_page("/", "page.html", "A page to write text with")
+    add_page("/docs", "docs.html", "This description, to read")
+    return app
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+async def _read_form(request: Request) -> dict[str, str]:
+    """A form's fields that are not empty; one with a file in it is refused by the parser."""
+    try:
+        form = await request.form(max_files=0, max_fields=50)
+    except (ValueError, LookupError) as error:
+        raise HTTPException(400, "the form cannot be read") from error
+    return {name: value for name, value in form.items() if isinstance(value, str) and value}
+
+
+def _form_content(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    return {kind: {"schema": schema} for kind in ("multipart/form-data", "application/x-www-form-urlencoded")}
+
+
+def _seed_of(asked: Any) -> int:
+    return secrets.randbelow(2**31) if asked.seed is None else asked.seed
+
+
+# ---------------------------------------------------------------- what is answered
+
+
+def _texts(seed: int, texts: list[list[str]]) -> dict[str, Any]:
+    return {"seed": seed, "texts": [{"text": detokenize(words), "words": words} for words in texts]}
+
+
+def _line_answer(score: LineScore) -> dict[str, Any]:
+    words = [
+        {"word": word, "log_prob": _finite(float(log_prob)), "unknown": unknown}
+        for word, log_prob, unknown in zip(score.words, score.log_probs, score.is_unknown)
+    ]
+    return {"log_prob": _finite(score.log_prob), "perplexity": _finite(score.perplexity), "words": words}
+
+
+def _finite(number: float) -> Optional[float]:
+    return number if math.isfinite(number) else None
+
+
+def _event(data: dict[str, Any], kind: Optional[str] = None) -> str:
+    head = "" if kind is None else f"event: {kind}\n"
+    return f"{head}data: {json.dumps(data)}\n\n"
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _answer_errors(app: FastAPI, limits: Limits) -> None:
+    """Answer every error with its reason, as plain text to a form and as JSON otherwise."""
+
+    def answer(request: Request, status: int, detail: Any, headers: Any = None) -> Response:
+        if request.scope["path"] == "/" and request.method == "POST":
+            return PlainTextResponse(f"{detail}\n", status, headers)
+        return JSONResponse({"detail": detail}, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: Any) -> Response:
+        # What was sent stays out of the answer: it may be what JSON or UTF-8 cannot say.
+        keys = ("loc", "msg", "type")
+        problems = [{key: problem[key] for key in keys} for problem in error.errors()]
+        body = json.dumps({"detail": problems})
+        return Response(body, 422, media_type="application/json")
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: Any) -> Response:
+        if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to what no parser can read
+            return answer(request, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}])
+        return answer(request, error.status_code, error.detail, error.headers)
+
+    async def not_done(request: Request, error: Exception) -> Response:
+        status, reason = _refusal(error, limits)
+        return answer(request, status, reason, {"Retry-After": "1"})
+
+    for kind in (Busy, Closed, asyncio.TimeoutError):
+        app.add_exception_handler(kind, not_done)
+
+
+def _refusal(error: BaseException, limits: Limits) -> tuple[int, str]:
+    if isinstance(error, Busy):
+        return 429, f"{limits.capacity} texts are being written or waiting already; try again later"
+    if isinstance(error, Closed):
+        return 503, "the server is stopping"
+    if isinstance(error, asyncio.TimeoutError):
+        return 503, f"not done within {limits.timeout:g} s; ask for less, or try again later"
+    return 500, "the server made an error; its log says which"
+
+
+def _in_words(problem: Any) -> str:
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

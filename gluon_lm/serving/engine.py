@@ -1,0 +1,358 @@
+"""The thread that alone calls MXNet, and steps the texts of all requests together.
+
+A step runs the model on a batch of a fixed number of slots, one for each text; slots without a text are padding. The
+size never changes, because matrix products of different sizes differ in their last bits: so a text under a seed is
+the same to the word, whoever else is served. Prompts and lines to score are read alone, a piece between two steps.
+
+Shapes: T time, N slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from ..data.vocabulary import EOS
+from ..generation.sampling import AS_IS, Sampler, Sampling
+from ..logs import LOGGER
+from ..models import State
+from ..prediction import Predictor
+from ..scoring import LineScore
+
+_WORDS_PER_PIECE = 64
+_PIECES_PER_STEP = 2
+
+
+class Busy(Exception):
+    """The engine has as much to do as it may accept."""
+
+
+class Closed(Exception):
+    """The engine is stopping and takes no more work, or stopped before this work was done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRequest:
+    """What one text is to be.
+
+    Attributes
+    ----------
+    num_words : int
+        Its length at most.
+    sampling : Sampling
+    seed, index : int
+        They decide the words; the text is that of number `index` in `gluon_lm.generation.generator.generate`, as far
+        as rounding goes.
+    prompt : sequence of str, optional
+        Words that come before it; without them it begins after a word drawn evenly from the vocabulary.
+    stop_at_eos : bool
+        End with the first ``<eos>``.
+    """
+
+    num_words: int
+    sampling: Sampling = AS_IS
+    seed: int = 1111
+    index: int = 0
+    prompt: Sequence[str] | None = None
+    stop_at_eos: bool = False
+
+
+class _Text:
+    """A text at work: its last word, which is its next input, and where its random numbers come from."""
+
+    def __init__(
+        self, request: TextRequest, done: Future[list[str]], on_word: Callable[[str], None] | None, vocab_size: int
+    ) -> None:
+        self.request, self.done, self.on_word = request, done, on_word
+        self.words: list[str] = []
+        self.rng = np.random.default_rng([request.seed, request.index])
+        self.last_word = -1 if request.prompt is not None else int(self.rng.integers(vocab_size))
+        self.states: State | None = None
+
+
+class Engine:
+    """Writes texts and scores lines for many callers at once.
+
+    Use it as a context manager. `generate` and `score` may be called from any thread; cancelling the future that they
+    return frees what it held before the next step.
+
+    Parameters
+    ----------
+    predictor : Predictor
+        Nobody else may use it while the engine runs.
+    num_slots : int
+        Texts that are worked on at the same time. Padding costs as much as they do.
+    max_waiting : int
+        Texts and scorings that may wait for their turn.
+    """
+
+    def __init__(self, predictor: Predictor, num_slots: int = 32, max_waiting: int = 256) -> None:
+        self.num_slots, self.capacity = num_slots, num_slots + max_waiting
+        self.num_words = 0
+        self._predictor, self._vocabulary = predictor, predictor.vocabulary
+        self._slots: list[_Text | None] = [None] * num_slots
+        self._waiting: deque[_Text] = deque()
+        self._pieces: deque[tuple[Future[Any], Iterator[None]]] = deque()
+        self._states: State = []
+        self._sampling = [AS_IS] * num_slots
+        self._sampler = Sampler(self._sampling, len(self._vocabulary), self._vocabulary.unk_id, predictor.device)
+        # What other threads touch, under the lock of `_changed`:
+        self._changed = threading.Condition()
+        self._accepted: list[Callable[[], None]] = []
+        self._unfinished: set[Future[Any]] = set()
+        self._is_closing = self._is_aborted = False
+        self._thread = threading.Thread(target=self._run, name="gluon_lm engine", daemon=True)
+        self._is_ready = threading.Event()
+
+    # ------------------------------------------------------------ from any thread
+
+    def __enter__(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(0)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether work is accepted and begun at once."""
+        return self._is_ready.is_set() and self.is_alive and not self._is_closing
+
+    @property
+    def num_live(self) -> int:
+        """Texts that have a slot."""
+        return sum(text is not None for text in self._slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts and scorings that have been accepted and have no slot."""
+        return max(0, len(self._unfinished) - self.num_live)
+
+    def generate(
+        self, requests: Sequence[TextRequest], on_word: Callable[[int, str], None] | None = None
+    ) -> list[Future[list[str]]]:
+        """Write texts, all or none of which are accepted.
+
+        Parameters
+        ----------
+        requests : sequence of TextRequest
+        on_word : callable, optional
+            Takes the place of a text in `requests` and its next word, in the engine's thread: it must be quick.
+
+        Returns
+        -------
+        list of Future
+            The words of each text.
+
+        Raises
+        ------
+        Busy, Closed
+        """
+        futures: list[Future[list[str]]] = [Future() for _ in requests]
+        texts = [
+            _Text(request, future, None if on_word is None else _bind(on_word, place), len(self._vocabulary))
+            for place, (request, future) in enumerate(zip(requests, futures))
+        ]
+
+        def begin() -> None:
+            for text in texts:
+                if text.request.prompt is None:
+                    self._waiting.append(text)
+                else:
+                    self._pieces.append((text.done, self._read_prompt(text)))
+
+        self._accept(futures, begin)
+        return futures
+
+    def score(self, lines: Sequence[Sequence[str]]) -> Future[list[LineScore]]:
+        """Score lines, each on its own, as `gluon_lm.scoring.score_lines` does; raises `Busy` or `Closed`."""
+        future: Future[list[LineScore]] = Future()
+        self._accept([future], lambda: self._pieces.append((future, self._score(lines, future))))
+        return future
+
+    def close(self, timeout: float) -> None:
+        """Take no more work, finish what has been accepted for as long as `timeout` seconds, and stop the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread.ident is None:
+            return
+        self._thread.join(timeout)
+        with self._changed:
+            self._is_aborted = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _accept(self, futures: Sequence[Future[Any]], begin: Callable[[], None]) -> None:
+        with self._changed:
+            if self._is_closing or not self.is_alive:
+                raise Closed
+            if len(self._unfinished) + len(futures) > self.capacity:
+                raise Busy
+            self._unfinished.update(futures)
+            self._accepted.append(begin)
+            self._changed.notify_all()
+        for future in futures:
+            future.add_done_callback(self._forget)
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._changed:
+            self._unfinished.discard(future)
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------ in the engine's own thread
+
+    def _run(self) -> None:
+        self._reset()
+        self._step()  # padding alone: what MXNet does once, it does now
+        self._is_ready.set()
+        while self._wait_for_work():
+            try:
+                self._drop_cancelled()
+                self._fill_slots()
+                self._advance_pieces()
+                if self.num_live:
+                    self._step()
+            except Exception as error:
+                LOGGER.exception("the engine failed; all that it was working on is given up")
+                self._fail_all(error)
+        self._fail_all(Closed())
+
+    def _wait_for_work(self) -> bool:
+        """Take in what has been accepted, sleeping while there is nothing to do; False when the thread is to end."""
+        with self._changed:
+            while not self._is_aborted and not self._accepted and not self._has_work():
+                if self._is_closing:
+                    return False
+                self._changed.wait()
+            accepted, self._accepted = self._accepted, []
+        for begin in accepted:
+            begin()
+        return not self._is_aborted
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._pieces or self.num_live)
+
+    def _reset(self) -> None:
+        self._slots = [None] * self.num_slots
+        self._states = self._predictor.begin_state(self.num_slots)
+        self._waiting.clear()
+        self._pieces.clear()
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._changed:
+            futures = [*self._unfinished]
+            self._accepted.clear()
+        for future in futures:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        self._reset()
+
+    def _drop_cancelled(self) -> None:
+        self._slots = [None if text is None or text.done.cancelled() else text for text in self._slots]
+        self._waiting = deque(text for text in self._waiting if not text.done.cancelled())
+        self._pieces = deque(entry for entry in self._pieces if not entry[0].cancelled())
+
+    def _fill_slots(self) -> None:
+        for slot, occupant in enumerate(self._slots):
+            if not self._waiting:
+                return
+            if occupant is None:
+                text = self._slots[slot] = self._waiting.popleft()
+                for i, state_1NH in enumerate(self._states):
+                    state_1NH[:, slot : slot + 1] = 0 if text.states is None else text.states[i]
+                text.states = None
+
+    def _advance_pieces(self) -> None:
+        """Read pieces, in turn, of what is to be read: a few between two steps, so that texts do not stop."""
+        for _ in range(min(_PIECES_PER_STEP, len(self._pieces))):
+            future, pieces = self._pieces.popleft()
+            if next(pieces, pieces) is not pieces:
+                self._pieces.append((future, pieces))
+
+    def _read_prompt(self, text: _Text) -> Iterator[None]:
+        ids = [self._vocabulary.eos_id, *self._vocabulary.encode(text.request.prompt or [])]
+        text.states = self._predictor.begin_state(1)
+        for start in range(0, len(ids) - 1, _WORDS_PER_PIECE):
+            piece = ids[start : min(start + _WORDS_PER_PIECE, len(ids) - 1)]
+            # Only the state is wanted; of one target the head, which costs the most, computes one row.
+            _, text.states = self._losses(piece, ids[:1], text.states)
+            yield
+        text.last_word = int(ids[-1])
+        self._waiting.append(text)
+
+    def _score(self, lines: Sequence[Sequence[str]], future: Future[list[LineScore]]) -> Iterator[None]:
+        eos = self._vocabulary.eos_id
+        scores = []
+        for line in lines:
+            targets = [*self._vocabulary.encode(line), eos]
+            tokens = [eos, *targets[:-1]]
+            states = self._predictor.begin_state(1)
+            log_probs = []
+            for start in range(0, len(targets), _WORDS_PER_PIECE):
+                piece = slice(start, start + _WORDS_PER_PIECE)
+                losses_R, states = self._losses(tokens[piece], targets[piece], states)
+                log_probs.append(-losses_R.asnumpy())
+                yield
+            is_unknown = [word not in self._vocabulary for word in [*line, EOS]]
+            scores.append(LineScore([*line, EOS], np.concatenate(log_probs), is_unknown))
+        _finish(future, scores)
+
+    def _losses(self, tokens: Sequence[int], targets: Sequence[int], states: State) -> tuple[mx.nd.NDArray, State]:
+        device = self._predictor.device
+        tokens_T1 = mx.nd.array(np.array(tokens)[:, None], ctx=device, dtype="int32")
+        return self._predictor.target_losses(tokens_T1, mx.nd.array(targets, ctx=device, dtype="int32"), states)
+
+    def _step(self) -> None:
+        """Write the next word of every text that has a slot."""
+        texts = self._slots
+        tokens_1N = np.array([[0 if text is None else text.last_word for text in texts]])
+        uniforms_N = np.array([0.0 if text is None else text.rng.random(dtype=np.float32) for text in texts])
+        log_probs_1NV, self._states = self._predictor.log_probs(
+            mx.nd.array(tokens_1N, ctx=self._predictor.device, dtype="int32"), self._states
+        )
+        words_N = self._draw(log_probs_1NV[0], uniforms_N)
+        for slot, (text, word) in enumerate(zip(texts, words_N.tolist())):
+            if text is not None and not self._extend(text, word):
+                self._slots[slot] = None
+
+    def _draw(self, log_probs_NV: mx.nd.NDArray, uniforms_N: np.ndarray) -> np.ndarray:
+        sampling = [AS_IS if text is None else text.request.sampling for text in self._slots]
+        if sampling != self._sampling:
+            self._sampling = sampling
+            self._sampler.set(sampling)
+        return self._sampler(log_probs_NV, uniforms_N).asnumpy()
+
+    def _extend(self, text: _Text, word: int) -> bool:
+        """Add a word to a text; returns whether it goes on."""
+        text.last_word = word
+        text.words.append(self._vocabulary.words[word])
+        self.num_words += 1
+        if text.on_word is not None:
+            text.on_word(text.words[-1])
+        has_ended = text.request.stop_at_eos and word == self._vocabulary.eos_id
+        if len(text.words) < text.request.num_words and not has_ended:
+            return True
+        _finish(text.done, text.words)
+        return False
+
+
+def _bind(on_word: Callable[[int, str], None], place: int) -> Callable[[str], None]:
+    return lambda word: on_word(place, word)
+
+
+def _finish(future: Future[Any], result: Any) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)

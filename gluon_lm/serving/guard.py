@@ -1,0 +1,172 @@
+"""What stands around every request: its size, its time, its client's presence, its line in the log.
+
+The application behind it may thus wait for the engine without looking left and right: it is cancelled when the client
+goes away or the time is up, and what it had put to work is then given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Future
+from typing import Any
+
+from ..logs import LOGGER
+from .metrics import RequestMetrics
+
+WORK = "gluon_lm.work"  # where in a request's scope the futures are that are cancelled when it ends
+_METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
+_SECONDS_TO_SEND = 10.0
+_CLIENT_GONE = 499  # the customary number, in log and metrics only
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Any, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware.
+
+    Parameters
+    ----------
+    app : callable
+    metrics : RequestMetrics
+    max_body : int
+        Bytes of a request; more are refused with 413.
+    timeout : float
+        Seconds for reading a request, and then for answering it. Sending has ten more, so that the application can
+        still say why it stopped.
+    root_path : str, optional
+        A prefix that is taken from paths, where they have it.
+    post_paths : collection of str
+        Below `root_path`, POST to any path but these goes to ``/``.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        metrics: RequestMetrics,
+        max_body: int,
+        timeout: float,
+        root_path: str | None = None,
+        post_paths: frozenset[str] = frozenset(),
+    ) -> None:
+        self._app, self._metrics, self._max_body, self._timeout = app, metrics, max_body, timeout
+        self._root_path, self._post_paths = root_path, post_paths
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        asked = _printable(scope)
+        scope = {**self._without_root(scope), WORK: []}
+        try:
+            refusal = await self._answer(scope, receive, note_status)
+            if not status:
+                status = refusal[0]
+                await _refuse(note_status, *refusal)
+        finally:
+            work: list[Future[Any]] = scope[WORK]
+            for future in work:
+                future.cancel()
+            seconds = time.perf_counter() - began
+            client = (scope.get("client") or ["-"])[0]
+            LOGGER.info("%s %s %s %d %.3f s", client, scope["method"], asked, status, seconds)
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.add(method, getattr(scope.get("route"), "path", "other"), status, seconds)
+
+    def _without_root(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        root, path = self._root_path, scope["path"]
+        if root is None or not (path == root or path.startswith(root + "/")):
+            return scope
+        path = path[len(root) :] or "/"
+        if scope["method"] == "POST" and path not in self._post_paths:
+            path = "/"
+        return {**scope, "path": path, "raw_path": path.encode()}
+
+    async def _answer(self, scope: Any, receive: Receive, send: Send) -> tuple[int, str]:
+        """Run the application; what to refuse the request with if it has not answered."""
+        try:
+            body = await asyncio.wait_for(_read(receive, self._max_body), self._timeout)
+        except asyncio.TimeoutError:
+            return 408, f"the request was not here after {self._timeout:g} s"
+        if body is None:
+            return _CLIENT_GONE, "the client went away"
+        if len(body) > self._max_body:
+            return 413, f"the request is longer than {self._max_body} bytes"
+        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+        answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
+        try:
+            await asyncio.wait(
+                {gone, answer}, timeout=self._timeout + _SECONDS_TO_SEND, return_when=asyncio.FIRST_COMPLETED
+            )
+            if answer.done():
+                answer.result()
+            elif gone.done():
+                return _CLIENT_GONE, "the client went away"
+            return 503, f"no answer within {self._timeout:g} s"
+        except asyncio.CancelledError:  # by the server, which has waited long enough
+            return 503, "the server is stopping"
+        except Exception:
+            LOGGER.exception("a request failed")
+            return 500, "the server made an error; its log says which"
+        finally:
+            for task in (gone, answer):
+                task.cancel()
+            await asyncio.gather(gone, answer, return_exceptions=True)
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes | None:
+    """A request's body, whole or just too long; None if the client went away."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > max_bytes or not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _replay(body: bytes, gone: asyncio.Future[None]) -> Receive:
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.wait({gone})
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    if status == _CLIENT_GONE:
+        return
+    body = json.dumps({"detail": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _printable(scope: MutableMapping[str, Any]) -> str:
+    """The path as it was asked for, without what could forge a line of the log."""
+    path = (scope.get("raw_path") or scope["path"].encode()).decode("ascii", "replace")[:200]
+    return re.sub(r"[^!-~]", "?", path)

@@ -1,0 +1,184 @@
+"""The page in a real browser: by keyboard, on a small screen, in both schemes, and when something goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+
+import pytest
+from serving import PATIENCE, Server, train_tiny_run, until
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    run = train_tiny_run(tmp_path_factory.mktemp("page"))
+    with Server(run, "--slots", 4, "--max-words", 10**7, "--max-prompt", 500, "--root-path", "/expose/ID") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the page in a window of its own; in the end nothing may have been asked of others or complained about."""
+    asked, complaints = [], []
+    with contextlib.ExitStack() as windows:
+
+        def open_page(path="/", **settings):
+            context = browser.new_context(**settings)
+            windows.callback(context.close)
+            context.set_default_timeout(1000 * PATIENCE)
+            page = context.new_page()
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
+            page.goto(server.url + path)
+            return page
+
+        yield open_page
+    assert [url for url in asked if not url.startswith((server.url, "data:"))] == []
+    assert [said for said in complaints if "Failed to load resource" not in said] == []
+
+
+def words_of(page):
+    return page.get_by_label("Generated text").inner_text().split()
+
+
+def wait_for(page, pattern):
+    playwright.expect(page.get_by_role("status")).to_have_text(re.compile(pattern), timeout=1000 * PATIENCE)
+    return page.get_by_role("status").inner_text()
+
+
+@pytest.mark.parametrize("path", ["/", "/expose/ID", "/expose/ID/"])
+def test_a_text_is_written_by_keyboard_alone(server, open_page, path):
+    page = open_page(path)
+    for label, value in [
+        ("Prompt", "the cat"),
+        ("Words", "12"),
+        ("Temperature", "0.5"),
+        ("Top k", "4"),
+        ("Top p", "0.9"),
+    ]:
+        page.keyboard.press("Tab")
+        playwright.expect(page.get_by_label(label, exact=True)).to_be_focused()
+        page.keyboard.press("Control+A")
+        page.keyboard.type(value)
+    page.keyboard.press("Tab")
+    page.keyboard.type("11")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    playwright.expect(page.get_by_label("Never write <unk>")).to_be_checked()
+    for _ in range(2):
+        page.keyboard.press("Tab")
+    playwright.expect(page.get_by_role("button", name="Generate")).to_be_focused()
+    page.keyboard.press("Enter")
+    assert wait_for(page, "^Done") == "Done: 12 words, seed 11."
+    knobs = {"prompt": "the cat", "words": 12, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 11}
+    (expected,) = server.ask_json("/v1/generate", {**knobs, "suppress_unk": True}).json["texts"]
+    assert words_of(page) == ["the", "cat", *[word for word in expected["words"] if word != "<eos>"]]
+
+
+def test_text_appears_while_it_is_written_and_stops_when_told(server, open_page):
+    page = open_page()
+    page.get_by_label("Words").fill(str(10**7))
+    for stop in (lambda: page.keyboard.press("Escape"), page.get_by_role("button", name="Stop").click):
+        page.get_by_label("Prompt").press("Control+Enter")
+        until(lambda: len(words_of(page)) > 3)
+        count = len(words_of(page))
+        until(lambda count=count: len(words_of(page)) > count)
+        playwright.expect(page.get_by_role("button", name="Generate")).to_be_disabled()
+        stop()
+        wait_for(page, r"^Stopped after \d+ words, seed \d+\.$")
+        until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        playwright.expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+
+
+def test_a_refusal_says_why_and_the_next_text_clears_it(open_page):
+    page = open_page()
+    page.get_by_label("Top p").fill("0")
+    page.get_by_role("button", name="Generate").click()
+    alert = page.get_by_role("alert")
+    playwright.expect(alert).to_have_text("Not generated: top_p: Input should be greater than 0.")
+    page.get_by_label("Top p").fill("")
+    page.get_by_role("button", name="Generate").click()
+    wait_for(page, "^Done: 100 words")
+    playwright.expect(alert).to_be_hidden()
+
+
+def test_a_server_that_is_gone_is_told(open_page):
+    page = open_page()
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Generate").click()
+    playwright.expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Generate").click()
+    wait_for(page, "^Done: 100 words")
+
+
+def test_without_scripts_the_form_still_works(open_page):
+    page = open_page(java_script_enabled=False)
+    page.get_by_label("Words").fill("25")
+    page.get_by_label("Stop at the end of a line").uncheck()
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_url("**/expose/ID/")
+    assert len(page.locator("body").inner_text().split()) == 25
+
+
+CONTRASTS = """() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = parse(colour).slice(0, 3).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    const colour = getComputedStyle(element).backgroundColor;
+    const [, , , alpha = 1] = parse(colour);
+    return alpha === 0 ? ground(element.parentElement) : colour;
+  };
+  return [...document.querySelectorAll("h1, p, a, label, input, textarea, button, #text, #text .given")]
+    .map((element) => {
+      const [low, high] = [light(getComputedStyle(element).color), light(ground(element))].sort((a, b) => a - b);
+      return [element.id || element.textContent, (high + 0.05) / (low + 0.05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_small_screen_and_can_be_read(open_page, scheme):
+    page = open_page(viewport={"width": 360, "height": 640}, color_scheme=scheme, has_touch=True)
+    page.get_by_label("Prompt").fill("the " + "very" * 100)
+    page.get_by_label("Words").fill("40")
+    page.get_by_role("button", name="Generate").tap()
+    wait_for(page, "^Done")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.evaluate(
+        "show('x'.repeat(200)); for (const button of document.querySelectorAll('button')) button.disabled = false"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 15 and [entry for entry in contrasts if entry[1] < 4.5] == []
+    is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"
+    assert is_dark == (scheme == "dark")
+    for box in [page.get_by_role("button", name=name).bounding_box() for name in ("Generate", "Stop")]:
+        assert box["height"] >= 44 and box["x"] + box["width"] <= 360
+
+
+def test_the_description_of_the_api_is_shown(open_page):
+    page = open_page("/expose/ID/docs", viewport={"width": 360, "height": 640})
+    playwright.expect(page.get_by_role("heading", name="POST /v1/generate")).to_be_visible()
+    row = page.get_by_role("row", name=re.compile("^temperature")).first
+    assert "up to 1000" in row.inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

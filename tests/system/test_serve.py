@@ -1,0 +1,344 @@
+"""The server as its users meet it: a process, an address, several clients."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlencode
+
+import pytest
+from serving import PATIENCE, Server, train_tiny_run, until
+
+from gluon_lm.serve import main
+
+URLENCODED = "application/x-www-form-urlencoded"
+ENDLESS = 10**8  # words
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train_tiny_run(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    limits = ("--slots", 8, "--max-words", 60, "--max-texts", 4, "--max-prompt", 300)
+    with Server(run, *limits, "--root-path", "/expose/ID") as server:
+        yield server
+
+
+def multipart(fields, file=None):
+    """A form as ``curl -F`` sends it."""
+    parts = [f'--edge\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
+    if file:
+        parts.append(f'--edge\r\nContent-Disposition: form-data; name="{file}"; filename="f"\r\n\r\n5\r\n')
+    return "".join([*parts, "--edge--\r\n"]).encode(), "multipart/form-data; boundary=edge"
+
+
+def raw_request(asked):
+    """The bytes of a request for text, for a client that does with its socket as it likes."""
+    body = json.dumps(asked).encode()
+    head = ["POST /v1/generate HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+# ---------------------------------------------------------------- the form
+
+
+@pytest.mark.parametrize("path", ["/", "/expose/ID", "/expose/ID/", "/expose/ID/any/path"])
+def test_a_form_gives_text(server, path):
+    answer = server.ask("POST", path, *multipart({"words": 45, "temperature": 3}))
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert [len(line.split()) for line in answer.text.splitlines()] == [20, 20, 5]
+
+
+def test_a_form_takes_a_seed_and_both_encodings(server):
+    fields = {"words": 30, "seed": 7, "temperature": ""}
+    first = server.ask("POST", "/", *multipart(fields))
+    again = server.ask("POST", "/", urlencode(fields).encode(), URLENCODED)
+    other = server.ask("POST", "/", *multipart({"words": 30}))
+    assert first.text == again.text != other.text
+    assert first.headers["x-seed"] == "7" != other.headers["x-seed"]
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (multipart({"temperature": 1}), "words"),
+        (multipart({"words": "many"}), "words"),
+        (multipart({"words": 0}), "words"),
+        (multipart({"words": 61}), "60"),
+        (multipart({"words": 5, "temperature": 0.0009}), "temperature"),
+        (multipart({"words": 5, "temperature": "nan"}), "temperature"),
+        (multipart({}, file="words"), "files"),
+        ((b"no form", "multipart/form-data; boundary=edge"), ""),
+        ((b"--edge\r\nhalf a", "multipart/form-data; boundary=edge"), ""),
+        ((b'{"words": 5}', "application/json"), "words"),
+        ((b"", None), "words"),
+    ],
+)
+def test_a_bad_form_is_refused_with_a_reason(server, form, reason):
+    answer = server.ask("POST", "/", *form)
+    assert answer.status == 400
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.text.strip() and reason in answer.text and len(answer.text.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def test_texts_depend_on_seed_and_number(server):
+    asked = {"prompt": "the cat", "words": 30, "n": 3, "seed": 5}
+    first, again = (server.ask_json("/v1/generate", asked).json for _ in range(2))
+    assert first == again and first["seed"] == 5
+    words = [tuple(text["words"]) for text in first["texts"]]
+    assert [len(text) for text in words] == [30] * 3 and len(set(words)) == 3
+    (single,) = server.ask_json("/v1/generate", {**asked, "n": 1}).json["texts"]
+    assert single == first["texts"][0]
+
+
+def test_without_a_seed_one_is_drawn_and_returned(server):
+    asked = {"words": 30}
+    first, other = (server.ask_json("/v1/generate", asked).json for _ in range(2))
+    assert first["texts"] != other["texts"]
+    assert server.ask_json("/v1/generate", {**asked, "seed": first["seed"]}).json == first
+
+
+def test_knobs_do_what_they_say(server):
+    def words(**knobs):
+        asked = {"words": 60, "seed": 1, "n": 4, **knobs}
+        return [text["words"] for text in server.ask_json("/v1/generate", asked).json["texts"]]
+
+    def have(word, texts):
+        return any(word in text for text in texts)
+
+    assert have("<unk>", words()) and not have("<unk>", words(suppress_unk=True))
+    ended = words(stop_at_eos=True)
+    assert have("<eos>", ended) and not have("<eos>", [text[:-1] for text in ended])
+    assert [text[: len(short)] for text, short in zip(words(), ended)] == ended
+    greedy = words(temperature=0, prompt="the")
+    assert greedy == words(top_k=1, prompt="the", seed=2) == words(top_p=1e-6, prompt="the", seed=3)
+    assert greedy != words(prompt="the")
+
+
+def test_a_stream_tells_the_same_words_one_by_one(server):
+    asked = {"words": 25, "n": 2, "seed": 9, "prompt": "a dog"}
+    whole = server.ask_json("/v1/generate", asked).json
+    with server.stream(**asked) as events:
+        (first, start), *middle, (last, done) = events
+    assert (first, start) == ("start", {"seed": 9})
+    assert (last, done) == ("done", whole)
+    assert {kind for kind, _ in middle} == {"word"}
+    for index, text in enumerate(whole["texts"]):
+        assert [word["word"] for _, word in middle if word["index"] == index] == text["words"]
+
+
+def test_texts_are_the_same_alone_and_under_load(server):
+    knobs = [{}, {"temperature": 0.5, "prompt": "the cat"}, {"top_k": 3}, {"top_p": 0.5, "prompt": "a " * 100}]
+    requests = [{"words": 20 + n, "seed": n, "stream": False, **knobs[n % len(knobs)]} for n in range(16)]
+    alone = [server.ask_json("/v1/generate", request).json for request in requests]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda request: server.ask_json("/v1/generate", request).json, requests * 2))
+    assert together == alone * 2
+
+
+def test_scores_add_up(server):
+    answer = server.ask_json("/v1/score", {"text": "the cat sees\nnothing here"}).json
+    assert [[word["word"] for word in line["words"]] for line in answer["lines"]] == [
+        ["the", "cat", "sees", "<eos>"],
+        ["nothing", "here", "<eos>"],
+    ]
+    assert [word["unknown"] for word in answer["lines"][1]["words"]] == [True, True, False]
+    for line in answer["lines"]:
+        total = sum(word["log_prob"] for word in line["words"])
+        assert line["log_prob"] == pytest.approx(total, abs=1e-4)
+        assert line["perplexity"] == pytest.approx(math.exp(-total / len(line["words"])), rel=1e-4)
+    assert server.ask_json("/v1/score", {"lines": ["the cat sees", "nothing here"]}).json == answer
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/generate", {"words": 0}, "words"),
+        ("/v1/generate", {"words": 61}, "words"),
+        ("/v1/generate", {"words": "5"}, "words"),
+        ("/v1/generate", {"n": 5}, "n"),
+        ("/v1/generate", {"prompt": "x" * 301}, "prompt"),
+        ("/v1/generate", {"prompt": "\ud800"}, "prompt"),
+        ("/v1/generate", {"temperature": math.nan}, "temperature"),
+        ("/v1/generate", {"top_p": 0}, "top_p"),
+        ("/v1/generate", {"seed": -1}, "seed"),
+        ("/v1/generate", {"file": "/etc/passwd"}, "file"),
+        ("/v1/generate", [], "body"),
+        ("/v1/score", {}, "body"),
+        ("/v1/score", {"text": "a", "lines": ["b"]}, "body"),
+        ("/v1/score", {"lines": ["x" * 200, "y" * 200]}, "body"),
+    ],
+)
+def test_bad_json_is_refused_with_the_field_and_a_reason(server, path, body, field):
+    answer = server.ask_json(path, body)
+    assert answer.status == 422
+    (problem,) = answer.json["detail"]
+    assert problem["loc"][-1] == field and problem["msg"]
+
+
+@pytest.mark.parametrize("body", [b'{"words"', b"\xff\xfe", b"[" * 5000, b'{"words": 1' + b"0" * 5000 + b"}", b""])
+def test_what_is_no_json_is_refused(server, body):
+    answer = server.ask("POST", "/v1/generate", body, "application/json")
+    assert answer.status == 422 and answer.json["detail"][0]["msg"]
+
+
+def test_what_is_too_long_or_nowhere_is_refused(server):
+    assert server.ask("POST", "/v1/generate", b" " * 100_000, "application/json").status == 413
+    assert server.ask("POST", "/", b"words=5&x=" + b"y" * 100_000, URLENCODED).status == 413
+    assert server.ask("GET", "/nowhere").status == 404
+    assert server.ask("POST", "/nowhere").status == 404
+    assert server.ask("DELETE", "/v1/model").status == 405
+
+
+def test_it_says_what_it_is_and_how_it_is(server):
+    model = server.ask("GET", "/expose/ID/v1/model").json
+    assert model["limits"]["max_words"] == 60 and model["description"]["model"] == "lstm"
+    assert server.ask("GET", "/healthz").json == {"ok": True}
+    before = server.figure("gluon_lm_words_total")
+    server.ask_json("/v1/generate", {"words": 12, "n": 2})
+    assert server.figure("gluon_lm_words_total") == before + 24
+    assert server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0
+    figures = server.ask("GET", "/metrics").text
+    assert re.search(r'^gluon_lm_requests_total\{method="POST",route="/v1/generate",status="200"\} \d+$', figures, re.M)
+    assert re.search(r'^gluon_lm_request_seconds_bucket\{route="/v1/generate",le="\+Inf"\} \d+$', figures, re.M)
+
+
+def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
+    server.ask("GET", "/a%0Ab%1b")
+    until(lambda: any(line.startswith("127.0.0.1 GET /a%0Ab%1b 404 ") for line in server.lines))
+    with socket.create_connection((server.host, server.port), PATIENCE) as client:
+        client.sendall(b"GET /\x7f\xe2\x80\xa8 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while client.recv(4096):
+                pass
+    assert all(line.rstrip("\n").isprintable() for line in server.lines)
+
+
+def test_no_request_that_its_description_allows_or_forbids_makes_it_fail(server):
+    if importlib.util.find_spec("schemathesis") is None:
+        pytest.skip("schemathesis is not installed")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--url", server.url]
+    flags = ["--checks", checks, "--max-examples", "10", "--seed", "1", "--phases", "examples,coverage,fuzzing"]
+    fuzz = subprocess.run(
+        [*command, *flags, "--generation-database", "none"], capture_output=True, text=True, timeout=4 * PATIENCE
+    )
+    assert fuzz.returncode == 0, fuzz.stdout
+    assert server.ask("GET", "/healthz").status == 200
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+# ---------------------------------------------------------------- too much, too slow, too late
+
+
+def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
+    with Server(run, "--slots", 2, "--max-waiting", 1, "--max-words", ENDLESS, "--max-texts", 2) as server:
+        with contextlib.ExitStack() as clients:
+            streams = [clients.enter_context(server.stream(words=ENDLESS, seed=n)) for n in range(2)]
+            for events in streams:
+                assert [next(events)[0] for _ in range(3)] == ["start", "word", "word"]
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(server.ask_json, "/v1/generate", {"words": 5})
+                until(lambda: server.figure("gluon_lm_waiting") == 1)
+                for refused in (
+                    server.ask_json("/v1/generate", {"words": 5}),
+                    server.ask_json("/v1/score", {"text": "the"}),
+                    server.ask("POST", "/", b"words=5", URLENCODED),
+                ):
+                    assert refused.status == 429 and refused.headers["retry-after"] and "waiting" in refused.text
+                assert not waiting.done()
+                clients.close()
+                assert waiting.result(PATIENCE).status == 200
+        until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        # A client that leaves without having been told anything yet.
+        with socket.create_connection((server.host, server.port), PATIENCE) as client:
+            client.sendall(raw_request({"words": ENDLESS}))
+            until(lambda: server.figure("gluon_lm_live_texts") == 1)
+        until(lambda: server.figure("gluon_lm_live_texts") == 0)
+
+
+def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
+    with Server(run, "--slots", 2, "--max-words", ENDLESS, "--timeout", 2) as server:
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.settimeout(PATIENCE)
+            reader.connect((server.host, server.port))
+            reader.sendall(raw_request({"words": ENDLESS, "stream": True}))
+            assert server.ask_json("/v1/generate", {"words": 20}).status == 200
+            until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        late = server.ask_json("/v1/generate", {"words": ENDLESS})
+        assert late.status == 503 and "2 s" in late.json["detail"]
+        with server.stream(words=ENDLESS) as events:
+            *_, (kind, data) = events
+        assert kind == "error" and "2 s" in data["detail"]
+        with socket.create_connection((server.host, server.port), PATIENCE) as client:
+            client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+            assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
+        assert server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0
+        # At shutdown, too, and with the other signal.
+        with server.stream(words=ENDLESS) as events:
+            assert next(events)[0] == "start"
+            assert server.stop(signal.SIGINT) == 0
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_a_signal_finishes_what_is_running_and_takes_nothing_new(run):
+    words = 800
+    with Server(run, "--slots", 1) as server:
+        with server.stream(words=words) as events:
+            assert next(events)[0] == "start" and next(events)[0] == "word"
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: any(line.startswith("SIGTERM: finishing 1 text") for line in server.lines))
+            until(lambda: not is_listening(server))
+            *_, (kind, done) = events
+        assert kind == "done" and len(done["texts"][0]["words"]) == words
+        assert server.process.wait(PATIENCE) == 0
+
+
+def is_listening(server):
+    try:
+        socket.create_connection((server.host, server.port), PATIENCE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- before it serves
+
+
+def problem_of(capsys, *flags):
+    assert main([*map(str, flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_port_in_use_is_said_in_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: cannot be listened on" in problem_of(capsys, "run", "--port", port)
+
+
+def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
+    monkeypatch.setattr("gluon_lm.serve.find_spec", lambda name: None)
+    line = problem_of(capsys, "run")
+    assert "fastapi" in line and "gluon_lm[serve]" in line
+
+
+def test_flags_that_cannot_be_are_refused(capsys):
+    assert "--root-path" in problem_of(capsys, "run", "--root-path", "expose")
+    assert "--max-texts" in problem_of(capsys, "run", "--slots", 2, "--max-waiting", 1, "--max-texts", 4)

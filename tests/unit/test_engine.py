@@ -1,0 +1,203 @@
+"""The batching engine: texts are the same in any company, and what is given up is given up at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import mxnet as mx
+import numpy as np
+import pytest
+from builders import VOCAB_SIZE, build_model
+
+from gluon_lm.data import Vocabulary
+from gluon_lm.generation.generator import generate
+from gluon_lm.generation.sampling import Sampling
+from gluon_lm.prediction import ModelPredictor
+from gluon_lm.scoring import score_lines
+from gluon_lm.serving.engine import Busy, Closed, Engine, TextRequest
+
+VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
+LONG_PROMPT = [f"w{i * i % 11}" for i in range(150)]  # more than two pieces
+ENDLESS = 10**9
+REQUESTS = [
+    TextRequest(20, seed=3),
+    TextRequest(12, seed=3, index=1),
+    TextRequest(15, Sampling(temperature=0.5, suppress_unk=True), seed=4, prompt=["w1", "w2"]),
+    TextRequest(15, Sampling(temperature=2.0, top_k=3), seed=5, prompt=LONG_PROMPT),
+    TextRequest(16, Sampling(top_p=0.6), seed=6, prompt=[]),
+    TextRequest(10, Sampling(temperature=0), seed=7, prompt=["nowhere"]),
+    TextRequest(40, seed=8, stop_at_eos=True),
+]
+PATIENCE = 60
+
+
+class Watched(ModelPredictor):
+    """A predictor that notes who calls it, and fails when it is told to."""
+
+    def __init__(self, model="lstm", **config):
+        super().__init__(build_model(model=model, **config), VOCABULARY, "whitespace", mx.cpu())
+        self.callers, self.fails = set(), False
+
+    def log_probs(self, tokens_TN, states):
+        self._note()
+        return super().log_probs(tokens_TN, states)
+
+    def target_losses(self, tokens_TN, targets_R, states):
+        self._note()
+        return super().target_losses(tokens_TN, targets_R, states)
+
+    def _note(self):
+        self.callers.add(threading.get_ident())
+        if self.fails:
+            raise RuntimeError("told to fail")
+
+
+@pytest.fixture
+def engine():
+    with Engine(Watched(), num_slots=3, max_waiting=5) as engine:
+        yield engine
+
+
+def written(predictor, request):
+    """The text as the generator writes it, alone."""
+    steps = generate(
+        predictor,
+        request.num_words,
+        request.sampling,
+        prompt=request.prompt,
+        num_samples=request.index + 1,
+        seed=request.seed,
+        stop_at_eos=request.stop_at_eos,
+    )
+    return [step[request.index] for step in steps if step[request.index] is not None]
+
+
+def begin_endless(engine, count):
+    """Texts without an end, and a way to wait until each has a word more."""
+    words = threading.Semaphore(0)
+    futures = engine.generate([TextRequest(ENDLESS, seed=n) for n in range(count)], lambda place, word: words.release())
+
+    def wait_for_words(number):
+        for _ in range(number):
+            assert words.acquire(timeout=PATIENCE)
+
+    return futures, wait_for_words
+
+
+@pytest.mark.parametrize("model", ["lstm", "gru"])
+def test_texts_are_those_of_the_generator_in_any_company(model):
+    predictor = Watched(model)
+    expected = [written(predictor, request) for request in REQUESTS]
+    with Engine(predictor, num_slots=3, max_waiting=100) as engine:
+        alone = [engine.generate([request])[0].result(PATIENCE) for request in REQUESTS]
+        crowd = [engine.generate([request])[0] for _ in range(2) for request in REQUESTS]
+        together = [future.result(PATIENCE) for future in crowd]
+    assert alone == expected
+    assert together == expected * 2
+
+
+def test_words_are_told_as_they_are_written(engine):
+    told = []
+    futures = engine.generate(REQUESTS[:2], lambda place, word: told.append((place, word)))
+    texts = [future.result(PATIENCE) for future in futures]
+    assert [[word for n, word in told if n == place] for place in (0, 1)] == texts
+
+
+def test_scores_are_those_of_the_library_while_texts_are_written():
+    predictor = Watched()
+    lines = [["w1", "w2", "nowhere"], [], LONG_PROMPT]
+    expected = list(score_lines(predictor, lines))
+    with Engine(predictor, num_slots=2) as engine:
+        _, wait_for_words = begin_endless(engine, 2)
+        wait_for_words(1)
+        scores = engine.score(lines).result(PATIENCE)
+    for score, other in zip(scores, expected):
+        assert (score.words, score.is_unknown) == (other.words, other.is_unknown)
+        np.testing.assert_allclose(score.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_only_the_engines_thread_calls_mxnet():
+    predictor = Watched()
+    with Engine(predictor, num_slots=2) as engine:
+        callers = [
+            threading.Thread(target=lambda: [f.result(PATIENCE) for f in engine.generate(REQUESTS[2:4])]),
+            threading.Thread(target=lambda: engine.score([["w1"]]).result(PATIENCE)),
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(predictor.callers) == 1
+    assert threading.get_ident() not in predictor.callers
+
+
+def test_more_than_it_may_accept_is_refused_and_a_cancelled_text_makes_room(engine):
+    live, wait_for_words = begin_endless(engine, 3)
+    wait_for_words(3)
+    waiting = engine.generate([TextRequest(5, seed=1, prompt=["w1"])] * 4)
+    last = engine.score([["w1"]])
+    assert last.result(PATIENCE)  # a scoring needs no slot
+    waiting += engine.generate([TextRequest(5, seed=1)])
+    for refused in (lambda: engine.generate([TextRequest(5)]), lambda: engine.score([[]])):
+        with pytest.raises(Busy):
+            refused()
+    waiting[-1].cancel()
+    (accepted,) = engine.generate([TextRequest(5, seed=2)])
+    wait_for_words(30)
+    assert not any(future.done() for future in waiting[:-1])
+    live[1].cancel()
+    assert all(len(future.result(PATIENCE)) == 5 for future in [*waiting[:-1], accepted])
+    assert not live[0].done()
+
+
+def test_all_texts_of_a_request_are_accepted_or_none(engine):
+    begin_endless(engine, 3)
+    engine.generate([TextRequest(5)] * 3)
+    with pytest.raises(Busy):
+        engine.generate([TextRequest(5)] * 3)
+    engine.generate([TextRequest(5)] * 2)
+
+
+def test_without_work_the_thread_sleeps(engine):
+    engine.generate([TextRequest(3)])[0].result(PATIENCE)
+    clock = time.pthread_getcpuclockid(engine._thread.ident)
+    time.sleep(0.1)
+    before = time.clock_gettime(clock)
+    time.sleep(0.5)
+    assert time.clock_gettime(clock) - before < 0.1
+
+
+def test_closing_finishes_what_was_accepted():
+    with Engine(Watched(), num_slots=1) as engine:
+        futures = engine.generate([TextRequest(20, prompt=LONG_PROMPT)] * 3)
+        engine.close(PATIENCE)
+        assert [len(future.result(0)) for future in futures] == [20] * 3
+        with pytest.raises(Closed):
+            engine.generate([TextRequest(1)])
+    assert not engine.is_alive
+
+
+def test_closing_gives_up_what_takes_longer_than_it_may():
+    with Engine(Watched(), num_slots=1) as engine:
+        live, wait_for_words = begin_endless(engine, 2)
+        wait_for_words(1)
+        engine.close(0.1)
+        for future in live:
+            with pytest.raises(Closed):
+                future.result(0)
+    assert not engine.is_alive
+
+
+def test_a_failure_ends_what_was_running_and_nothing_else(engine):
+    predictor = engine._predictor
+    futures, wait_for_words = begin_endless(engine, 4)
+    wait_for_words(1)
+    predictor.fails = True
+    for future in futures:
+        with pytest.raises(RuntimeError, match="told to fail"):
+            future.result(PATIENCE)
+    predictor.fails = False
+    (future,) = engine.generate(REQUESTS[:1])
+    assert future.result(PATIENCE) == written(predictor, REQUESTS[0])
+    assert engine.is_ready
