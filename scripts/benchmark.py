@@ -4,6 +4,7 @@
     python scripts/benchmark.py training --sizes A --rounds 5 --json result.json
     python scripts/benchmark.py training --sizes C            # the AWD-LSTM; a step takes many seconds
     python scripts/benchmark.py memory                        # resident memory over 1,000 windows of random length
+    python scripts/benchmark.py generation                    # many texts side by side, and one
     python scripts/benchmark.py unrolled                      # what goes beyond the fused recurrent operator costs this
     python scripts/benchmark.py startup --corpus wikitext-2   # the corpus's files must be in --data-dir
 
@@ -101,6 +102,7 @@ SIZES = {
         steps=3,
     ),
 }
+GENERATED_TEXTS = 64
 EVALUATION_STREAMS = 10  # the batch size that the peer evaluates with
 MAX_SEQ_LEN_DELTA = 20  # of the windows of random length, as in the recipe awd
 
@@ -200,6 +202,30 @@ def evaluate_ours(size: Size, warmup: int, steps: int, num_streams: int = EVALUA
 
 def evaluate_ours_exactly(size: Size, warmup: int, steps: int) -> dict[str, float]:
     return evaluate_ours(size, warmup, steps, num_streams=1)
+
+
+def generate_ours(size: Size, warmup: int, steps: int, num_samples: int = GENERATED_TEXTS) -> dict[str, float]:
+    from gluon_lm.runtime import prepare_process
+
+    prepare_process()
+    model, communicator = ours_model(size)
+    from gluon_lm.data import Vocabulary
+    from gluon_lm.generation.generator import generate
+    from gluon_lm.prediction import ModelPredictor
+
+    vocabulary = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
+    predictor = ModelPredictor(model, vocabulary, "whitespace", communicator.devices[0])
+    words = generate(predictor, warmup + steps, num_samples=num_samples)
+    for _ in range(warmup):
+        next(words)
+    started = time.perf_counter()
+    for _ in words:
+        pass
+    return {"tokens_per_second": steps * num_samples / (time.perf_counter() - started)}
+
+
+def generate_one_text(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    return generate_ours(size, warmup, steps, num_samples=1)
 
 
 def peer_model(size: Size, train: bool):
@@ -328,6 +354,8 @@ MEASUREMENTS = {
         memory_of_ours,
         evaluate_ours,
         evaluate_ours_exactly,
+        generate_ours,
+        generate_one_text,
         evaluate_peer,
         evaluate_peer_set_alike,
     )
@@ -396,6 +424,10 @@ def evaluation_cases() -> list[Case]:
         Case("gluon_lm, one stream (exact)", "evaluate_ours_exactly"),
         *peer_cases("evaluate_peer"),
     ]
+
+
+def generation_cases() -> list[Case]:
+    return [Case(f"{GENERATED_TEXTS} texts side by side", "generate_ours"), Case("one text", "generate_one_text")]
 
 
 def unrolled_cases() -> list[Case]:
@@ -584,6 +616,11 @@ def run_training(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results + run_startup(options)
 
 
+def run_generation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Words a second of text that is written."""
+    return [run_rounds("Generation", generation_cases(), options, size, 4) for size in options.sizes or ["A"]]
+
+
 def run_unrolled(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Training speed of an LSTM that is computed step by step, beside the fused operator's."""
     return [run_rounds("Training", unrolled_cases(), options, size) for size in options.sizes or ["A"]]
@@ -607,7 +644,13 @@ def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-BENCHMARKS = {"training": run_training, "unrolled": run_unrolled, "memory": run_memory, "startup": run_startup}
+BENCHMARKS = {
+    "training": run_training,
+    "generation": run_generation,
+    "unrolled": run_unrolled,
+    "memory": run_memory,
+    "startup": run_startup,
+}
 
 
 # ---------------------------------------------------------------- reporting
@@ -673,7 +716,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=SIZES,
         help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items())
-        + " (default: training A B, unrolled A, memory A70)",
+        + " (default: training A B, generation A, unrolled A, memory A70)",
     )
     parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
     parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, memory: 1000)")
