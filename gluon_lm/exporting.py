@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,10 @@ class ExportedPredictor(Predictor):
         self._manifest = manifest
         self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
         names = [entry["name"] for entry in manifest["inputs"]]
-        self._block = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
+        with warnings.catch_warnings():
+            # Tokens may be of any type, so that C programs can give floats; MXNet warns that it cannot tell.
+            warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
+            self._block = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
         self._block.hybridize(static_alloc=True)
 
     def describe(self):

@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(project, 
 def test_another_architecture_is_refused(project):
     project.train("run")
     output = project.run("train", "--resume", "run", "--nhid", 12, "--batch-size", 8, code=2)
-    assert "--hidden-size 12" in output and "--batch-size 8" in output
+    assert "--nhid 12" in output and "--batch-size 8" in output
     project.train("larger", "--nhid", 16)
     for name in ("parameters.npz", "state.json"):
         shutil.copy(project.path / "larger/latest" / name, project.path / "run/latest" / name)
