@@ -26,7 +26,7 @@ CELLS = {
 
 
 class WeightDropLayer(gluon.HybridBlock):
-    """The two matrices of a recurrent layer, elements of which are dropped in training.
+    """The parameters of a recurrent layer, whose matrices have elements dropped in training.
 
     DropConnect (Wan et al. 2013, "Regularization of Neural Networks using DropConnect"; Merity et al. 2017,
     "Regularizing and Optimizing LSTM Language Models", section 2): one mask for a whole window, what is left scaled by
@@ -40,6 +40,8 @@ class WeightDropLayer(gluon.HybridBlock):
         Widths I and H.
     input_weight_drop, weight_drop : float
         Probability of dropping an element of the input-to-hidden and of the hidden-to-hidden matrix, in [0, 1).
+    has_biases : bool
+        Whether there are an input-to-hidden and a hidden-to-hidden bias.
     """
 
     def __init__(
@@ -49,14 +51,18 @@ class WeightDropLayer(gluon.HybridBlock):
         hidden_size: int,
         input_weight_drop: float = 0.0,
         weight_drop: float = 0.0,
+        has_biases: bool = True,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        self.hidden_size, self.num_rows = hidden_size, CELLS[cell].gates * hidden_size
+        self.cell, self.hidden_size, self.num_rows = cell, hidden_size, CELLS[cell].gates * hidden_size
         self._input_weight_drop, self._weight_drop = input_weight_drop, weight_drop
         with self.name_scope():
             self.i2h_weight = self.params.get("i2h_weight", shape=(self.num_rows, input_size))
             self.h2h_weight = self.params.get("h2h_weight", shape=(self.num_rows, hidden_size))
+            if has_biases:
+                self.i2h_bias = self.params.get("i2h_bias", shape=(self.num_rows,))
+                self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,))
 
     def drop_weights(self, F, i2h_weight, h2h_weight):
         """The matrices of one window."""
@@ -73,27 +79,7 @@ class RecurrentLayer(WeightDropLayer):
     Layers are kept apart because the operator's own dropout between layers does nothing on CPU; the stack above
     puts dropout between them as an operator of its own. LSTM gates are ordered input, forget, candidate, output;
     GRU gates reset, update, candidate, with the reset gate applied after the recurrent product, as cuDNN has it.
-
-    Parameters
-    ----------
-    cell, input_size, hidden_size, input_weight_drop, weight_drop
-        As in `WeightDropLayer`.
     """
-
-    def __init__(
-        self,
-        cell: str,
-        input_size: int,
-        hidden_size: int,
-        input_weight_drop: float = 0.0,
-        weight_drop: float = 0.0,
-        **kwargs,
-    ) -> None:
-        super().__init__(cell, input_size, hidden_size, input_weight_drop, weight_drop, **kwargs)
-        self.cell = cell
-        with self.name_scope():
-            self.i2h_bias = self.params.get("i2h_bias", shape=(self.num_rows,))
-            self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,))
 
     def hybrid_forward(self, F, inputs_TNI, *states_1NH, i2h_weight, h2h_weight, i2h_bias, h2h_bias):
         """Return ``(outputs_TNH, *states_1NH)``; the states are hidden, and cell for an LSTM."""
@@ -137,16 +123,13 @@ class UnrolledLSTMLayer(WeightDropLayer):
         layer_norm: bool = False,
         **kwargs,
     ) -> None:
-        super().__init__("lstm", input_size, hidden_size, input_weight_drop, weight_drop, **kwargs)
+        super().__init__("lstm", input_size, hidden_size, input_weight_drop, weight_drop, not layer_norm, **kwargs)
         self._candidate_dropout, self._layer_norm = candidate_dropout, layer_norm
-        with self.name_scope():
-            if layer_norm:
+        if layer_norm:
+            with self.name_scope():
                 for name in ("input", "forget", "candidate", "output", "cell"):
                     for vector in (f"{name}_scale", f"{name}_shift"):
                         setattr(self, vector, self.params.get(vector, shape=(hidden_size,)))
-            else:
-                self.i2h_bias = self.params.get("i2h_bias", shape=(self.num_rows,))
-                self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,))
 
     def hybrid_forward(self, F, inputs_TNI, hidden_1NH, cell_1NH, i2h_weight, h2h_weight, **vectors):
         """Return ``(outputs_TNH, hidden_1NH, cell_1NH)``."""
