@@ -294,3 +294,15 @@ def test_gen_word_len_writes_words_after_training(project):
     output = project.train("run", "--gen-word-len", 15)
     generated = output.partition("generating...\n")[2].splitlines()[0]
     assert len(generated.split()) == 15
+
+
+@pytest.mark.parametrize("model", ["lstm", "gru", "rnn_tanh"])
+def test_mxnets_own_recurrent_layers_train_as_onednns_do(project, monkeypatch, model):
+    losses = []
+    for run, by_onednn in (("onednn", "1"), ("own", "0")):
+        monkeypatch.setenv("MXNET_USE_MKLDNN_RNN", by_onednn)
+        process = project.start_training(run, "--model", model, "--dropout", 0)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        losses.append([loss for _, _, loss in numbers(project, run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,45 @@
+"""What a process is told before MXNet is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gluon_lm import runtime
+from gluon_lm.config import recipe_names, resolve
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables that are set, and the allocator's limit; nothing of this process changes."""
+    limits = []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(runtime, "keep_freed_memory", limits.append)
+    return os.environ, limits
+
+
+def test_only_models_whose_recurrent_layers_take_gigabytes_are_trained_lean(environment):
+    lean = set()
+    for recipe in recipe_names():
+        os.environ.clear()
+        runtime.prepare_training(resolve(recipe=recipe).config)
+        if "MXNET_USE_MKLDNN_RNN" in os.environ:
+            lean.add(recipe)
+    assert {"awd", "awd-wikitext-2"} <= lean and lean.isdisjoint({"lm", "mxnet", "demo", "lm-regularised"})
+
+
+def test_what_the_user_has_set_stays(environment):
+    variables, limits = environment
+    variables.update(MXNET_USE_MKLDNN_RNN="1", OMP_NUM_THREADS="7")
+    runtime.prepare_process(lean=True)
+    assert variables["MXNET_USE_MKLDNN_RNN"] == "1" and variables["OMP_NUM_THREADS"] == "7"
+    assert limits == [16 << 20]
+
+
+@pytest.mark.parametrize("limit", ["None", "16 << 20"])
+def test_the_c_library_takes_the_setting(limit):
+    code = f"from gluon_lm.runtime import keep_freed_memory; raise SystemExit(not keep_freed_memory({limit}))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
