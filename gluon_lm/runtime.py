@@ -15,16 +15,18 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1
 # oneDNN's LSTM takes this many floats for each unit and token of a window, twice over.
 _RECURRENT_FLOATS = 20
 _LEAN_ABOVE_BYTES = 512 << 20
+_GIVEN_BACK_BYTES = 16 << 20
 
 
 def prepare_training(config: Config) -> None:
     """`prepare_process` for a training run, in the way that suits its size."""
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
     recurrent_bytes = 4 * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
-    prepare_process(config.devices.cpus or 1, lean=recurrent_bytes > _LEAN_ABOVE_BYTES)
+    is_large, varies = recurrent_bytes > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
+    prepare_process(config.devices.cpus or 1, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
 
 
-def prepare_process(num_cpu_contexts: int = 1, lean: bool = False) -> None:
+def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, own_layers: bool = False) -> None:
     """Set what MXNet and its OpenMP library read when they are loaded; call it before MXNet is imported.
 
     MXNet takes half of the processors it counts, as if each core showed two. So it is told the number of cores,
@@ -36,18 +38,21 @@ def prepare_process(num_cpu_contexts: int = 1, lean: bool = False) -> None:
     ----------
     num_cpu_contexts : int
         CPU contexts that will compute at the same time.
-    lean : bool
-        For models whose recurrent layers take gigabytes: compute these by MXNet's own code and not by oneDNN, and give
-        freed memory of 16 MiB and more back. At 3 x 1150 units and 5,600 tokens a window that takes 1.9 GB in place of
-        3.4, and a tenth of the speed.
+    keep_up_to : int, optional
+        Of the memory that is freed, give blocks of this many bytes and more back, and keep the rest for the next step;
+        by default all is kept. For windows of random length, whose blocks never fit the next window's: memory then
+        stays as it is after the first steps, and does not grow by another third.
+    own_layers : bool
+        Compute recurrent layers by MXNet's own code and not by oneDNN, which keeps much more. At 3 x 1150 units and
+        5,600 tokens a window, both settings together take 1.9 GB in place of 3.4, and a tenth of the speed.
     """
-    if lean:
+    if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    keep_freed_memory(16 << 20 if lean else None)
+    keep_freed_memory(keep_up_to)
 
 
 def physical_cores() -> int:

@@ -132,12 +132,13 @@ def ours_model(size: Size):
     return model, communicator
 
 
-def ours_step(size: Size):
+def ours_step(size: Size, max_seq_len_delta: int | None = None):
     """Our training step, made as `gluon_lm.train` makes it."""
     from gluon_lm.runtime import prepare_training
 
     training = TrainingConfig(batch_size=size.batch_size, bptt=size.bptt)
-    prepare_training(Config(model=size.model, optim=size.optim, training=training))
+    optim = replace(size.optim, max_seq_len_delta=max_seq_len_delta)
+    prepare_training(Config(model=size.model, optim=optim, training=training))
     model, communicator = ours_model(size)
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
@@ -162,7 +163,7 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
 
 def memory_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
     """Resident memory over steps on windows of random length, noted ten times; the longest is rehearsed first."""
-    step = ours_step(size)
+    step = ours_step(size, MAX_SEQ_LEN_DELTA)
     from gluon_lm.data.windows import TrainingWindows
 
     ids = zipf_ids(100 * size.batch_size * size.bptt)

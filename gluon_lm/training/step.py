@@ -113,7 +113,8 @@ class TrainingStep:
     def rehearse(self, window: Window) -> None:
         """Go through a window forwards and backwards, and leave everything as it was but the memory that this takes.
 
-        Memory grows whenever a window is longer than all before it; after the longest one it stays as it is.
+        A window that is longer than all before it takes more memory; done once at the start, that comes as no surprise
+        after hours.
         """
         states = None if self.states is None else list(self.states)
         self._clear_gradients()

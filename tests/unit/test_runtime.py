@@ -22,21 +22,25 @@ def environment(monkeypatch):
 
 
 def test_only_models_whose_recurrent_layers_take_gigabytes_are_trained_lean(environment):
+    _, limits = environment
     lean = set()
     for recipe in recipe_names():
         os.environ.clear()
-        runtime.prepare_training(resolve(recipe=recipe).config)
+        config = resolve(recipe=recipe).config
+        runtime.prepare_training(config)
         if "MXNET_USE_MKLDNN_RNN" in os.environ:
             lean.add(recipe)
+        gives_back = recipe in lean or config.optim.max_seq_len_delta is not None
+        assert limits.pop() == (16 << 20 if gives_back else None)
     assert {"awd", "awd-wikitext-2"} <= lean and lean.isdisjoint({"lm", "mxnet", "demo", "lm-regularised"})
 
 
 def test_what_the_user_has_set_stays(environment):
     variables, limits = environment
     variables.update(MXNET_USE_MKLDNN_RNN="1", OMP_NUM_THREADS="7")
-    runtime.prepare_process(lean=True)
+    runtime.prepare_process(own_layers=True)
     assert variables["MXNET_USE_MKLDNN_RNN"] == "1" and variables["OMP_NUM_THREADS"] == "7"
-    assert limits == [16 << 20]
+    assert limits == [None]
 
 
 @pytest.mark.parametrize("limit", ["None", "16 << 20"])
