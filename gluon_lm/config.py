@@ -994,9 +994,7 @@ def unavailable(config: Config, sources: Mapping[str, str] | None = None) -> lis
     asked: dict[str, list[str]] = {}
     for name, declared in _fields().items():
         value = get(config, name)
-        feature = UNAVAILABLE.get(f"{name}={value}")
-        if feature is None and value != declared.default:
-            feature = UNAVAILABLE.get(name)
-        if feature is not None:
+        feature = UNAVAILABLE.get(name)
+        if feature is not None and value != declared.default:
             asked.setdefault(feature, []).append(_named(name, value, sources))
     return [f"{', '.join(flags)}: {feature} is not available in this version" for feature, flags in asked.items()]

@@ -66,7 +66,7 @@ def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, target
     return mx.nd.concat(*losses, dim=0)
 
 
-def activation_penalty(
+def activation_penalties(
     hidden_TNH: mx.nd.NDArray, raw_TNH: mx.nd.NDArray, num_targets: int, alpha: float, beta: float
 ) -> list[mx.nd.NDArray]:
     """Activation and temporal activation regularisation, summed over the first `num_targets` rows; differentiable.

@@ -15,7 +15,7 @@ from ..config import show
 from ..data.windows import Window
 from ..distributed import Communicator
 from ..errors import TrainingDiverged
-from ..losses import activation_penalty, backward_through_head
+from ..losses import activation_penalties, backward_through_head
 from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
 
@@ -160,7 +160,7 @@ class TrainingStep:
         # fewer pairs of neighbours than targets, and theirs is to be a mean over pairs.
         num_pairs = max(1, window.num_targets - window.tokens_TN.shape[1])
         beta = self._beta * window.num_targets / num_pairs
-        return activation_penalty(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
+        return activation_penalties(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
 
     def _gradient_norm(self) -> float:
         squares = square_sums([parameter.list_grad()[0] for parameter in self._parameters]).asnumpy()
