@@ -24,7 +24,6 @@ from gluon_lm.config import (
     DeviceConfig,
     Kind,
     Layer,
-    Resolved,
     Section,
     Setting,
     build,
@@ -38,7 +37,6 @@ from gluon_lm.config import (
     show,
     switch,
     text,
-    unavailable,
     validate,
 )
 from gluon_lm.errors import ConfigError, GluonLMError
@@ -296,6 +294,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "nonmono",
         "epochs",
         "max_steps",
+        "small_batch_size",
         "log_interval",
         "eval_every",
         "eval_batch_size",
@@ -378,16 +377,10 @@ class TrainCommand:
                 was = f"{config_file.parent} was trained with {show(old)}"
                 problems.append(f"{flag}: {was}; leave the flag out, or train anew")
         resolved = dataclasses.replace(resolved, sources=sources)
-        _check(resolved, self.print_config, problems)
+        problems += validate(resolved.config, resolved.sources)
+        if problems:
+            raise ConfigError(problems)
         return dataclasses.replace(self, **vars(resolved))
-
-
-def _check(resolved: Resolved, print_only: bool, problems: list[str]) -> None:
-    problems = problems + validate(resolved.config, resolved.sources)
-    if not print_only:
-        problems += unavailable(resolved.config, resolved.sources)
-    if problems:
-        raise ConfigError(problems)
 
 
 def train_parser() -> CommandParser:
@@ -410,7 +403,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     Raises
     ------
     ConfigError
-        With every problem found; features that this version lacks are no problem under ``--print-config``.
+        With every problem found.
     """
     words = normalise_argv(sys.argv[1:] if argv is None else argv)
     superfluous = [word for word in words if word in _ALWAYS_SO]
@@ -445,8 +438,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     if resume is None:
-        _check(resolved, run.print_config, problems)
-    elif problems:
+        problems += validate(resolved.config, resolved.sources)
+    if problems:
         raise ConfigError(problems)
     return TrainCommand(
         **vars(resolved),

@@ -244,7 +244,12 @@ class ModelConfig(Section):
         "first weights: uniform as PyTorch's example, xavier as MXNet's",
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
-    last_hidden_size: int | None = option(None, optional(integer(), -1), "hidden units of the last layer", "nhidlast")
+    last_hidden_size: int | None = option(
+        None,
+        optional(integer(), -1),
+        "hidden units of the last layer (default: as many as the embedding where tied or mixed, else as the others)",
+        "nhidlast",
+    )
     dropout: float = option(
         0.2,
         real(0, 1),
@@ -305,7 +310,12 @@ class ModelConfig(Section):
         0.0, real(0, 1), "dropout on input-to-hidden weights", keep="input_weight_keep_prob"
     )
     layer_norm: bool = option(False, switch(), "normalise an LSTM's gates and cell (slower: word by word)")
-    dropout_latent: float = option(0.0, real(0, 1), "locked dropout on the experts' vectors", "dropoutl")
+    dropout_latent: float | None = option(
+        None,
+        optional(real(0, 1), -0.2),
+        "locked dropout on the experts' vectors (default: as between the layers)",
+        "dropoutl",
+    )
 
     @property
     def cell(self) -> str:
@@ -314,9 +324,20 @@ class ModelConfig(Section):
 
     @property
     def layer_sizes(self) -> list[int]:
-        """Width of each layer, first to last; where the output layer is tied, the last is as wide as the embedding."""
-        sizes = [self.hidden_size] * self.num_layers
-        return sizes[:-1] + [self.embed_size] if self.tied else sizes
+        """Width of each layer, first to last."""
+        default = self.embed_size if self.tied or self.num_experts else self.hidden_size
+        return [self.hidden_size] * (self.num_layers - 1) + [self.last_hidden_size or default]
+
+    @property
+    def head(self) -> str:
+        """The output layer: a name in `gluon_lm.models.HEADS`."""
+        return "mixture" if self.num_experts else "softmax"
+
+    @property
+    def latent_dropout(self) -> float:
+        """Probability of dropping an element of an expert's vector."""
+        given = (rate for rate in (self.dropout_latent, self.dropout_hidden) if rate is not None)
+        return next(given, self.dropout)
 
     def without_dropout(self) -> ModelConfig:
         """The same architecture with every dropout off."""
@@ -842,6 +863,19 @@ def device_count(config: Config) -> int | None:
     return config.devices.count if config.devices.count or config.model.num_experts else 1
 
 
+def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] | None = None) -> list[str]:
+    """What cannot be shared out evenly over so many devices, a line each."""
+    problems = []
+    for name in ("batch_size", "small_batch_size"):
+        size = get(config, name)
+        if size is not None and size % num_devices:
+            below = size // num_devices * num_devices
+            fix = f"use {below} or {below + num_devices}" if below else f"use {num_devices}"
+            named = _named(name, size, sources or {})
+            problems.append(f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}")
+    return problems
+
+
 def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: int | None) -> list[str]:
     problems = []
 
@@ -908,12 +942,7 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
         return problems
 
     count = device_count(config)
-    batch_size = config.training.batch_size
-    if count and batch_size % count:
-        below = batch_size // count * count
-        fix = f"use {below} or {below + count}" if below else f"use {count}"
-        named = _named("batch_size", batch_size, sources)
-        problems.append(f"{named}: must be a multiple of the number of devices, {count}; {fix}")
+    problems += share_problems(config, count or 1, sources)
     if config.data.vocab is not None:
         for name in ("min_freq", "max_vocab"):
             if get(config, name) is not None:
@@ -944,7 +973,16 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.shuffle and optim.max_seq_len_delta is not None:
         refuse("shuffle", "max_seq_len_delta", "shuffled windows are all of one length")
-    if config.model.cell != "lstm":
+    model = config.model
+    if model.tied and not model.num_experts and model.last_hidden_size not in (None, model.embed_size):
+        reason = f"a tied output layer needs the last layer as wide as the embedding, {model.embed_size}"
+        refuse("last_hidden_size", "tied", reason, "leave one of them out, or mix softmaxes with --n-experts K")
+    small, batch_size = optim.small_batch_size, config.training.batch_size
+    if small is not None and batch_size % small:
+        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        fix = f"use {', '.join(map(str, divisors))}"
+        refuse("small_batch_size", "batch_size", "the batch must be made of such parts", fix)
+    if model.cell != "lstm":
         for name in ("dropout_candidate", "layer_norm"):
             if get(config, name):
                 refuse(name, "model", "only an LSTM has it")
@@ -961,6 +999,8 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
         idle["dropout_hidden"] = idle["dropout_inner_input"] = "there is one layer; raise --num-layers"
     if not any([model.dropout, *model.layer_dropouts]):
         idle["locked"] = "there is no dropout that it could lock; add --dropout P"
+    if not model.num_experts:
+        idle["dropout_latent"] = "there is one softmax; add --n-experts K"
     if training.bptt == 1:
         idle["beta"] = "a window of one word has no change over time; raise --bptt"
     if optim.when is not None and min(optim.when) >= training.epochs:
@@ -977,24 +1017,3 @@ def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
     source = sources.get(name, "")
     is_own = value != _fields()[name].default and source != "default" and not source.startswith(("recipe ", "run "))
     return source.startswith("flag ") or is_own
-
-
-_MIXTURE = "the mixture of softmaxes"
-UNAVAILABLE = {
-    "num_experts": _MIXTURE,
-    "last_hidden_size": _MIXTURE,
-    "dropout_latent": _MIXTURE,
-    "small_batch_size": "gradient accumulation",
-}
-
-
-def unavailable(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
-    """The features that `config` asks for and that this version does not have, a line each."""
-    sources = sources or {}
-    asked: dict[str, list[str]] = {}
-    for name, declared in _fields().items():
-        value = get(config, name)
-        feature = UNAVAILABLE.get(name)
-        if feature is not None and value != declared.default:
-            asked.setdefault(feature, []).append(_named(name, value, sources))
-    return [f"{', '.join(flags)}: {feature} is not available in this version" for feature, flags in asked.items()]

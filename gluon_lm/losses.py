@@ -3,7 +3,7 @@
 Logits for a whole window can be larger than the model: 1,120 tokens of a vocabulary of 33,278 take 149 MB, several
 times over. So every head sees a chunk of rows at a time, and memory depends on neither batch size nor window.
 
-Shapes: T time, N batch, H hidden width, R rows = T x N in time-major order.
+Shapes: T time, N batch, H hidden width, F width of the head's features, R rows = T x N in time-major order.
 """
 
 from __future__ import annotations
@@ -17,28 +17,24 @@ from .models.heads import Head
 CHUNK_ELEMENTS = 1 << 24  # logits in a chunk: 64 MiB of float32; half of it costs a tenth of the speed
 
 
-def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+def row_chunks(num_rows: int, logits_per_row: int) -> Iterator[slice]:
     """Cut rows (at least one) into the fewest near-equal chunks whose logits stay within `CHUNK_ELEMENTS`."""
-    num_chunks = -(-num_rows // max(1, CHUNK_ELEMENTS // vocab_size))
+    num_chunks = -(-num_rows // max(1, CHUNK_ELEMENTS // logits_per_row))
     rows = -(-num_rows // num_chunks)
     for start in range(0, num_rows, rows):
         yield slice(start, min(start + rows, num_rows))
 
 
 def backward_through_head(
-    head: Head,
-    vocab_size: int,
-    hidden_TNH: mx.nd.NDArray,
-    targets_R: mx.nd.NDArray,
+    head: Head, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
 ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-    """Loss of a window, its gradient added to the head's parameters, and its gradient by the hidden vectors.
+    """Loss of a window, its gradient added to the head's parameters, and its gradient by the head's features.
 
     Parameters
     ----------
     head : Head
-    vocab_size : int
-    hidden_TNH : NDArray
-        The encoder's output, detached.
+    features_TNF : NDArray
+        What `Head.features` gives, detached.
     targets_R : NDArray of int32
         Targets of the first R <= T x N rows in time-major order; the rows after them have none.
 
@@ -46,24 +42,24 @@ def backward_through_head(
     -------
     loss_sum : NDArray, shape (1,)
         Sum over the targets, in nats.
-    grad_TNH : NDArray
-        Gradient of that sum, to go on with through the encoder.
+    grad_TNF : NDArray
+        Gradient of that sum, to go on with through the features and the encoder.
     """
-    hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
-    grad_RH = mx.nd.zeros_like(hidden_RH)
+    features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
+    grad_RF = mx.nd.zeros_like(features_RF)
     loss_sums = []
-    for rows in row_chunks(targets_R.shape[0], vocab_size):
-        chunk_RH = hidden_RH[rows]
-        mx.autograd.mark_variables([chunk_RH], [grad_RH[rows]])
-        loss_sums.append(head.backward(chunk_RH, targets_R[rows]).sum())
-    return mx.nd.add_n(*loss_sums), grad_RH.reshape(hidden_TNH.shape)
+    for rows in row_chunks(targets_R.shape[0], head.logits_per_row):
+        losses, grad_RF[rows] = head.backward(features_RF[rows], targets_R[rows])
+        loss_sums.append(losses.sum())
+    return mx.nd.add_n(*loss_sums), grad_RF.reshape(features_TNF.shape)
 
 
-def target_losses(head: Head, vocab_size: int, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
+def target_losses(head: Head, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
     """Negative log-likelihood, in nats, of each of the first R rows' targets (no gradient): shape (R,)."""
-    hidden_RH = hidden_TNH.reshape((-1, hidden_TNH.shape[-1]))
-    losses = [head.losses(hidden_RH[rows], targets_R[rows]) for rows in row_chunks(targets_R.shape[0], vocab_size)]
-    return mx.nd.concat(*losses, dim=0)
+    features_TNF = head.features(hidden_TNH)
+    features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
+    chunks = row_chunks(targets_R.shape[0], head.logits_per_row)
+    return mx.nd.concat(*[head.losses(features_RF[rows], targets_R[rows]) for rows in chunks], dim=0)
 
 
 def activation_penalties(

@@ -77,7 +77,7 @@ class ModelPredictor(Predictor):
 
     def target_losses(self, tokens_TN, targets_R, states):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
-        return target_losses(self._model.head, self._model.vocab_size, hidden_TNH, targets_R), states
+        return target_losses(self._model.head, hidden_TNH, targets_R), states
 
 
 def load_predictor(name: str | Path | None, device: mx.Context) -> Predictor:

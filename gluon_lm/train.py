@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from .cli import MAY_CHANGE_ON_RESUME, parse_train, run_command
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_training
-from .training.run_folder import RunFolder, find_run, strip_model_suffix
+from .training.run_folder import RunFolder, find_run, stamped, strip_model_suffix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,11 @@ def _train(argv: Sequence[str]) -> int:
         run, checkpoint = find_run(command.resume)
         command = command.over(run.config, MAY_CHANGE_ON_RESUME)
     elif command.save is not None and not command.print_config:
-        RunFolder(strip_model_suffix(command.save)).check_free(command.overwrite)
+        path = strip_model_suffix(command.save)
+        if command.recipe == "mos":  # the reference puts the time behind the name
+            path = stamped(path)
+        RunFolder(path).check_free(command.overwrite)
+        command = dataclasses.replace(command, save=str(path))
     if command.print_config:
         print(command.describe(), end="")
         return 0

@@ -55,11 +55,9 @@ def forward_backward(model, tokens_TN, targets_TN, states):
         parameter.zero_grad()
     with mx.autograd.record():
         raw_TNH, *new_states = model.encoder(int32(tokens_TN), *states)
-        hidden_TNH = model.output_dropout(raw_TNH)
-    loss, grad_TNH = backward_through_head(
-        model.head, model.vocab_size, hidden_TNH.detach(), int32(targets_TN.reshape(-1))
-    )
-    hidden_TNH.backward(grad_TNH)
+        features_TNF = model.head.features(model.output_dropout(raw_TNH))
+    loss, grad_TNF = backward_through_head(model.head, features_TNF.detach(), int32(targets_TN.reshape(-1)))
+    features_TNF.backward(grad_TNF)
     return float(loss.asscalar()), [state.detach() for state in new_states]
 
 

@@ -4,7 +4,8 @@ Nothing here is shared with the package, so that an error would have to be made 
 are dictionaries of arrays by the names that `LanguageModel.named_parameters` gives; a tied model has no
 ``head.decoder.weight``. Dropout is what masks, given by the test, multiply with.
 
-Shapes: T time, N batch, V vocabulary, E embedding width, I and H widths of a layer, R = T x N rows.
+Shapes: T time, N batch, V vocabulary, E embedding width, I and H widths of a layer, R = T x N rows,
+K experts, D = K x E.
 """
 
 from __future__ import annotations
@@ -133,13 +134,59 @@ def encode(cell, parameters, tokens_TN, states, masks=None):
     return outputs_TNI, new_states, tape
 
 
-def decoder_weight(parameters):
-    return parameters.get("head.decoder.weight", parameters["encoder.embedding.weight"])
+def decoder_name(parameters):
+    return "head.decoder.weight" if "head.decoder.weight" in parameters else "encoder.embedding.weight"
+
+
+def _mixture(parameters, hidden_RH, latent_mask):
+    """Log-priors (R, K), experts' vectors (R, K, E) and their log-probabilities (R, K, V)."""
+    weight_VE = parameters[decoder_name(parameters)]
+    log_priors_RK = log_softmax(hidden_RH @ parameters["head.prior.weight"].T)
+    latents = np.tanh(hidden_RH @ parameters["head.latent.weight"].T + parameters["head.latent.bias"])
+    latents_RKE = latents.reshape(*log_priors_RK.shape, weight_VE.shape[1])
+    log_probs_RKV = log_softmax(latents_RKE * latent_mask @ weight_VE.T + parameters["head.decoder.bias"])
+    return log_priors_RK, latents_RKE, log_probs_RKV
+
+
+def head_log_probs(parameters, hidden_RH, latent_mask=1.0):
+    """Log-probabilities of the next word; `latent_mask` multiplies with a mixture's vectors, (R, K, E)."""
+    if "head.prior.weight" in parameters:
+        log_priors_RK, _, log_probs_RKV = _mixture(parameters, hidden_RH, latent_mask)
+        return np.logaddexp.reduce(log_priors_RK[..., None] + log_probs_RKV, axis=1)
+    return log_softmax(hidden_RH @ parameters[decoder_name(parameters)].T + parameters["head.decoder.bias"])
+
+
+def head_gradients(parameters, hidden_RH, targets_R, latent_mask=1.0):
+    """Gradients of the summed loss: by the head's parameters, a dictionary, and by the hidden vectors."""
+    rows, decoder = np.arange(len(targets_R)), decoder_name(parameters)
+    if "head.prior.weight" not in parameters:
+        logits_grad_RV = np.exp(head_log_probs(parameters, hidden_RH))
+        logits_grad_RV[rows, targets_R] -= 1
+        gradients = {decoder: logits_grad_RV.T @ hidden_RH, "head.decoder.bias": logits_grad_RV.sum(0)}
+        return gradients, logits_grad_RV @ parameters[decoder]
+    log_priors_RK, latents_RKE, log_probs_RKV = _mixture(parameters, hidden_RH, latent_mask)
+    log_joint_RK = log_priors_RK + log_probs_RKV[rows, :, targets_R]
+    posterior_RK = np.exp(log_softmax(log_joint_RK))
+    logits_grad_RKV = np.exp(log_probs_RKV)
+    logits_grad_RKV[rows, :, targets_R] -= 1
+    logits_grad_RKV *= posterior_RK[..., None]
+    pre_RD = (logits_grad_RKV @ parameters[decoder] * latent_mask * (1 - latents_RKE**2)).reshape(len(rows), -1)
+    prior_grad_RK = np.exp(log_priors_RK) - posterior_RK
+    gradients = {
+        decoder: np.einsum("rkv,rke->ve", logits_grad_RKV, latents_RKE * latent_mask),
+        "head.decoder.bias": logits_grad_RKV.sum((0, 1)),
+        "head.latent.weight": pre_RD.T @ hidden_RH,
+        "head.latent.bias": pre_RD.sum(0),
+        "head.prior.weight": prior_grad_RK.T @ hidden_RH,
+    }
+    by_hidden_RH = pre_RD @ parameters["head.latent.weight"] + prior_grad_RK @ parameters["head.prior.weight"]
+    return gradients, by_hidden_RH
 
 
 def log_probs(cell, parameters, tokens_TN, states):
     hidden_TNH, new_states, _ = encode(cell, parameters, tokens_TN, states)
-    return log_softmax(hidden_TNH @ decoder_weight(parameters).T + parameters["head.decoder.bias"]), new_states
+    log_probs_RV = head_log_probs(parameters, hidden_TNH.reshape(-1, hidden_TNH.shape[-1]))
+    return log_probs_RV.reshape(*tokens_TN.shape, -1), new_states
 
 
 def activation_penalty(hidden_TNH, raw_TNH, num_targets, alpha, beta):
@@ -159,7 +206,16 @@ def activation_penalty(hidden_TNH, raw_TNH, num_targets, alpha, beta):
 
 
 def loss_and_gradients(
-    cell, parameters, tokens_TN, targets_TN, states, num_targets=None, masks=None, alpha=0.0, beta=0.0
+    cell,
+    parameters,
+    tokens_TN,
+    targets_TN,
+    states,
+    num_targets=None,
+    masks=None,
+    alpha=0.0,
+    beta=0.0,
+    latent_mask=None,
 ):
     """Summed loss of the first `num_targets` rows (or all), its gradients by name, and the new states.
 
@@ -173,18 +229,14 @@ def loss_and_gradients(
     hidden_TNH = raw_TNH * output_mask
     num_targets = T * N if num_targets is None else num_targets
     hidden_RH, targets_R = hidden_TNH.reshape(-1, H)[:num_targets], targets_TN.reshape(-1)[:num_targets]
-    weight_VH = decoder_weight(parameters)
-    log_probs_RV = log_softmax(hidden_RH @ weight_VH.T + parameters["head.decoder.bias"])
-    loss = -log_probs_RV[np.arange(num_targets), targets_R].sum()
+    latent_mask = 1.0 if latent_mask is None else latent_mask[:num_targets]
+    loss = -head_log_probs(parameters, hidden_RH, latent_mask)[np.arange(num_targets), targets_R].sum()
 
     gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
-    logits_grad_RV = np.exp(log_probs_RV)
-    logits_grad_RV[np.arange(num_targets), targets_R] -= 1
-    tied = "head.decoder.weight" not in parameters
-    gradients["encoder.embedding.weight" if tied else "head.decoder.weight"] += logits_grad_RV.T @ hidden_RH
-    gradients["head.decoder.bias"] += logits_grad_RV.sum(0)
+    by_head, by_hidden_RH = head_gradients(parameters, hidden_RH, targets_R, latent_mask)
+    gradients.update(by_head)
     grad_RH = np.zeros((T * N, H))
-    grad_RH[:num_targets] = logits_grad_RV @ weight_VH
+    grad_RH[:num_targets] = by_hidden_RH
     _, by_hidden_TNH, by_raw_TNH = activation_penalty(hidden_TNH, raw_TNH, num_targets, alpha, beta)
     grad_TNH = (grad_RH.reshape(T, N, H) + num_targets * by_hidden_TNH) * output_mask + num_targets * by_raw_TNH
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import mxnet as mx
@@ -12,8 +13,8 @@ from .communicator import Communicator, SingleDevice
 from .kvstore import KVStoreCommunicator
 
 
-def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
-    """The contexts that the flags ask for; with none given, the first usable GPU or else one CPU context.
+def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Context]:
+    """The contexts that the flags ask for; with none given, the first usable GPU, or each, or else one CPU context.
 
     Raises
     ------
@@ -32,7 +33,9 @@ def resolve_devices(config: DeviceConfig) -> list[mx.Context]:
         wanted = [0]
         flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        return [next((mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i))), mx.cpu(0))]
+        usable = (mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i)))
+        found = list(usable) if every_gpu else list(itertools.islice(usable, 1))
+        return found or [mx.cpu(0)]
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
         raise DistributedError(
@@ -98,7 +101,7 @@ COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator
 }
 
 
-def create_communicator(config: DeviceConfig) -> Communicator:
+def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Communicator:
     """The devices of this process, joined as the flags say (KVStore ``device`` for several).
 
     Raises
@@ -106,7 +109,7 @@ def create_communicator(config: DeviceConfig) -> Communicator:
     DistributedError
         For a GPU that is not there, or compression of the gradients of a single device.
     """
-    devices = resolve_devices(config)
+    devices = resolve_devices(config, every_gpu)
     if len(devices) > 1:
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":

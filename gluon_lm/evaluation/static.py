@@ -104,7 +104,7 @@ def _window_losses(model: LanguageModel, window: Window, states, device):
     tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
     targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
     hidden_TNH, *states = model.encoder(tokens_TN, *states)
-    return target_losses(model.head, model.vocab_size, hidden_TNH, targets_R), states
+    return target_losses(model.head, hidden_TNH, targets_R), states
 
 
 def _sum(losses_R: mx.nd.NDArray | None) -> float:

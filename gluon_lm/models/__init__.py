@@ -1,6 +1,6 @@
 """Models: recurrent layers, heads, and the language model made of them."""
 
-from .heads import HEADS, Head, SoftmaxHead
+from .heads import HEADS, Head, MixtureHead, SoftmaxHead
 from .language_model import Encoder, LanguageModel, State
 from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
@@ -10,6 +10,7 @@ __all__ = [
     "Encoder",
     "Head",
     "LanguageModel",
+    "MixtureHead",
     "RecurrentLayer",
     "SoftmaxHead",
     "State",

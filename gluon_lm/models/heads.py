@@ -1,11 +1,14 @@
 """Output layers: from hidden vectors to the distribution of the next word.
 
-A head does three things, by ways that agree. As a HybridBlock it maps hidden vectors to log-probabilities, for
-generation and export. `Head.losses` scores given targets, for evaluation. In training it is the last node of the model,
-so `Head.backward` takes the loss and its gradient together. The last two are called on one chunk of rows after another
-(see `gluon_lm.losses`) and keep nothing of size rows x vocabulary for later.
+A head works in two parts. `Head.features` maps the hidden vectors of a window to the little that the distribution
+depends on; it is differentiable and has the head's dropout. What comes after is as wide as the vocabulary, and there
+are three ways to it, which agree. As a HybridBlock a head gives log-probabilities, for generation and export.
+`Head.losses` scores given targets, for evaluation. In training the head is the last node of the model, so
+`Head.backward` takes the loss and its gradient together. The last two are called on one chunk of rows after another
+(see `gluon_lm.losses`) and keep nothing that is as wide as the vocabulary for later.
 
-Shapes: R rows (time x batch, flattened), H width of the last layer, E embedding width, V vocabulary.
+Shapes: R rows (time x batch, flattened), H width of the last layer, F width of the features, E embedding width,
+V vocabulary, K experts, S softmaxes (rows x experts).
 """
 
 from __future__ import annotations
@@ -16,30 +19,46 @@ import mxnet as mx
 from mxnet import gluon
 from mxnet.gluon import nn
 
+from ..config import ModelConfig
+
 _SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
 
 class Head(gluon.HybridBlock):
-    """Base class of output layers. Called as a block: ``hidden_..H -> log_probs_..V``."""
+    """Base class of output layers. Called as a block: ``hidden_..H -> log_probs_..V``.
+
+    Attributes
+    ----------
+    logits_per_row : int
+        Numbers that a row takes at its widest.
+    """
+
+    logits_per_row: int
+
+    def features(self, hidden_TNH: mx.nd.NDArray) -> mx.nd.NDArray:
+        """What the distribution after each word depends on: ``features_TNF``, here the hidden vectors themselves."""
+        return hidden_TNH
 
     @abstractmethod
-    def losses(self, hidden_RH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
+    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
         """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded."""
 
     @abstractmethod
-    def backward(self, hidden_RH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Add the gradient of the summed loss to the parameters' and write that of `hidden_RH`.
+    def backward(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+        """The loss and its gradient, that by the parameters added to theirs.
 
         Parameters
         ----------
-        hidden_RH : NDArray, shape (R, H)
-            A variable of autograd (marked, with a gradient array).
-        targets_R : NDArray of int32, shape (R,)
+        features_RF : NDArray
+            Detached.
+        targets_R : NDArray of int32
 
         Returns
         -------
-        NDArray, shape (R,)
-            Negative log-likelihood of each target, in nats; not finite where `hidden_RH` is not.
+        losses_R : NDArray
+            Negative log-likelihood of each target, in nats; not finite where the features are not.
+        grad_RF : NDArray
+            Gradient of their sum by the features.
         """
 
 
@@ -57,42 +76,162 @@ class SoftmaxHead(Head):
 
     def __init__(self, vocab_size: int, input_size: int, embedding: nn.Embedding | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
+        self.logits_per_row = vocab_size
         with self.name_scope():
-            self.decoder = nn.Dense(
-                vocab_size,
-                in_units=input_size,
-                flatten=False,
-                params=None if embedding is None else embedding.params,
-            )
+            self.decoder = _decoder(vocab_size, input_size, embedding)
 
     def hybrid_forward(self, F, hidden_RH):
         return F.log_softmax(self.decoder(hidden_RH), axis=-1)
 
-    def losses(self, hidden_RH, targets_R):
-        logits_RV = self.decoder(hidden_RH)
-        return -mx.nd.pick(mx.nd.log_softmax(logits_RV, axis=-1, out=logits_RV), targets_R)
+    def losses(self, features_RF, targets_R):
+        return -_target_log_probs(self.decoder, features_RF, targets_R)
 
-    def backward(self, hidden_RH, targets_R):
+    def backward(self, features_RF, targets_R):
+        probs_RV = _Softmax(self.decoder, features_RF, targets_R)
+        return -probs_RV.target_log_probs(), probs_RV.backward()
+
+
+class MixtureHead(Head):
+    """Mixture of softmaxes (Yang et al. 2018, "Breaking the Softmax Bottleneck: A High-Rank RNN Language Model").
+
+    ``p(word) = sum_k prior_k softmax(W z_k + b)[word]`` with ``prior = softmax(P h)`` and the experts' vectors
+    ``z_k = tanh(L_k h + l_k)``, all equations of their section 2.4.
+
+    The loss needs the probabilities of the targets alone. With the responsibilities
+    ``r_k = prior_k p_k(target) / p(target)`` its gradient by the logits of expert k is ``r_k (p_k - onehot(target))``
+    and by the logarithm of its prior ``-r_k``: each softmax of a row is a row of its own in the plain head's way.
+
+    Parameters
+    ----------
+    vocab_size, input_size, embed_size, num_experts : int
+        V, H, E and K.
+    latent_dropout : float
+        Probability of dropping an element of z, the same one for all words of a window.
+    embedding : gluon.nn.Embedding, optional
+        When given, W is its matrix.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        input_size: int,
+        embed_size: int,
+        num_experts: int,
+        latent_dropout: float = 0.0,
+        embedding: nn.Embedding | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.logits_per_row = num_experts * vocab_size
+        self.num_experts, self._embed_size, self._vocab_size = num_experts, embed_size, vocab_size
+        with self.name_scope():
+            self.prior = nn.Dense(num_experts, in_units=input_size, use_bias=False, flatten=False)
+            self.latent = nn.Dense(num_experts * embed_size, in_units=input_size, activation="tanh", flatten=False)
+            self.latent_dropout = nn.Dropout(latent_dropout, axes=(0,))
+            self.decoder = _decoder(vocab_size, embed_size, embedding)
+
+    def hybrid_forward(self, F, hidden_RH):
+        latents_SE = F.reshape(self.latent_dropout(self.latent(hidden_RH)), shape=(-1, self._embed_size))
+        probs_SV = F.softmax(self.decoder(latents_SE), axis=-1)
+        probs_RKV = F.reshape(probs_SV, shape=(-1, self.num_experts, self._vocab_size))
+        priors_R1K = F.reshape(F.softmax(self.prior(hidden_RH), axis=-1), shape=(-1, 1, self.num_experts))
+        probs_R1V = F.batch_dot(priors_R1K, probs_RKV)
+        probs_RV = F.reshape_like(probs_R1V, hidden_RH, lhs_begin=0, lhs_end=2, rhs_begin=0, rhs_end=-1)
+        return F.log(F.maximum(probs_RV, _SMALLEST_FLOAT32))
+
+    def features(self, hidden_TNH):
+        """The experts' vectors, one after the other, and the logarithms of their priors: F = K E + K."""
+        latents_TND = self.latent_dropout(self.latent(hidden_TNH))
+        logits_TNK = self.prior(hidden_TNH)
+        # Not log_softmax, which is off by as much as 1e-6 here, and by that even for a single expert.
+        shifted_TNK = mx.nd.broadcast_sub(logits_TNK, logits_TNK.detach().max(axis=-1, keepdims=True))
+        log_sums_TN1 = mx.nd.log(mx.nd.exp(shifted_TNK).sum(axis=-1, keepdims=True))
+        return mx.nd.concat(latents_TND, mx.nd.broadcast_sub(shifted_TNK, log_sums_TN1), dim=-1)
+
+    def losses(self, features_RF, targets_R):
+        latents_SE, log_priors_RK = self._split(features_RF)
+        log_probs_S = _target_log_probs(self.decoder, latents_SE, self._of_experts(targets_R))
+        log_joint_RK = log_priors_RK + log_probs_S.reshape(log_priors_RK.shape)
+        return -_log_sum_exp(log_joint_RK)
+
+    def backward(self, features_RF, targets_R):
+        latents_SE, log_priors_RK = self._split(features_RF)
+        probs_SV = _Softmax(self.decoder, latents_SE, self._of_experts(targets_R))
+        log_joint_RK = log_priors_RK + probs_SV.target_log_probs().reshape(log_priors_RK.shape)
+        responsibilities_RK = mx.nd.softmax(log_joint_RK, axis=-1)
+        grad_SE = probs_SV.backward(responsibilities_RK.reshape((-1, 1)))
+        grad_RF = mx.nd.concat(grad_SE.reshape((log_priors_RK.shape[0], -1)), -responsibilities_RK, dim=-1)
+        return -_log_sum_exp(log_joint_RK), grad_RF
+
+    def _split(self, features_RF):
+        width = self.num_experts * self._embed_size
+        latents_RD = features_RF.slice_axis(axis=1, begin=0, end=width)
+        return latents_RD.reshape((-1, self._embed_size)), features_RF.slice_axis(axis=1, begin=width, end=None)
+
+    def _of_experts(self, targets_R):
+        return mx.nd.repeat(targets_R, self.num_experts)
+
+
+def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -> nn.Dense:
+    params = None if embedding is None else embedding.params
+    return nn.Dense(vocab_size, in_units=input_size, flatten=False, params=params)
+
+
+class _Softmax:
+    """Softmaxes of an affine map on their way to the gradient, in the memory of one array of logits.
+
+    The gradient of ``-log softmax(z)[y]`` is ``softmax(z) - onehot(y)``, and the affine map does not need its own
+    output to go back: so the array holds first the logits, then the probabilities, then their gradient.
+    """
+
+    def __init__(self, decoder: nn.Dense, inputs_SE: mx.nd.NDArray, targets_S: mx.nd.NDArray) -> None:
+        self._inputs_SE, self._targets_S = inputs_SE, targets_S
+        inputs_SE.attach_grad()
         with mx.autograd.record():
-            logits_RV = self.decoder(hidden_RH)
-        # The gradient of -log softmax(z)[y] is softmax(z) - onehot(y). The affine map does not need its own output
-        # to go back, so the logits' memory takes first the probabilities and then the gradient.
-        grad_RV = mx.nd.softmax(logits_RV, axis=-1, out=logits_RV)
-        target_probs_R = mx.nd.pick(grad_RV, targets_R)
-        rows_R = mx.nd.arange(targets_R.shape[0], ctx=targets_R.context, dtype="int32")
+            self._logits_SV = decoder(inputs_SE)
+        self._probs_SV = mx.nd.softmax(self._logits_SV, axis=-1, out=self._logits_SV)
+        self._target_probs_S = mx.nd.pick(self._probs_SV, targets_S)
+
+    def target_log_probs(self) -> mx.nd.NDArray:
+        """Log-probability of each target: shape (S,)."""
+        return mx.nd.log(mx.nd.maximum(self._target_probs_S, _SMALLEST_FLOAT32))
+
+    def backward(self, weights_S1: mx.nd.NDArray | None = None) -> mx.nd.NDArray:
+        """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs."""
+        grad_SV, targets_S = self._probs_SV, self._targets_S
+        numbers_S = mx.nd.arange(targets_S.shape[0], ctx=targets_S.context, dtype="int32")
         mx.nd._internal._scatter_set_nd(
-            grad_RV, target_probs_R - 1, mx.nd.stack(rows_R, targets_R), shape=grad_RV.shape, out=grad_RV
+            grad_SV, self._target_probs_S - 1, mx.nd.stack(numbers_S, targets_S), shape=grad_SV.shape, out=grad_SV
         )
-        logits_RV.backward(grad_RV)
-        return -mx.nd.log(mx.nd.maximum(target_probs_R, _SMALLEST_FLOAT32))
+        if weights_S1 is not None:
+            mx.nd.broadcast_mul(grad_SV, weights_S1, out=grad_SV)
+        self._logits_SV.backward(grad_SV)
+        return self._inputs_SE.grad
 
 
-def _softmax(vocab_size, input_size, embedding):
-    return SoftmaxHead(vocab_size, input_size)
+def _target_log_probs(decoder, inputs_SE, targets_S):
+    logits_SV = decoder(inputs_SE)
+    return mx.nd.pick(mx.nd.log_softmax(logits_SV, axis=-1, out=logits_SV), targets_S)
 
 
-def _tied_softmax(vocab_size, input_size, embedding):
-    return SoftmaxHead(vocab_size, input_size, embedding)
+def _log_sum_exp(values_RK):
+    largest_R1 = values_RK.max(axis=-1, keepdims=True)
+    return mx.nd.log(mx.nd.exp(values_RK - largest_R1).sum(axis=-1)) + largest_R1.reshape((-1,))
 
 
-HEADS = {"softmax": _softmax, "tied_softmax": _tied_softmax}
+def _softmax(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
+    return SoftmaxHead(vocab_size, config.layer_sizes[-1], embedding if config.tied else None)
+
+
+def _mixture(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
+    return MixtureHead(
+        vocab_size,
+        config.layer_sizes[-1],
+        config.embed_size,
+        config.num_experts or 1,
+        config.latent_dropout,
+        embedding if config.tied else None,
+    )
+
+
+HEADS = {"softmax": _softmax, "mixture": _mixture}

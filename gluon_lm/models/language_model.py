@@ -139,9 +139,7 @@ class LanguageModel(gluon.HybridBlock):
         with self.name_scope():
             self.encoder = Encoder(config, vocab_size)
             self.output_dropout = make_dropout(config.dropout, config.has_locked_dropout)
-            self.head = HEADS["tied_softmax" if config.tied else "softmax"](
-                vocab_size, config.layer_sizes[-1], self.encoder.embedding
-            )
+            self.head = HEADS[config.head](config, vocab_size, self.encoder.embedding)
 
     def hybrid_forward(self, F, tokens_TN, *states):
         hidden_TNH, *new_states = self.encoder(tokens_TN, *states)
@@ -168,9 +166,10 @@ class LanguageModel(gluon.HybridBlock):
         """Draw the parameters on the host, so that they depend on the seed alone and not on the devices.
 
         ``uniform`` (PyTorch's word_language_model): embedding and decoder U(-0.1, 0.1), recurrent weights and
-        biases U(-1/sqrt(H), 1/sqrt(H)), decoder bias 0. ``xavier`` (MXNet's example): embedding U(-0.1, 0.1),
-        every other matrix U(-a, a) with a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both,
-        layer normalisation starts with scale 1 and shift 0, but 1 for the forget gate.
+        biases and those of a mixture's priors and experts U(-1/sqrt(H), 1/sqrt(H)), decoder bias 0. ``xavier``
+        (MXNet's example): embedding U(-0.1, 0.1), every other matrix U(-a, a) with a = sqrt(6 / (rows + columns))
+        (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale 1 and shift 0, but 1 for the
+        forget gate.
         """
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
@@ -190,6 +189,8 @@ class LanguageModel(gluon.HybridBlock):
             return float(np.sqrt(6 / sum(shape))) if len(shape) == 2 else 0.0
         if name.startswith("encoder.layers."):
             return self.encoder.layer_sizes[int(name.split(".")[2])] ** -0.5
+        if name.startswith(("head.prior.", "head.latent.")):
+            return self.encoder.layer_sizes[-1] ** -0.5
         return 0.0 if name.endswith("bias") else 0.1
 
     def hybridize_for_use(self) -> None:

@@ -101,13 +101,13 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name[len(CHECKPOINT_PREFIX) :])
 
 
-def default_run_path(corpus: str, model: str) -> Path:
-    """``runs/<corpus>-<model>-<time>``, a name that is still free."""
-    stem = f"{corpus}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, n = Path("runs") / stem, 1
+def stamped(stem: Path) -> Path:
+    """``<stem>-<time>``, a name that is still free."""
+    first = path = stem.with_name(f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    n = 1
     while path.exists():
         n += 1
-        path = Path("runs") / f"{stem}-{n}"
+        path = first.with_name(f"{first.name}-{n}")
     return path
 
 

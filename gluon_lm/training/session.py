@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 
 from ..cli import TrainCommand
+from ..config import device_count
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..generation.generator import generate
 from ..logs import LOGGER, log_to_file
 from ..models import LanguageModel
 from .checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
-from .run_folder import RunFolder, default_run_path, point, strip_model_suffix
+from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
 
 
@@ -35,12 +36,12 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     GluonLMError
         Before anything is written where the command, the text or the checkpoint does not fit.
     """
-    communicator = create_communicator(command.config.devices)
+    communicator = create_communicator(command.config.devices, every_gpu=device_count(command.config) is None)
     checkpoint = None if initial is None else load_checkpoint(initial)
     vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
     corpus = load_corpus(command.config.data, vocabulary=vocabulary)
     if command.save is None:
-        run = RunFolder(default_run_path(corpus.name, command.config.model.model))
+        run = RunFolder(stamped(Path("runs") / f"{corpus.name}-{command.config.model.model}"))
         run.check_free(overwrite=False)
     else:
         run = RunFolder(strip_model_suffix(command.save))
@@ -58,7 +59,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
 
 def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     """Continue a run from `path`, or from its newest checkpoint; otherwise as `start_run`."""
-    communicator = create_communicator(command.config.devices)
+    communicator = create_communicator(command.config.devices, every_gpu=device_count(command.config) is None)
     path = path or newest_checkpoint(run)
     checkpoint = load_checkpoint(path)
     corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))

@@ -1,6 +1,6 @@
 """One step of training, shared by every recipe.
 
-Shapes: T time, N batch, H hidden width.
+Shapes: T time, N batch, H hidden width, F width of the head's features.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class TrainingStep:
         Bound on the global norm of the mean loss's gradient.
     alpha, beta : float
         Weights of the activation and the temporal activation regularisation in the loss that is minimised.
+    small_batch_size : int, optional
+        Work on so many streams at a time, over all devices together, which takes less memory. It divides the batch, and
+        all workers' devices divide it. The gradients add up to the whole batch's.
 
     Attributes
     ----------
@@ -69,9 +72,10 @@ class TrainingStep:
         clip_norm: float | None,
         alpha: float = 0.0,
         beta: float = 0.0,
+        small_batch_size: int | None = None,
     ) -> None:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
-        self._alpha, self._beta = alpha, beta
+        self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
         self._parameters = list(model.named_parameters().values())
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
@@ -128,30 +132,43 @@ class TrainingStep:
 
     def _forward_backward(self, window: Window) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
-        width = window.tokens_TN.shape[1] // (len(devices) * self._communicator.size)
+        batch_size, num_devices = window.tokens_TN.shape[1], len(devices) * self._communicator.size
+        width = batch_size // num_devices
+        part_width = (self._small_batch_size or batch_size) // num_devices
         first = self._communicator.rank * len(devices)
         if self.states is None:
             self.states = [self._model.begin_state(width, device) for device in devices]
         loss_sums = []
         for i, device in enumerate(devices):
-            part = window.columns((first + i) * width, (first + i + 1) * width)
-            if not part.num_targets:  # a short row alone that ends before this device's columns
-                for parameter in self._parameters:
-                    parameter.data(device)._fresh_grad = True  # zero, and the other devices' are added
-                continue
-            tokens_TN = mx.nd.array(part.tokens_TN, ctx=device, dtype="int32")
-            targets_R = mx.nd.array(part.targets_TN.reshape(-1)[: part.num_targets], ctx=device, dtype="int32")
-            with mx.autograd.record():
-                raw_TNH, *states = self._model.encoder(tokens_TN, *self.states[i])
-                hidden_TNH = self._model.output_dropout(raw_TNH)
-                penalties = self._penalties(hidden_TNH, raw_TNH, part.num_targets, window)
-            self.states[i] = [state.detach() for state in states]
-            loss_sum, grad_TNH = backward_through_head(
-                self._model.head, self._model.vocab_size, hidden_TNH.detach(), targets_R
-            )
-            mx.autograd.backward([hidden_TNH, *penalties], [grad_TNH, *[None] * len(penalties)])
-            loss_sums.append(loss_sum)
+            for parameter in self._parameters:
+                parameter.data(device)._fresh_grad = True  # also where a short row ends before this device's columns
+            parts = []
+            for start in range(0, width, part_width):
+                column = (first + i) * width + start
+                columns = window.columns(column, column + part_width)
+                states = [state[:, start : start + part_width] for state in self.states[i]]
+                if columns.num_targets:
+                    loss_sum, states = self._forward_backward_columns(columns, states, window, device)
+                    loss_sums.append(loss_sum)
+                parts.append(states)
+            self.states[i] = parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)]
         return loss_sums
+
+    def _forward_backward_columns(
+        self, columns: Window, states: State, window: Window, device: mx.Context
+    ) -> tuple[mx.nd.NDArray, State]:
+        """Add the gradient of some columns' loss to the parameters'; returns that loss and the new state."""
+        tokens_TN = mx.nd.array(columns.tokens_TN, ctx=device, dtype="int32")
+        targets_R = mx.nd.array(columns.targets_TN.reshape(-1)[: columns.num_targets], ctx=device, dtype="int32")
+        head = self._model.head
+        with mx.autograd.record():
+            raw_TNH, *states = self._model.encoder(tokens_TN, *states)
+            hidden_TNH = self._model.output_dropout(raw_TNH)
+            features_TNF = head.features(hidden_TNH)
+            penalties = self._penalties(hidden_TNH, raw_TNH, columns.num_targets, window)
+        loss_sum, grad_TNF = backward_through_head(head, features_TNF.detach(), targets_R)
+        mx.autograd.backward([features_TNF, *penalties], [grad_TNF, *[None] * len(penalties)])
+        return loss_sum, [state.detach() for state in states]
 
     def _penalties(self, hidden_TNH, raw_TNH, num_targets: int, window: Window) -> list[mx.nd.NDArray]:
         if not (self._alpha or self._beta):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import mxnet as mx
 import numpy as np
 
-from ..config import Config
+from ..config import Config, share_problems
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows
 from ..distributed import Communicator
-from ..errors import CheckpointError, DataError, TrainingDiverged
+from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import LOGGER
 from ..metrics import perplexity
@@ -71,6 +71,8 @@ class Trainer:
     ------
     DataError
         If the training text is shorter than one window for each stream.
+    DistributedError
+        If the batch cannot be shared out evenly over the devices.
     """
 
     def __init__(
@@ -85,13 +87,22 @@ class Trainer:
         self.config, self.corpus, self.model, self.run = config, corpus, model, run
         self.state = TrainingState(lr=config.optim.lr)
         self._communicator, self._config_yaml = communicator, config_yaml
+        problems = share_problems(config, len(communicator.devices) * communicator.size)
+        if problems:
+            raise DistributedError("; ".join(problems))
         self._names = list(model.named_parameters())
         self._eos = corpus.vocabulary.eos_id
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
         optim = config.optim
         self._step = TrainingStep(
-            model, create_optimizer(optim), communicator, optim.clip_norm, alpha=optim.alpha, beta=optim.beta
+            model,
+            create_optimizer(optim),
+            communicator,
+            optim.clip_norm,
+            alpha=optim.alpha,
+            beta=optim.beta,
+            small_batch_size=optim.small_batch_size,
         )
         self._average: WeightAverage | None = None
         if optim.asgd:

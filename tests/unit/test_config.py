@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from gluon_lm.config import (
     SECTIONS,
-    UNAVAILABLE,
     Config,
     DataConfig,
     DeviceConfig,
@@ -27,7 +26,6 @@ from gluon_lm.config import (
     get,
     recipe_names,
     resolve,
-    unavailable,
     validate,
 )
 from gluon_lm.errors import ConfigError
@@ -58,10 +56,6 @@ def test_names_and_aliases_are_unique():
 def test_every_default_obeys_its_own_rule():
     for name, f in FIELDS.items():
         assert f.metadata["kind"].read(f.default) == f.default, name
-
-
-def test_every_unavailable_knob_is_a_field():
-    assert set(UNAVAILABLE) <= set(FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +197,6 @@ def test_every_shipped_configuration_loads_and_is_sound(path):
     as_file = resolve(config_file=path, default_recipe=None)  # here, a knob without effect is refused as well
     assert validate(as_file.config, as_file.sources) == []
     assert as_file.config == as_recipe.config
-    lacks = unavailable(as_recipe.config, as_recipe.sources)
-    assert bool(lacks) == (as_recipe.config.model.num_experts is not None), lacks
 
 
 def test_defaults_are_the_lm_recipe_without_its_falling_learning_rate():
@@ -799,28 +791,3 @@ def test_devices_of_any_command():
     assert build(DeviceConfig, flags(gpus=(-1,))) == DeviceConfig(cuda=False)
     assert build(DeviceConfig, flags(gpus=(0, 1))) == DeviceConfig(gpus=(0, 1))
     assert len(problems_of(build, DeviceConfig, flags(gpus=(0, 1), cpus=2, cuda=True))) == 2
-
-
-# ---------------------------------------------------------------- what this version lacks
-
-
-def test_a_feature_is_refused_with_one_line():
-    config = Config(
-        model=ModelConfig(num_experts=15, last_hidden_size=650), optim=OptimConfig(nonmono=3, small_batch_size=5)
-    )
-    assert unavailable(config) == [
-        "--num-experts 15, --last-hidden-size 650: the mixture of softmaxes is not available in this version",
-        "--small-batch-size 5: gradient accumulation is not available in this version",
-    ]
-
-
-@pytest.mark.parametrize("row", UNAVAILABLE)
-def test_each_knob_of_a_missing_feature_is_refused(row):
-    value = 0.5 if isinstance(FIELDS[row].default, float) else 5
-    (line,) = unavailable(resolve(flags(**{row: value}), recipe="lm").config)
-    assert line.endswith(f"{UNAVAILABLE[row]} is not available in this version")
-
-
-def test_only_the_mixture_is_missing():
-    assert unavailable(Config()) == []
-    assert set(UNAVAILABLE) == {"num_experts", "last_hidden_size", "dropout_latent", "small_batch_size"}
