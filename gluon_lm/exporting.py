@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 
 from . import __version__
@@ -246,8 +247,8 @@ class ExportedPredictor(Predictor):
         with warnings.catch_warnings():
             # Tokens may be of any type, so that C programs can give floats; MXNet warns that it cannot tell.
             warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
-            self._block = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
-        self._block.hybridize(static_alloc=True)
+            self.network = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
+        self.network.hybridize(static_alloc=True)
 
     def describe(self):
         return {name: self._manifest[name] for name in ("model", "text", "training")}
@@ -256,8 +257,14 @@ class ExportedPredictor(Predictor):
         return [mx.nd.zeros((1, num_streams, size), ctx=self.device) for size in self._state_sizes]
 
     def log_probs(self, tokens_TN, states):
-        log_probs_TNV, *states = self._block(tokens_TN, *states)
+        log_probs_TNV, *states = self.network(tokens_TN, *states)
         return log_probs_TNV, states
+
+    def read(self, tokens_TN, states):
+        # Word by word: the graph computes the head for every word, and of many at once that takes much memory.
+        for tokens_N in tokens_TN:
+            _, *states = self.network(mx.nd.array(tokens_N[np.newaxis], ctx=self.device, dtype="int32"), *states)
+        return states
 
 
 def load_exported(folder: str | Path, device: mx.Context | None = None) -> ExportedPredictor:

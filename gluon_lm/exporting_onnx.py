@@ -4,7 +4,8 @@ The graph is made with the operators of opset 17, one LSTM, GRU or RNN operator 
 normalisation as a Scan over time. Matrices hold a block of H rows for each gate; MXNet and ONNX order the blocks
 differently.
 
-Shapes: T time, N streams, I input width, H hidden width, V vocabulary.
+Shapes: T time, N streams, I input width, H hidden width, E embedding width, V vocabulary, R rows (T x N), K experts,
+D = K x E, S softmaxes (R x K).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, MissingDependency
+from .config import ModelConfig
+from .errors import MissingDependency
 from .exporting import TrainedModel, state_layout, write_export
-from .models import SoftmaxHead
+from .models.heads import SMALLEST_FLOAT32
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 _OPSET, _IR_VERSION = 17, 8
@@ -43,8 +45,6 @@ def export_onnx(name: str | Path | None, output: str | Path) -> dict[str, Any]:
     ------
     MissingDependency
         If the package onnx is not installed.
-    ConfigError
-        If the model has a part that is not written as ONNX.
     """
     try:
         import onnx  # noqa: F401
@@ -62,8 +62,6 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     from . import __version__
 
     model, layer_norm = trained.model, trained.config.model.layer_norm
-    if type(model.head) is not SoftmaxHead:
-        raise ConfigError(f"--format onnx: has no {type(model.head).__name__}; use --format symbol")
     states = state_layout(trained.config.model)
     graph = _Graph({name: parameter.data().asnumpy() for name, parameter in model.named_parameters().items()})
     hidden_TNH = graph.add("Gather", [graph.weight("encoder.embedding.weight"), "tokens"])
@@ -74,7 +72,10 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> dict[str, Any]:
             hidden_TNH = _add_layer_norm_lstm(graph, layer, hidden_TNH, old, new)
         else:
             hidden_TNH = _add_layer(graph, model.config.cell, layer, hidden_TNH, old, new)
-    _add_softmax(graph, hidden_TNH)
+    hidden_RH = graph.add("Flatten", [hidden_TNH], axis=2)
+    log_probs_RV = _HEADS[model.config.head](graph, hidden_RH, model.config)
+    shape = graph.add("Concat", [graph.add("Shape", ["tokens"]), graph.integer(-1)], axis=0)
+    graph.add("Reshape", [log_probs_RV, shape], "log_probs")
 
     inputs = [
         {"name": "tokens", "shape": ["T", "N"], "dtype": "int64", "what": "word ids"},
@@ -220,12 +221,33 @@ def _add_layer_norm_lstm(graph: _Graph, layer: int, inputs_TNI: str, old: list[s
     return outputs_TNH
 
 
-def _add_softmax(graph: _Graph, hidden_TNH: str) -> None:
-    """The head. Its matrix is that of the embedding where the model is tied, so it is not transposed beforehand."""
+def _add_logits(graph: _Graph, inputs_SE: str) -> str:
+    """The decoder. Its matrix is the embedding's where the model is tied, so it is not transposed beforehand."""
     name = "head.decoder.weight"
-    weight_VH = graph.weight(name) if name in graph.parameters else "encoder.embedding.weight"
-    hidden_RH = graph.add("Flatten", [hidden_TNH], axis=2)
-    logits_RV = graph.add("Gemm", [hidden_RH, weight_VH, graph.weight("head.decoder.bias")], transB=1)
-    log_probs_RV = graph.add("LogSoftmax", [logits_RV], axis=-1)
-    shape = graph.add("Concat", [graph.add("Shape", ["tokens"]), graph.integer(-1)], axis=0)
-    graph.add("Reshape", [log_probs_RV, shape], "log_probs")
+    weight_VE = graph.weight(name) if name in graph.parameters else "encoder.embedding.weight"
+    return graph.add("Gemm", [inputs_SE, weight_VE, graph.weight("head.decoder.bias")], transB=1)
+
+
+def _add_softmax(graph: _Graph, hidden_RH: str, config: ModelConfig) -> str:
+    return graph.add("LogSoftmax", [_add_logits(graph, hidden_RH)], axis=-1)
+
+
+def _add_mixture(graph: _Graph, hidden_RH: str, config: ModelConfig) -> str:
+    """As `gluon_lm.models.MixtureHead`."""
+
+    def dense(name: str, *bias: str) -> str:
+        return graph.add("Gemm", [hidden_RH, graph.weight(f"head.{name}.weight"), *bias], transB=1)
+
+    latents_RD = graph.add("Tanh", [dense("latent", graph.weight("head.latent.bias"))])
+    shape = graph.add("Constant", [], value_ints=[-1, config.embed_size])
+    probs_SV = graph.add("Softmax", [_add_logits(graph, graph.add("Reshape", [latents_RD, shape]))], axis=-1)
+    shape = graph.add("Constant", [], value_ints=[-1, config.num_experts, graph.parameters["head.decoder.bias"].size])
+    probs_RKV = graph.add("Reshape", [probs_SV, shape])
+    priors_RK = graph.add("Softmax", [dense("prior")], axis=-1)
+    priors_R1K = graph.add("Unsqueeze", [priors_RK, graph.integer(1)])
+    probs_RV = graph.add("Squeeze", [graph.add("MatMul", [priors_R1K, probs_RKV]), graph.integer(1)])
+    smallest = graph.constant("head.smallest", np.array(SMALLEST_FLOAT32, np.float32))
+    return graph.add("Log", [graph.add("Max", [probs_RV, smallest])])
+
+
+_HEADS = {"softmax": _add_softmax, "mixture": _add_mixture}

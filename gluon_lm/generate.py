@@ -74,7 +74,7 @@ def _generate(argv: Sequence[str]) -> int:
     log_to_terminal()
     if options.data is not None:
         LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
-    prepare_process()
+    prepare_process(own_layers=True)
     from .data.tokenizers import TOKENIZERS
     from .distributed import resolve_single_device
     from .generation.generator import generate

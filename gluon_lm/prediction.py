@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import mxnet as mx
+import numpy as np
+from mxnet import gluon
 
 from .data import Vocabulary
 from .losses import target_losses
@@ -25,7 +27,12 @@ class Predictor(ABC):
     tokenizer : str
         How text becomes words: a name in `gluon_lm.data.tokenizers.TOKENIZERS`.
     device : Context
+    network : HybridBlock
+        ``tokens_TN, *states -> scores_TNV, *new_states``: log-probabilities of the word after each token, up to a
+        constant for each token. To be made part of a larger graph.
     """
+
+    network: gluon.HybridBlock
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
         self.vocabulary, self.tokenizer, self.device = vocabulary, tokenizer, device
@@ -42,6 +49,10 @@ class Predictor(ABC):
     def log_probs(self, tokens_TN: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
         """Log-probability, base e, of each word after each token, ``log_probs_TNV``, and the state after the last."""
 
+    @abstractmethod
+    def read(self, tokens_TN: np.ndarray, states: State) -> State:
+        """The state after the last of some tokens (int32, any number of them)."""
+
     def target_losses(
         self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
     ) -> tuple[mx.nd.NDArray, State]:
@@ -57,6 +68,7 @@ class ModelPredictor(Predictor):
     def __init__(self, model: LanguageModel, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
         super().__init__(vocabulary, tokenizer, device)
         self._model = model
+        self.network = _Scores(model)
 
     def describe(self) -> dict[str, Any]:
         config = self._model.config
@@ -75,9 +87,26 @@ class ModelPredictor(Predictor):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
         return self._model.head(hidden_TNH), states
 
+    def read(self, tokens_TN, states):
+        if len(tokens_TN):
+            _, *states = self._model.encoder(mx.nd.array(tokens_TN, ctx=self.device, dtype="int32"), *states)
+        return states
+
     def target_losses(self, tokens_TN, targets_R, states):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
         return target_losses(self._model.head, hidden_TNH, targets_R), states
+
+
+class _Scores(gluon.HybridBlock):
+    """A language model but for the last step from scores to log-probabilities."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.encoder, self.head = model.encoder, model.head
+
+    def hybrid_forward(self, F, tokens_TN, *states):
+        hidden_TNH, *new_states = self.encoder(tokens_TN, *states)
+        return (self.head.scores(F, hidden_TNH), *new_states)
 
 
 def load_predictor(name: str | Path | None, device: mx.Context) -> Predictor:

@@ -3,6 +3,7 @@
     python scripts/benchmark.py training                      # the plain LSTMs, with start-up
     python scripts/benchmark.py training --sizes A --rounds 5 --json result.json
     python scripts/benchmark.py training --sizes C            # the AWD-LSTM; a step takes many seconds
+    python scripts/benchmark.py mixture                       # 15 softmaxes, beside the plain way to mix them
     python scripts/benchmark.py memory                        # resident memory over 1,000 windows of random length
     python scripts/benchmark.py generation                    # many texts side by side, and one
     python scripts/benchmark.py unrolled                      # what goes beyond the fused recurrent operator costs this
@@ -101,9 +102,31 @@ SIZES = {
         warmup=1,
         steps=3,
     ),
+    "D": Size(
+        ModelConfig(
+            embed_size=300,
+            hidden_size=1150,
+            last_hidden_size=650,
+            num_layers=3,
+            num_experts=15,
+            tied=True,
+            dropout=0.4,
+            dropout_input=0.55,
+            dropout_hidden=0.2,
+            dropout_embed=0.1,
+            dropout_latent=0.29,
+            weight_drop=0.5,
+        ),
+        OptimConfig(lr=15.0, weight_decay=1.2e-6, alpha=2.0, beta=1.0),
+        batch_size=15,
+        bptt=70,
+        warmup=1,
+        steps=4,
+    ),
 }
 GENERATED_TEXTS = 64
 EVALUATION_STREAMS = 10  # the batch size that the peer evaluates with
+PLAIN_MIXTURE_STREAMS = 5  # that the mixture's authors work on at once, for the sake of memory
 MAX_SEQ_LEN_DELTA = 20  # of the windows of random length, as in the recipe awd
 
 
@@ -161,6 +184,42 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
     return timed_steps(size, warmup, steps, take)
 
 
+def train_plain_mixture(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    """The mixture as its authors' code has it: all experts of a part of the batch at once, in plain operators."""
+    import mxnet as mx
+
+    step = ours_step(size)
+    from gluon_lm.data.windows import Streams
+
+    model, trainer = step._model, step.trainer
+    head, parameters = model.head, list(model.named_parameters().values())
+    streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt), size.batch_size, eos=0)
+    starts = range(0, size.batch_size, PLAIN_MIXTURE_STREAMS)
+    states = {start: model.begin_state(PLAIN_MIXTURE_STREAMS, mx.cpu()) for start in starts}
+
+    def take(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            window = streams.window(i * size.bptt, size.bptt)
+            for parameter in parameters:
+                parameter.zero_grad()
+            for first in states:
+                part = window.columns(first, first + PLAIN_MIXTURE_STREAMS)
+                with mx.autograd.record():
+                    raw, *new = model.encoder(mx.nd.array(part.tokens_TN, dtype="int32"), *states[first])
+                    hidden = model.output_dropout(raw)
+                    latents = head.latent_dropout(head.latent(hidden)).reshape((-1, size.model.embed_size))
+                    probs = mx.nd.softmax(head.decoder(latents)).reshape((-1, size.model.num_experts, VOCAB_SIZE))
+                    priors = mx.nd.softmax(head.prior(hidden)).reshape((-1, size.model.num_experts, 1))
+                    mixed = mx.nd.log(mx.nd.broadcast_mul(probs, priors).sum(axis=1) + 1e-8)
+                    loss = -mx.nd.pick(mixed, mx.nd.array(part.targets_TN.reshape(-1))).sum()
+                loss.backward()
+                states[first] = [state.detach() for state in new]
+            loss.asscalar()
+            trainer.update(window.num_targets)
+
+    return timed_steps(size, warmup, steps, take)
+
+
 def memory_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
     """Resident memory over steps on windows of random length, noted ten times; the longest is rehearsed first."""
     step = ours_step(size, MAX_SEQ_LEN_DELTA)
@@ -208,7 +267,7 @@ def evaluate_ours_exactly(size: Size, warmup: int, steps: int) -> dict[str, floa
 def generate_ours(size: Size, warmup: int, steps: int, num_samples: int = GENERATED_TEXTS) -> dict[str, float]:
     from gluon_lm.runtime import prepare_process
 
-    prepare_process()
+    prepare_process(own_layers=True)
     model, communicator = ours_model(size)
     from gluon_lm.data import Vocabulary
     from gluon_lm.generation.generator import generate
@@ -352,6 +411,7 @@ MEASUREMENTS = {
         train_ours,
         train_peer,
         train_peer_set_alike,
+        train_plain_mixture,
         memory_of_ours,
         evaluate_ours,
         evaluate_ours_exactly,
@@ -429,6 +489,10 @@ def evaluation_cases() -> list[Case]:
 
 def generation_cases() -> list[Case]:
     return [Case(f"{GENERATED_TEXTS} texts side by side", "generate_ours"), Case("one text", "generate_one_text")]
+
+
+def mixture_cases() -> list[Case]:
+    return [Case("gluon_lm", "train_ours"), Case("all experts at once, in plain operators", "train_plain_mixture")]
 
 
 def unrolled_cases() -> list[Case]:
@@ -622,6 +686,11 @@ def run_generation(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [run_rounds("Generation", generation_cases(), options, size, 4) for size in options.sizes or ["A"]]
 
 
+def run_mixture(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Training speed of a mixture of softmaxes, beside that of the same computed in plain operators."""
+    return [run_rounds("Training", mixture_cases(), options, size) for size in options.sizes or ["D"]]
+
+
 def run_unrolled(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Training speed of an LSTM that is computed step by step, beside the fused operator's."""
     return [run_rounds("Training", unrolled_cases(), options, size) for size in options.sizes or ["A"]]
@@ -648,6 +717,7 @@ def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
 BENCHMARKS = {
     "training": run_training,
     "generation": run_generation,
+    "mixture": run_mixture,
     "unrolled": run_unrolled,
     "memory": run_memory,
     "startup": run_startup,
@@ -717,11 +787,11 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=SIZES,
         help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items())
-        + " (default: training A B, generation A, unrolled A, memory A70)",
+        + " (default: training A B, generation A, mixture D, unrolled A, memory A70)",
     )
     parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
-    parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, memory: 1000)")
-    parser.add_argument("--warmup", type=positive, help="steps before the clock runs (default 8, C: 1)")
+    parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, D: 4, memory: 1000)")
+    parser.add_argument("--warmup", type=positive, help="steps before the clock runs (default 8, C and D: 1)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument("--corpus", help="corpus of the start-up measurement (default: a text made for it)")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where --corpus lies (default ./data)")

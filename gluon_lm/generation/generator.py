@@ -50,23 +50,29 @@ def generate(
     """
     vocabulary, device = predictor.vocabulary, predictor.device
     rngs = [np.random.default_rng([seed, n]) for n in range(num_samples)]
-    if prompt is None:
-        first_TN = np.array([[rng.integers(len(vocabulary)) for rng in rngs]])
-    else:
-        ids = [vocabulary.eos_id, *vocabulary.encode(prompt)]
-        first_TN = np.repeat(np.array(ids)[:, None], num_samples, axis=1)
-    sampler = Sampler([sampling] * num_samples, len(vocabulary), vocabulary.unk_id, device)
-    tokens_TN = mx.nd.array(first_TN, ctx=device, dtype="int32")
     states = predictor.begin_state(num_samples)
+    if prompt is None:
+        last_N = [rng.integers(len(vocabulary)) for rng in rngs]
+    else:
+        *before, last = [vocabulary.eos_id, *vocabulary.encode(prompt)]
+        last_N = [last] * num_samples
+        states = predictor.read(np.repeat(np.array(before, np.int32)[:, None], num_samples, axis=1), states)
+    sampler = Sampler(predictor.network, [sampling] * num_samples, len(vocabulary), vocabulary.unk_id, device)
+    tokens_1N = mx.nd.array([last_N], ctx=device, dtype="int32")
     has_ended = [False] * num_samples
-    for _ in range(num_words):
-        log_probs_TNV, states = predictor.log_probs(tokens_TN, states)
-        uniforms_N = np.array([rng.random(dtype=np.float32) for rng in rngs])
-        words_N = sampler(log_probs_TNV[-1], uniforms_N)
-        tokens_TN = words_N.expand_dims(0)
-        words = [None if ended else vocabulary.words[i] for i, ended in zip(words_N.asnumpy(), has_ended)]
-        yield words
+    pending = None
+    for n in range(num_words + 1):
+        written = pending
+        if n < num_words:
+            uniforms_N = np.array([rng.random(dtype=np.float32) for rng in rngs])
+            tokens_1N, states = sampler(tokens_1N, states, uniforms_N)
+            pending = tokens_1N
+        if written is None:
+            continue
+        # Read the word before while the device works on this one.
+        ids = written.asnumpy()[0].tolist()
+        yield [None if ended else vocabulary.words[i] for i, ended in zip(ids, has_ended)]
         if stop_at_eos:
-            has_ended = [ended or i == vocabulary.eos_id for i, ended in zip(words_N.asnumpy(), has_ended)]
+            has_ended = [ended or i == vocabulary.eos_id for i, ended in zip(ids, has_ended)]
             if all(has_ended):
                 return

@@ -1,4 +1,4 @@
-"""The next word, drawn on the device from the model's distribution.
+"""The next word, drawn on the device from the model's distribution, in one graph with the model.
 
 Shapes: N streams, V vocabulary, B blocks of C words.
 """
@@ -13,6 +13,8 @@ import numpy as np
 from mxnet import gluon
 
 _BLOCK = 256
+_SORTED = 128  # words that are sorted where no stream asks for more
+_NO_CHANCE = -1e30  # added to a word's score, it leaves no probability
 _BELOW_ONE = 1 - 2**-22  # the largest uniform number: times a float32 it stays below that
 
 
@@ -43,113 +45,162 @@ class Sampling:
 AS_IS = Sampling()
 
 
+@dataclass(frozen=True)
+class _Ways:
+    """What drawing has to provide for, so that it computes nothing that no stream asks for.
+
+    Attributes
+    ----------
+    tempered, greedy, without_unk : bool
+        Whether some stream has a temperature other than 1, temperature 0, or no ``<unk>``.
+    num_sorted : int
+        As many of the likeliest words must be known in order.
+    """
+
+    tempered: bool = False
+    greedy: bool = False
+    without_unk: bool = False
+    num_sorted: int = 0
+
+
 class Sampler:
-    """Draws a word for each of N streams.
+    """Writes one word after another in N streams: the network and the draw from its distribution are one graph.
 
     Parameters
     ----------
+    network : HybridBlock
+        Called with ``tokens_1N, *states``, it gives ``scores_1NV, *new_states``: log-probabilities of the next word, up
+        to a constant for each stream.
     sampling : sequence of Sampling
         One for each stream.
     vocab_size, unk_id : int
     device : Context
     """
 
-    def __init__(self, sampling: Sequence[Sampling], vocab_size: int, unk_id: int, device: mx.Context) -> None:
-        self._vocab_size, self._unk_id, self._device = vocab_size, unk_id, device
-        self._draw = _InverseCumulative(vocab_size, len(sampling), device)
-        self._draw.hybridize(static_alloc=True)
+    def __init__(
+        self,
+        network: gluon.HybridBlock,
+        sampling: Sequence[Sampling],
+        vocab_size: int,
+        unk_id: int,
+        device: mx.Context,
+    ) -> None:
+        self._network, self._vocab_size, self._device = network, vocab_size, device
+        num_streams, num_blocks = len(sampling), vocab_size // _BLOCK + 1
+        unk_1V = np.zeros((1, vocab_size))
+        unk_1V[0, unk_id] = _NO_CHANCE
+        self._constants = [
+            self._array(np.zeros((num_streams, num_blocks * _BLOCK - vocab_size))),
+            self._array(np.arange(num_streams) * num_blocks),
+            self._array(np.ones((1, _BLOCK))),
+            self._array(unk_1V),
+        ]
+        self._steps: dict[_Ways, _Step] = {}
         self.set(sampling)
 
     def set(self, sampling: Sequence[Sampling]) -> None:
         """Draw in other ways from now on, for as many streams as before."""
-
-        def array(values, needed=True):
-            return mx.nd.array(np.array(values, dtype=np.float32), ctx=self._device) if needed else None
-
         every = self._vocab_size
-        self._inverse_N1 = array(
-            [[1 / (s.temperature or 1)] for s in sampling], any(s.temperature not in (0, 1) for s in sampling)
-        )
-        is_greedy = [s.temperature == 0 for s in sampling]
-        self._is_greedy_N = array(is_greedy, any(is_greedy))
-        self._unk_bias_N1 = array(
-            [[-np.inf if s.suppress_unk else 0.0] for s in sampling], any(s.suppress_unk for s in sampling)
-        )
         largest_k = max(s.top_k or 0 for s in sampling)
-        self._num_sorted = every if any(s.top_p is not None for s in sampling) else min(largest_k, every)
-        self._last_k_N = array([min(s.top_k or every, every) - 1 for s in sampling])
-        self._has_k_N = array([s.top_k is not None for s in sampling])
-        # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
-        self._top_p_N1 = array([[np.inf if s.top_p is None else s.top_p] for s in sampling])
+        num_sorted = min(every, _SORTED) if largest_k else 0
+        if any(s.top_p is not None for s in sampling) or largest_k > num_sorted:
+            num_sorted = every
+        ways = _Ways(
+            tempered=any(s.temperature not in (0, 1) for s in sampling),
+            greedy=any(s.temperature == 0 for s in sampling),
+            without_unk=any(s.suppress_unk for s in sampling),
+            num_sorted=num_sorted,
+        )
+        self._controls = [
+            self._array([[1 / (s.temperature or 1)] for s in sampling]),
+            self._array([s.temperature == 0 for s in sampling]),
+            self._array([[s.suppress_unk] for s in sampling]),
+            self._array([min(s.top_k or every, every) - 1 for s in sampling]),
+            self._array([s.top_k is not None for s in sampling]),
+            # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
+            self._array([[np.inf if s.top_p is None else s.top_p] for s in sampling]),
+        ]
+        if ways not in self._steps:
+            self._steps[ways] = _Step(self._network, ways, self._vocab_size)
+            self._steps[ways].hybridize(static_alloc=True, static_shape=True)
+        self._step = self._steps[ways]
 
-    def __call__(self, log_probs_NV: mx.nd.NDArray, uniforms_N: np.ndarray) -> mx.nd.NDArray:
-        """Draw the next words.
+    def __call__(
+        self, tokens_1N: mx.nd.NDArray, states: list[mx.nd.NDArray], uniforms_N: np.ndarray
+    ) -> tuple[mx.nd.NDArray, list[mx.nd.NDArray]]:
+        """Write the next word of each stream.
 
         Parameters
         ----------
-        log_probs_NV : NDArray
-            Overwritten.
+        tokens_1N : NDArray
+            The last words.
+        states : list of NDArray
+            The network's, before these words.
         uniforms_N : ndarray
             A number in [0, 1) for each stream, which decides its word.
 
         Returns
         -------
-        NDArray of int32, shape (N,)
+        tokens_1N : NDArray of int32
+        states : list of NDArray
         """
-        if self._unk_bias_N1 is not None:
-            log_probs_NV[:, self._unk_id : self._unk_id + 1] += self._unk_bias_N1
-        if self._inverse_N1 is not None:
-            mx.nd.broadcast_mul(log_probs_NV, self._inverse_N1, out=log_probs_NV)
-        probs_NV = mx.nd.softmax(log_probs_NV, axis=-1, out=log_probs_NV)
-        likeliest_N = None if self._is_greedy_N is None else probs_NV.argmax(axis=-1)
-        if self._num_sorted:
-            threshold_N1 = self._thresholds(probs_NV)
-            probs_NV = probs_NV * mx.nd.broadcast_greater_equal(probs_NV, threshold_N1)
-        uniforms_N1 = mx.nd.array(np.minimum(uniforms_N, _BELOW_ONE).reshape(-1, 1), ctx=self._device)
-        words_N = self._draw(probs_NV, uniforms_N1)
-        if likeliest_N is not None:
-            words_N = mx.nd.where(self._is_greedy_N, likeliest_N.astype("int32"), words_N)
-        return words_N
+        uniforms_N1 = self._array(np.minimum(uniforms_N, _BELOW_ONE).reshape(-1, 1))
+        tokens_1N, *states = self._step(tokens_1N, uniforms_N1, self._constants, self._controls, states)
+        return tokens_1N, states
 
-    def _thresholds(self, probs_NV):
-        """The smallest probability that each stream may still draw."""
-        sorted_NK = mx.nd.topk(probs_NV, k=self._num_sorted, ret_typ="value", axis=-1)
-        by_k_N = mx.nd.where(
-            self._has_k_N, mx.nd.pick(sorted_NK, self._last_k_N, mode="clip"), mx.nd.zeros_like(self._has_k_N)
-        )
-        if self._num_sorted < self._vocab_size:
-            return by_k_N.expand_dims(1)
-        kept_NK = sorted_NK * mx.nd.broadcast_greater_equal(sorted_NK, by_k_N.expand_dims(1))
-        total_N1 = kept_NK.sum(axis=-1, keepdims=True)
-        before_NK = mx.nd.cumsum(kept_NK, axis=1) - kept_NK
-        num_kept_N = mx.nd.broadcast_lesser(before_NK, self._top_p_N1 * total_N1).sum(axis=-1)
-        by_p_N = mx.nd.pick(sorted_NK, mx.nd.maximum(num_kept_N - 1, 0), mode="clip")
-        return mx.nd.maximum(by_k_N, by_p_N).expand_dims(1)
+    def _array(self, values):
+        return mx.nd.array(np.asarray(values, dtype=np.float32), ctx=self._device)
 
 
-class _InverseCumulative(gluon.HybridBlock):
-    """The word in which the cumulative distribution passes a uniform number: first its block of words, then itself."""
-
-    def __init__(self, vocab_size: int, num_streams: int, device: mx.Context) -> None:
+class _Step(gluon.HybridBlock):
+    def __init__(self, network: gluon.HybridBlock, ways: _Ways, vocab_size: int) -> None:
         super().__init__()
-        self._num_blocks = vocab_size // _BLOCK + 1
-        self._constants = (
-            mx.nd.zeros((num_streams, self._num_blocks * _BLOCK - vocab_size), ctx=device),
-            mx.nd.arange(num_streams, ctx=device) * self._num_blocks,
-            mx.nd.ones((1, _BLOCK), ctx=device),
-        )
+        self._ways, self._vocab_size, self._num_blocks = ways, vocab_size, vocab_size // _BLOCK + 1
+        self.network = network
 
-    def __call__(self, probs_NV, uniforms_N1):
-        return super().__call__(probs_NV, uniforms_N1, *self._constants)
+    def hybrid_forward(self, F, tokens_1N, uniforms_N1, constants, controls, states):
+        scores_1NV, *states = self.network(tokens_1N, *states)
+        scores_NV = F.reshape(scores_1NV, shape=(-1, self._vocab_size))
+        padding_NP, row_starts_N, ones_1C, unk_1V = constants
+        inverse_N1, is_greedy_N, has_no_unk_N1, last_k_N, has_k_N, top_p_N1 = controls
+        if self._ways.without_unk:
+            scores_NV = F.broadcast_add(scores_NV, F.broadcast_mul(has_no_unk_N1, unk_1V))
+        if self._ways.tempered:
+            scores_NV = F.broadcast_mul(scores_NV, inverse_N1)
+        probs_NV = F.softmax(scores_NV, axis=-1)
+        if self._ways.num_sorted:
+            threshold_N1 = self._thresholds(F, probs_NV, last_k_N, has_k_N, top_p_N1)
+            kept_NV = F.broadcast_mul(probs_NV, F.broadcast_greater_equal(probs_NV, threshold_N1))
+        else:
+            kept_NV = probs_NV
+        words_N = self._draw(F, kept_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C)
+        if self._ways.greedy:
+            words_N = F.where(is_greedy_N, F.argmax(probs_NV, axis=-1), words_N)
+        return (F.reshape(F.cast(words_N, dtype="int32"), shape=(1, -1)), *states)
 
-    def hybrid_forward(self, F, probs_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C):
+    def _thresholds(self, F, probs_NV, last_k_N, has_k_N, top_p_N1):
+        """The smallest probability that each stream may still draw."""
+        sorted_NK = F.topk(probs_NV, k=self._ways.num_sorted, ret_typ="value", axis=-1)
+        by_k_N = F.where(has_k_N, F.pick(sorted_NK, last_k_N, mode="clip"), F.zeros_like(has_k_N))
+        by_k_N1 = F.expand_dims(by_k_N, axis=1)
+        if self._ways.num_sorted < self._vocab_size:
+            return by_k_N1
+        kept_NK = sorted_NK * F.broadcast_greater_equal(sorted_NK, by_k_N1)
+        total_N1 = F.sum(kept_NK, axis=-1, keepdims=True)
+        before_NK = F.cumsum(kept_NK, axis=1) - kept_NK
+        num_kept_N = F.sum(F.broadcast_lesser(before_NK, top_p_N1 * total_N1), axis=-1)
+        by_p_N1 = F.pick(sorted_NK, F.maximum(num_kept_N - 1, 0), mode="clip", keepdims=True)
+        return F.maximum(by_k_N1, by_p_N1)
+
+    def _draw(self, F, probs_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C):
+        """The word in which the running sum passes a share of the total: first its block of words, then itself."""
         blocks_RC = F.reshape(F.concat(probs_NV, padding_NP, dim=1), shape=(-1, _BLOCK))
         # A matrix product, because MXNet's sums over short rows are slow on CPU.
         sums_R1 = F.FullyConnected(blocks_RC, ones_1C, num_hidden=1, no_bias=True)
         sums_NB = F.reshape(sums_R1, shape=(-1, self._num_blocks))
         block_N, rest_N1 = _first_above(F, sums_NB, uniforms_N1)
         word_N, _ = _first_above(F, F.take(blocks_RC, row_starts_N + block_N), rest_N1)
-        return F.cast(block_N * _BLOCK + word_N, dtype="int32")
+        return block_N * _BLOCK + word_N
 
 
 def _first_above(F, masses_NB, fractions_N1):

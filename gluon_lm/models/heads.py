@@ -21,7 +21,7 @@ from mxnet.gluon import nn
 
 from ..config import ModelConfig
 
-_SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
+SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
 
 class Head(gluon.HybridBlock):
@@ -34,6 +34,10 @@ class Head(gluon.HybridBlock):
     """
 
     logits_per_row: int
+
+    @abstractmethod
+    def scores(self, F, hidden_RH):
+        """Log-probabilities up to a constant for each row: ``hidden_..H -> scores_..V``, in a graph or outside."""
 
     def features(self, hidden_TNH: mx.nd.NDArray) -> mx.nd.NDArray:
         """What the distribution after each word depends on: ``features_TNF``, here the hidden vectors themselves."""
@@ -81,7 +85,10 @@ class SoftmaxHead(Head):
             self.decoder = _decoder(vocab_size, input_size, embedding)
 
     def hybrid_forward(self, F, hidden_RH):
-        return F.log_softmax(self.decoder(hidden_RH), axis=-1)
+        return F.log_softmax(self.scores(F, hidden_RH), axis=-1)
+
+    def scores(self, F, hidden_RH):
+        return self.decoder(hidden_RH)
 
     def losses(self, features_RF, targets_R):
         return -_target_log_probs(self.decoder, features_RF, targets_R)
@@ -131,13 +138,16 @@ class MixtureHead(Head):
             self.decoder = _decoder(vocab_size, embed_size, embedding)
 
     def hybrid_forward(self, F, hidden_RH):
+        return self.scores(F, hidden_RH)
+
+    def scores(self, F, hidden_RH):
         latents_SE = F.reshape(self.latent_dropout(self.latent(hidden_RH)), shape=(-1, self._embed_size))
         probs_SV = F.softmax(self.decoder(latents_SE), axis=-1)
         probs_RKV = F.reshape(probs_SV, shape=(-1, self.num_experts, self._vocab_size))
         priors_R1K = F.reshape(F.softmax(self.prior(hidden_RH), axis=-1), shape=(-1, 1, self.num_experts))
         probs_R1V = F.batch_dot(priors_R1K, probs_RKV)
         probs_RV = F.reshape_like(probs_R1V, hidden_RH, lhs_begin=0, lhs_end=2, rhs_begin=0, rhs_end=-1)
-        return F.log(F.maximum(probs_RV, _SMALLEST_FLOAT32))
+        return F.log(F.maximum(probs_RV, SMALLEST_FLOAT32))
 
     def features(self, hidden_TNH):
         """The experts' vectors, one after the other, and the logarithms of their priors: F = K E + K."""
@@ -194,7 +204,7 @@ class _Softmax:
 
     def target_log_probs(self) -> mx.nd.NDArray:
         """Log-probability of each target: shape (S,)."""
-        return mx.nd.log(mx.nd.maximum(self._target_probs_S, _SMALLEST_FLOAT32))
+        return mx.nd.log(mx.nd.maximum(self._target_probs_S, SMALLEST_FLOAT32))
 
     def backward(self, weights_S1: mx.nd.NDArray | None = None) -> mx.nd.NDArray:
         """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs."""

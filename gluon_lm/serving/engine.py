@@ -102,7 +102,9 @@ class Engine:
         self._pieces: deque[tuple[Future[Any], Iterator[None]]] = deque()
         self._states: State = []
         self._sampling = [AS_IS] * num_slots
-        self._sampler = Sampler(self._sampling, len(self._vocabulary), self._vocabulary.unk_id, predictor.device)
+        self._sampler = Sampler(
+            predictor.network, self._sampling, len(self._vocabulary), self._vocabulary.unk_id, predictor.device
+        )
         # What other threads touch, under the lock of `_changed`:
         self._changed = threading.Condition()
         self._accepted: list[Callable[[], None]] = []
@@ -287,8 +289,7 @@ class Engine:
         text.states = self._predictor.begin_state(1)
         for start in range(0, len(ids) - 1, _WORDS_PER_PIECE):
             piece = ids[start : min(start + _WORDS_PER_PIECE, len(ids) - 1)]
-            # Only the state is wanted; of one target the head, which costs the most, computes one row.
-            _, text.states = self._losses(piece, ids[:1], text.states)
+            text.states = self._predictor.read(np.array(piece, np.int32)[:, None], text.states)
             yield
         text.last_word = int(ids[-1])
         self._waiting.append(text)
@@ -320,20 +321,16 @@ class Engine:
         texts = self._slots
         tokens_1N = np.array([[0 if text is None else text.last_word for text in texts]])
         uniforms_N = np.array([0.0 if text is None else text.rng.random(dtype=np.float32) for text in texts])
-        log_probs_1NV, self._states = self._predictor.log_probs(
-            mx.nd.array(tokens_1N, ctx=self._predictor.device, dtype="int32"), self._states
-        )
-        words_N = self._draw(log_probs_1NV[0], uniforms_N)
-        for slot, (text, word) in enumerate(zip(texts, words_N.tolist())):
-            if text is not None and not self._extend(text, word):
-                self._slots[slot] = None
-
-    def _draw(self, log_probs_NV: mx.nd.NDArray, uniforms_N: np.ndarray) -> np.ndarray:
-        sampling = [AS_IS if text is None else text.request.sampling for text in self._slots]
+        sampling = [AS_IS if text is None else text.request.sampling for text in texts]
         if sampling != self._sampling:
             self._sampling = sampling
             self._sampler.set(sampling)
-        return self._sampler(log_probs_NV, uniforms_N).asnumpy()
+        tokens_1N, self._states = self._sampler(
+            mx.nd.array(tokens_1N, ctx=self._predictor.device, dtype="int32"), self._states, uniforms_N
+        )
+        for slot, (text, word) in enumerate(zip(texts, tokens_1N.asnumpy()[0].tolist())):
+            if text is not None and not self._extend(text, word):
+                self._slots[slot] = None
 
     def _extend(self, text: _Text, word: int) -> bool:
         """Add a word to a text; returns whether it goes on."""

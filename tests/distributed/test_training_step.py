@@ -42,10 +42,20 @@ MASKS = {
 }
 
 
-def build_step(communicator, clip_norm=None, optimizer="sgd", lr=0.5, weight_decay=0.0, alpha=0.0, beta=0.0, **config):
+def build_step(
+    communicator,
+    clip_norm=None,
+    optimizer="sgd",
+    lr=0.5,
+    weight_decay=0.0,
+    alpha=0.0,
+    beta=0.0,
+    small_batch_size=None,
+    **config,
+):
     model = build_model(communicator.devices, **config)
     rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta)
+    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta, small_batch_size)
 
 
 def train(step, num_steps=10, ids=None, seed=3):
@@ -72,8 +82,9 @@ def train(step, num_steps=10, ids=None, seed=3):
         {"clip_norm": None, "model": "lstm", "tied": True, "optimizer": "adam", "lr": 0.01},
         {"clip_norm": 0.3, "model": "awd-lstm", "tied": True, "alpha": 2.0, "beta": 1.0, "weight_decay": 0.01},
         {"clip_norm": None, "model": "awd-gru", "alpha": 20.0, "beta": 30.0},
+        {"clip_norm": 0.3, "num_experts": 3, "tied": True, "alpha": 2.0, "beta": 1.0},
     ],
-    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied", "penalties-decay-awd-tied", "penalties-awd-gru"],
+    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied", "penalties-decay-awd-tied", "penalties-awd-gru", "mixture"],
 )
 def test_any_number_of_devices_gives_the_parameters_of_one(num_devices, kvstore, settings):
     one, one_step = build_step(communicator_on(1), **settings)
@@ -88,6 +99,24 @@ def test_any_number_of_devices_gives_the_parameters_of_one(num_devices, kvstore,
         for name, value in values_of(many, mx.cpu(i)).items():
             assert relative_error(value, expected[name]) < 1e-5, name
             assert relative_error(first[name], expected[name]) > 1e-3, name
+
+
+@pytest.mark.parametrize(("num_devices", "small_batch_size"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("num_experts", [None, 3])
+def test_a_batch_in_small_parts_gives_the_parameters_of_the_whole(num_devices, small_batch_size, num_experts):
+    settings = {"clip_norm": 0.3, "num_experts": num_experts, "alpha": 2.0, "beta": 1.0}
+    whole, whole_step = build_step(communicator_on(1), **settings)
+    parts, parts_step = build_step(communicator_on(num_devices), small_batch_size=small_batch_size, **settings)
+    for expected, found in zip(train(whole_step), train(parts_step)):
+        assert found.num_targets == expected.num_targets
+        assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for i in range(num_devices):
+        for name, value in values_of(parts, mx.cpu(i)).items():
+            assert relative_error(value, values_of(whole)[name]) < 1e-5, name
+    carried = [np.concatenate([state.asnumpy() for state in same], axis=1) for same in zip(*parts_step.states)]
+    for state, expected in zip(carried, whole_step.states[0]):
+        assert relative_error(state, expected.asnumpy()) < 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True])

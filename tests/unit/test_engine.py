@@ -12,7 +12,7 @@ from builders import VOCAB_SIZE, build_model
 
 from gluon_lm.data import Vocabulary
 from gluon_lm.generation.generator import generate
-from gluon_lm.generation.sampling import Sampling
+from gluon_lm.generation.sampling import Sampler, Sampling
 from gluon_lm.prediction import ModelPredictor
 from gluon_lm.scoring import score_lines
 from gluon_lm.serving.engine import Busy, Closed, Engine, TextRequest
@@ -38,19 +38,33 @@ class Watched(ModelPredictor):
     def __init__(self, model="lstm", **config):
         super().__init__(build_model(model=model, **config), VOCABULARY, "whitespace", mx.cpu())
         self.callers, self.fails = set(), False
+        self.network.note = self.note
 
-    def log_probs(self, tokens_TN, states):
-        self._note()
-        return super().log_probs(tokens_TN, states)
+    def read(self, tokens_TN, states):
+        self.note()
+        return super().read(tokens_TN, states)
 
     def target_losses(self, tokens_TN, targets_R, states):
-        self._note()
+        self.note()
         return super().target_losses(tokens_TN, targets_R, states)
 
-    def _note(self):
+    def note(self):
         self.callers.add(threading.get_ident())
         if self.fails:
             raise RuntimeError("told to fail")
+
+
+class WatchedSampler(Sampler):
+    """A sampler that tells its predictor of each step."""
+
+    def __call__(self, tokens_1N, states, uniforms_N):
+        self._network.note()
+        return super().__call__(tokens_1N, states, uniforms_N)
+
+
+@pytest.fixture(autouse=True)
+def watch_steps(monkeypatch):
+    monkeypatch.setattr("gluon_lm.serving.engine.Sampler", WatchedSampler)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from gluon_lm.data import Vocabulary
 from gluon_lm.errors import CheckpointError, ConfigError, MissingDependency
 from gluon_lm.exporting import export_run, write_export
 from gluon_lm.exporting_onnx import export_onnx
+from gluon_lm.models import HEADS
 from gluon_lm.prediction import load_predictor
 from gluon_lm.training.checkpoint import Checkpoint, TrainingState, save_checkpoint
 from gluon_lm.training.run_folder import RunFolder
@@ -41,6 +42,8 @@ MODELS = {
     "five layers": {"num_layers": 5},
     "layer-norm-untied": {"layer_norm": True},
     "layer-norm-tied": {"layer_norm": True, "tied": True},
+    "mixture-tied": {"num_experts": 3, "tied": True, "last_hidden_size": 7},
+    "mixture-untied": {"num_experts": 2, "model": "gru", "num_layers": 1},
     "every dropout": {
         "model": "awd-lstm", "tied": True, "weight_drop": 0.5, "input_weight_drop": 0.2, "dropout": 0.3,
         "dropout_embed": 0.2, "dropout_embed_elements": 0.2, "dropout_candidate": 0.3, "dropout_input": 0.4,
@@ -144,6 +147,10 @@ def test_onnxruntime_gives_the_trained_models_numbers(any_run, tmp_path, num_str
     onnx.checker.check_model(str(tmp_path / "exported/model.onnx"), full_check=True)
     expected = outputs_of(load_predictor(any_run, mx.cpu()), num_streams)
     assert_all_close(onnx_outputs_of(tmp_path / "exported", num_streams), expected, atol=1e-5)
+
+
+def test_every_head_can_be_written_as_onnx():
+    assert set(exporting_onnx._HEADS) == set(HEADS)
 
 
 def test_onnx_weights_beyond_protobufs_limit_get_a_file_of_their_own(run, tmp_path, monkeypatch):

@@ -34,17 +34,19 @@ def flat(states):
 @pytest.mark.parametrize("cell", sorted(CELLS))
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_targets", [3 * N + 1, 2])
-def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied, num_targets):
-    model = build_model(model=cell, tied=tied)
+@pytest.mark.parametrize("num_experts", [None, 3])
+def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied, num_targets, num_experts):
+    model = build_model(model=cell, tied=tied, num_experts=num_experts)
     parameters = values_of(model)
     ((tokens, targets),) = windows(1)
     states = [state + 0.3 for state in reference.zero_states(cell, parameters, N)]
     rng = np.random.RandomState(3)
-    masks = [rng.uniform(0.5, 1.5, (T, N, width)) for width in (6, 5, 6 if tied else 5)]
+    masks = [rng.uniform(0.5, 1.5, (T, N, width)) for width in (6, 5, 6 if tied or num_experts else 5)]
+    latent_mask = rng.uniform(0.5, 1.5, (T * N, 3, 6)) if num_experts else None
 
     def run():
         loss, gradients, _ = reference.loss_and_gradients(
-            cell, parameters, tokens, targets, states, num_targets, masks, alpha=2.0, beta=1.0
+            cell, parameters, tokens, targets, states, num_targets, masks, alpha=2.0, beta=1.0, latent_mask=latent_mask
         )
         raw, *_ = reference.encode(cell, parameters, tokens, states, masks)
         penalty, *_ = reference.activation_penalty(raw * masks[-1], raw, num_targets, alpha=2.0, beta=1.0)
@@ -68,9 +70,10 @@ def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied, num_targ
 @pytest.mark.parametrize("cell", sorted(CELLS))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("mixture", [{}, {"num_experts": 3, "last_hidden_size": 7}], ids=["softmax", "mixture"])
 @pytest.mark.parametrize("hybridize", [False, True], ids=["imperative", "hybrid"])
-def test_forward_and_gradients_agree_with_numpy_over_two_windows(cell, tied, num_layers, hybridize):
-    model = build_model(model=cell, tied=tied, num_layers=num_layers, hybridize=hybridize)
+def test_forward_and_gradients_agree_with_numpy_over_two_windows(cell, tied, num_layers, mixture, hybridize):
+    model = build_model(model=cell, tied=tied, num_layers=num_layers, hybridize=hybridize, **mixture)
     parameters = values_of(model)
     states, expected_states = begin(model), reference.zero_states(cell, parameters, N)
     for tokens, targets in windows(2):

@@ -13,12 +13,20 @@ from gluon_lm.generation.sampling import Sampler, Sampling
 UNK = 0
 
 
+class Given(mx.gluon.HybridBlock):
+    """A network whose scores are what it is given."""
+
+    def hybrid_forward(self, F, scores_NV):
+        return (scores_NV,)
+
+
 def draw(logits_NV, sampling, uniforms_N=None, seed=0):
     """Words for each row of logits, each with its own way of drawing."""
     count, vocab_size = logits_NV.shape
     log_probs_NV = mx.nd.log_softmax(mx.nd.array(logits_NV), axis=-1)
     uniforms_N = np.random.RandomState(seed).random_sample(count) if uniforms_N is None else uniforms_N
-    return Sampler(sampling, vocab_size, UNK, mx.cpu())(log_probs_NV, uniforms_N).asnumpy()
+    words_1N, _ = Sampler(Given(), sampling, vocab_size, UNK, mx.cpu())(log_probs_NV, [], uniforms_N)
+    return words_1N.asnumpy()[0]
 
 
 def probabilities(logits_V, sampling):
@@ -57,12 +65,12 @@ WAYS = [
 def test_frequencies_fit_the_distribution(sampling, vocab_size):
     logits_V = np.random.RandomState(vocab_size).normal(0, 2, vocab_size)
     rows, times, rng = 2000, 50, np.random.RandomState(3)
-    sampler = Sampler([sampling] * rows, vocab_size, UNK, mx.cpu())
+    sampler = Sampler(Given(), [sampling] * rows, vocab_size, UNK, mx.cpu())
     log_probs_NV = mx.nd.log_softmax(mx.nd.array(np.tile(logits_V, (rows, 1))), axis=-1)
     counts_V = np.zeros(vocab_size)
     for _ in range(times):
-        words_N = sampler(log_probs_NV.copy(), rng.random_sample(rows)).asnumpy()
-        counts_V += np.bincount(words_N, minlength=vocab_size)
+        words_1N, _ = sampler(log_probs_NV, [], rng.random_sample(rows))
+        counts_V += np.bincount(words_1N.asnumpy()[0], minlength=vocab_size)
     expected_V = probabilities(logits_V, sampling) * rows * times
     assert (counts_V[expected_V == 0] == 0).all()
     common = expected_V >= 5
