@@ -48,12 +48,16 @@ class Communicator(ABC):
         Always called with the same parameters in the same order.
         """
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every worker."""
-        return value
+    def gather_object(self, value: Any) -> list[Any]:
+        """Every worker's value (plain JSON values), by rank, on every worker; all wait until all are here."""
+        return [value]
 
-    def barrier(self) -> None:
-        """Wait until every worker is here."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every worker; all wait until all are here."""
+        return self.gather_object(value)[0]
+
+    def heartbeat(self) -> None:
+        """Called in the course of all long work: this worker is alive and gets on."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""

@@ -59,10 +59,14 @@ def test_words_follow_the_distribution_at_their_temperature(temperature, other):
     assert misfit(model, words, other) > 5 * VOCAB_SIZE
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["softmax", "tied softmax"])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"tied": True}, {"tied": True, "num_experts": 3, "last_hidden_size": 9}],
+    ids=["softmax", "tied softmax", "mixture"],
+)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_a_hundred_thousand_words_fit_the_softmax(temperature, tied):
-    model = build_model(model="gru", tied=tied)
+def test_a_hundred_thousand_words_fit_the_distribution(temperature, head):
+    model = build_model(model="gru", **head)
     predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
     (words,) = generate(predictor, 1, Sampling(temperature), prompt=["w3", "w5"], num_samples=100_000, seed=3)
     observed = np.bincount(VOCABULARY.encode(words), minlength=VOCAB_SIZE)
