@@ -22,8 +22,8 @@ import yaml
 from gluon_lm.errors import ConfigError
 
 DEFAULT_RECIPE = "lm"
-KVSTORES = ("device", "local")
-COMPRESSIONS = ("none", "2bit")
+KVSTORES = ("device", "local", "dist_sync", "dist_device_sync", "dist_async")
+COMPRESSIONS = ("none", "2bit", "fp16")
 OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
@@ -448,8 +448,16 @@ class DeviceConfig(Section):
     cpus: int | None = option(None, optional(integer()), "run on this many CPU contexts")
     cuda: bool | None = option(None, optional(switch()), "use a GPU, or refuse to", "accel")
     single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
-    kvstore: str | None = option(None, optional(choice(*KVSTORES)), "how several devices add up their gradients")
-    gctype: str = option("none", choice(*COMPRESSIONS), "compression of the gradients between devices")
+    kvstore: str | None = option(
+        None,
+        optional(choice(*KVSTORES)),
+        "how several devices add up their gradients: device or local in this process, dist_sync or dist_device_sync "
+        "through parameter servers (python -m gluon_lm.launch starts them)",
+    )
+    horovod: bool = option(False, switch(), "train in several processes, one device each, started by horovodrun")
+    gctype: str = option(
+        "none", choice(*COMPRESSIONS), "compression of the gradients between devices (fp16: with --horovod)"
+    )
     gcthreshold: float = option(0.5, real(0, above=True), "threshold of the 2-bit compression")
 
     @property
@@ -460,6 +468,11 @@ class DeviceConfig(Section):
         if self.gpus is not None:
             return len(self.gpus)
         return 1 if self.single_gpu or self.cuda is False else None
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether this process is one of several that train together."""
+        return self.horovod or (self.kvstore or "").startswith("dist")
 
 
 @dataclass(frozen=True)
@@ -692,8 +705,12 @@ def _replaced_by(layer: Layer) -> set[str]:
         replaced |= {"cpus"}
     if values.get("cuda") is False:
         replaced |= {"gpus", "single_gpu"}
-    if values.get("gctype") == "none":
+    if values.get("gctype") in ("none", "fp16"):
         replaced |= {"gcthreshold"}
+    if values.get("horovod"):
+        replaced |= {"kvstore"}
+    if values.get("kvstore"):
+        replaced |= {"horovod"}
     if values.get("vocab"):
         replaced |= {"min_freq", "max_vocab"}
     if values.get("min_freq") or values.get("max_vocab"):
@@ -899,17 +916,31 @@ def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: i
     if devices.single_gpu and devices.cuda is False:
         refuse_both("single_gpu", "cuda")
 
-    if count == 1:
+    if devices.kvstore == "dist_async":
+        problems.append(
+            f"{named('kvstore')}: workers would train on stale parameters, and no run could be repeated; use dist_sync"
+        )
+    if devices.horovod:
+        if devices.kvstore is not None:
+            refuse_both("horovod", "kvstore")
+        if count is not None and count > 1:
+            problems.append(
+                f"{named('horovod')}: each process has one device, not {count}; name one, and start more processes, as "
+                "in horovodrun -np 4"
+            )
+    elif devices.gctype == "fp16":
+        problems.append(f"{named('gctype')}: only Horovod sends half precision; add --horovod, or use --gctype 2bit")
+    if count == 1 and not devices.has_workers:
         reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
-        if devices.gctype != "none":
+        if devices.gctype == "2bit":
             problems.append(f"{named('gctype')}: nothing to compress, {reason}")
         if devices.kvstore is not None:
             problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
-    if devices.gctype != "none" and devices.kvstore == "local":
+    if devices.gctype == "2bit" and devices.kvstore == "local":
         problems.append(f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device")
-    if devices.gctype == "none" and _is_asked_for("gcthreshold", devices.gcthreshold, sources):
+    if devices.gctype != "2bit" and _is_asked_for("gcthreshold", devices.gcthreshold, sources):
         problems.append(
-            f"{named('gcthreshold')}: has no effect without compression; add --gctype 2bit, or leave it out"
+            f"{named('gcthreshold')}: has no effect without 2-bit compression; add --gctype 2bit, or leave it out"
         )
     return problems
 

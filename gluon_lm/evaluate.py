@@ -7,18 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, Section, run_command
-from .config import DataConfig, DeviceConfig, choice, integer, option
+from .cli import CommandParser, Parsed, Section, run_command
+from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
 
 _DATA_FLAGS = ("data", "data_dir", "tokenizer")
+_CACHE_FLAGS = ("window", "theta", "cache_weight")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions(Section):
-    """How the text is read."""
+    """How the text is read, and whether the model adapts to it."""
 
     split: str | None = option(
         None,
@@ -27,6 +28,15 @@ class EvaluateOptions(Section):
     )
     eval_batch_size: int = option(1, integer(), "pieces that the text is cut into and that are read side by side")
     bptt: int | None = option(None, integer(), "words in a window; the result is the same for any")
+    cache: bool = option(
+        False, switch(), "mix in a neural cache: words that came in contexts like the present one gain probability"
+    )
+    window: int = option(2000, integer(), "positions that the cache looks back at")
+    # A product of hidden vectors and a theta beyond this could be more than a float32 holds.
+    theta: float = option(0.662, real(0, 1e6), "how strongly the cache prefers positions like the present one")
+    cache_weight: float = option(
+        0.1279, real(0, 1), "the cache's share of the probability", "lambda", "lambdas", "lambdasm"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +55,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     parser.add_run()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
+    _check_cache(options, parsed)
     given = {name: parsed.settings[name].value for name in _DATA_FLAGS if name in parsed.settings}
     is_file = len(given.get("data", ())) == 1 and Path(given["data"][0]).expanduser().is_file()
     split = options.split or ("all" if is_file else "test")
@@ -54,12 +65,17 @@ def _evaluate(argv: Sequence[str]) -> int:
     prepare_process()
     from .data import load_corpus
     from .distributed import resolve_single_device
+    from .evaluation.cache import NeuralCache
     from .evaluation.static import evaluate
+    from .losses import target_losses
     from .training.checkpoint import load_model
 
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
     corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary, splits=(split,))
+    window_losses = target_losses
+    if options.cache:
+        window_losses = NeuralCache(options.window, options.theta, options.cache_weight).losses
     result = evaluate(
         model,
         corpus.ids[split],
@@ -68,6 +84,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         options.eval_batch_size,
         options.bptt,
         progress=split,
+        window_losses=window_losses,
     )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
     if options.eval_batch_size == 1:
@@ -82,15 +99,32 @@ def _evaluate(argv: Sequence[str]) -> int:
             options.eval_batch_size - 1,
             f"{result.num_tokens:,}",
         )
-    LOGGER.info(
-        "%s loss %.5f | perplexity %.3f | bits per word %.4f | tokens %d",
-        split,
-        result.loss,
-        result.perplexity,
-        result.bits_per_word,
-        result.num_tokens,
-    )
+    if options.cache:
+        LOGGER.info(
+            "neural cache mixed in: window %d, theta %g, lambda %g, over what came before in this text",
+            options.window,
+            options.theta,
+            options.cache_weight,
+        )
+    LOGGER.info("%s %s", split, result)
     return 0
+
+
+def _check_cache(options: EvaluateOptions, parsed: Parsed) -> None:
+    problems = []
+    if options.cache and options.eval_batch_size > 1:
+        problems.append(
+            f"--eval-batch-size {options.eval_batch_size} with --cache: the cache reads the text as one stream; "
+            "leave one of them out"
+        )
+    if not options.cache:
+        for name in _CACHE_FLAGS:
+            if name in parsed.settings:
+                setting = parsed.settings[name]
+                flag = f"{setting.source[len('flag ') :]} {show(setting.value)}"
+                problems.append(f"{flag}: has no effect without --cache; add it, or leave the flag out")
+    if problems:
+        raise ConfigError(problems)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ Shapes: T time, N batch, H hidden width, F width of the head's features, R rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mxnet as mx
 
-from .models.heads import Head
+from .data.windows import Window
+from .models import Head, LanguageModel, State
 
 CHUNK_ELEMENTS = 1 << 24  # logits in a chunk: 64 MiB of float32; half of it costs a tenth of the speed
 
@@ -52,6 +53,45 @@ def backward_through_head(
         losses, grad_RF[rows] = head.backward(features_RF[rows], targets_R[rows])
         loss_sums.append(losses.sum())
     return mx.nd.add_n(*loss_sums), grad_RF.reshape(features_TNF.shape)
+
+
+def backward_through_model(
+    model: LanguageModel,
+    window: Window,
+    states: State,
+    device: mx.Context,
+    penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
+) -> tuple[mx.nd.NDArray, State]:
+    """Loss of a window, and its gradient added to the model's.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    window : Window
+        With one target at least.
+    states : State
+        The state before it.
+    device : Context
+    penalties : callable, optional
+        Takes the last layer's output with and without dropout, and gives terms whose gradient is added as well.
+
+    Returns
+    -------
+    loss_sum : NDArray, shape (1,)
+        Sum over the targets, in nats, without the penalties.
+    states : State
+        The state after it, detached.
+    """
+    tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
+    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
+    with mx.autograd.record():
+        raw_TNH, *states = model.encoder(tokens_TN, *states)
+        hidden_TNH = model.output_dropout(raw_TNH)
+        features_TNF = model.head.features(hidden_TNH)
+        terms = penalties(hidden_TNH, raw_TNH)
+    loss_sum, grad_TNF = backward_through_head(model.head, features_TNF.detach(), targets_R)
+    mx.autograd.backward([features_TNF, *terms], [grad_TNF, *[None] * len(terms)])
+    return loss_sum, [state.detach() for state in states]
 
 
 def target_losses(head: Head, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:

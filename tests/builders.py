@@ -6,7 +6,8 @@ import mxnet as mx
 import numpy as np
 
 from gluon_lm.config import ModelConfig
-from gluon_lm.losses import backward_through_head
+from gluon_lm.data.windows import Window
+from gluon_lm.losses import backward_through_model
 from gluon_lm.models import LanguageModel
 
 VOCAB_SIZE = 13
@@ -53,12 +54,10 @@ def forward_backward(model, tokens_TN, targets_TN, states):
     """Summed loss and new states; the parameters' gradients are those of this window alone."""
     for parameter in model.named_parameters().values():
         parameter.zero_grad()
-    with mx.autograd.record():
-        raw_TNH, *new_states = model.encoder(int32(tokens_TN), *states)
-        features_TNF = model.head.features(model.output_dropout(raw_TNH))
-    loss, grad_TNF = backward_through_head(model.head, features_TNF.detach(), int32(targets_TN.reshape(-1)))
-    features_TNF.backward(grad_TNF)
-    return float(loss.asscalar()), [state.detach() for state in new_states]
+    loss, new_states = backward_through_model(
+        model, Window(tokens_TN, targets_TN, targets_TN.size), states, states[0].context
+    )
+    return float(loss.asscalar()), new_states
 
 
 def drawn_masks(model, tokens_TN, seed) -> list[np.ndarray]:

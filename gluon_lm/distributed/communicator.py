@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 
 
@@ -51,6 +53,20 @@ class Communicator(ABC):
     def gather_object(self, value: Any) -> list[Any]:
         """Every worker's value (plain JSON values), by rank, on every worker; all wait until all are here."""
         return [value]
+
+    def exchange(self, numbers: Sequence[float]) -> np.ndarray:
+        """Every worker's numbers, as many from each, on every worker: float64 of shape (size, len(numbers))."""
+        return np.array(self.gather_object(list(numbers)), dtype=np.float64)
+
+    def gather_arrays(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Every worker's arrays, by rank, on rank 0; on the others they may be missing."""
+        if self.size == 1:
+            return [list(arrays)]
+        packed = [(a.dtype.str, a.shape, base64.b64encode(a.tobytes()).decode("ascii")) for a in arrays]
+        return [
+            [np.frombuffer(base64.b64decode(data), dtype).reshape(shape) for dtype, shape, data in worker]
+            for worker in self.gather_object(packed)
+        ]
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every worker; all wait until all are here."""

@@ -9,8 +9,9 @@ floating point, that brings its root mean square to about 1/4: the default thres
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
@@ -34,13 +35,24 @@ class GradientScales:
         self._steps = 0
         self._square_sums: np.ndarray | float = 0.0
 
-    def observe(self, parameters: Sequence[gluon.Parameter]) -> None:
-        """Take in one step's gradients, device by device, before they are reduced."""
+    def observe(
+        self, parameters: Sequence[gluon.Parameter], exchange: Callable[[Sequence[float]], np.ndarray]
+    ) -> None:
+        """Take in one step's gradients, device by device, before they are reduced.
+
+        Parameters
+        ----------
+        parameters : sequence of Parameter
+        exchange : callable
+            `Communicator.exchange`: the scales are to be the same for all workers.
+        """
         sums = [square_sums(grads) for grads in zip(*(p.list_grad() for p in parameters))]
-        self._square_sums = self._square_sums + sum(s.asnumpy().astype(np.float64) for s in sums)
+        sums_WP = exchange(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
+        self._square_sums = self._square_sums + sums_WP.sum(axis=0)
         self._steps += 1
         if self._steps == CALIBRATION_STEPS:
-            sizes = np.array([np.prod(p.shape) * len(sums) * self._steps for p in parameters], dtype=np.float64)
+            count = len(sums) * len(sums_WP) * self._steps
+            sizes = np.array([np.prod(p.shape) * count for p in parameters], dtype=np.float64)
             self.factors = [
                 power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0 for rms in np.sqrt(self._square_sums / sizes)
             ]
@@ -61,3 +73,15 @@ class GradientScales:
 def power_of_two_near(value: float) -> float:
     """The power of two nearest to a positive number on a logarithmic scale."""
     return float(2.0 ** np.round(np.log2(value)))
+
+
+def multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
+    """Multiply arrays in place."""
+    for array in arrays:
+        array *= factor
+
+
+def nan_unless_finite(parameters: Sequence[gluon.Parameter]) -> mx.nd.NDArray:
+    """Zero, or NaN where a gradient on any device is not finite: two bits have no code for it, and send 0 instead."""
+    sums = [square_sums(grads).sum() * 0 for grads in zip(*(parameter.list_grad() for parameter in parameters))]
+    return mx.nd.add_n(*[total.as_in_context(sums[0].context) for total in sums])

@@ -95,22 +95,42 @@ def _local_kvstore(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Comm
     return create
 
 
+def _parameter_server(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Communicator]:
+    def create(devices, config):
+        from .parameter_server import ParameterServer
+
+        return ParameterServer(devices, kind, config.gcthreshold if config.gctype == "2bit" else None)
+
+    return create
+
+
+def _horovod(devices: list[mx.Context], config: DeviceConfig) -> Communicator:
+    from .horovod import HorovodCommunicator
+
+    return HorovodCommunicator(devices, config.gctype, config.gcthreshold)
+
+
 COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator]] = {
     "device": _local_kvstore("device"),
     "local": _local_kvstore("local"),
+    "dist_sync": _parameter_server("dist_sync"),
+    "dist_device_sync": _parameter_server("dist_device_sync"),
+    "horovod": _horovod,
 }
 
 
 def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Communicator:
-    """The devices of this process, joined as the flags say (KVStore ``device`` for several).
+    """The devices of this process, and the other workers, joined as the flags say (KVStore ``device`` for several).
 
     Raises
     ------
     DistributedError
-        For a GPU that is not there, or compression of the gradients of a single device.
+        For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
     """
     devices = resolve_devices(config, every_gpu)
-    if len(devices) > 1:
+    if config.horovod:
+        return COMMUNICATORS["horovod"](devices, config)
+    if len(devices) > 1 or config.has_workers:
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":
         raise DistributedError(

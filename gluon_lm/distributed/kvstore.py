@@ -8,9 +8,8 @@ import mxnet as mx
 from mxnet import gluon
 
 from ..logs import LOGGER
-from ..optim.clipping import square_sums
 from .communicator import Communicator
-from .compression import GradientScales
+from .compression import GradientScales, multiply, nan_unless_finite
 
 
 class KVStoreCommunicator(Communicator):
@@ -47,16 +46,16 @@ class KVStoreCommunicator(Communicator):
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         factors = self._scales.factors if self._scales else None
         if self._scales and factors is None:
-            self._scales.observe(parameters)
+            self._scales.observe(parameters, self.exchange)
         store = self._open_store(parameters, compress=factors is not None)
-        non_finite = _nan_unless_finite(parameters) if factors else None
+        non_finite = nan_unless_finite(parameters) if factors else None
         for key, parameter in enumerate(parameters):
             grads = parameter.list_grad()
             if factors:
-                _multiply(grads, factors[key])
+                multiply(grads, factors[key])
             store.pushpull(key, grads, out=grads, priority=-key)
             if factors:
-                _multiply(grads, 1 / factors[key])
+                multiply(grads, 1 / factors[key])
         if non_finite is not None:
             for grad in parameters[-1].list_grad():
                 grad += non_finite.as_in_context(grad.context)
@@ -87,14 +86,3 @@ class KVStoreCommunicator(Communicator):
         """The store's residuals cannot be read out, so a checkpoint cannot hold them: a fresh store has none."""
         if self._scales:
             self._store = None
-
-
-def _multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
-    for array in arrays:
-        array *= factor
-
-
-def _nan_unless_finite(parameters: Sequence[gluon.Parameter]) -> mx.nd.NDArray:
-    """Zero, or NaN where a gradient on any device is not finite: two bits have no code for it, and send 0 instead."""
-    sums = [square_sums(grads).sum() * 0 for grads in zip(*(parameter.list_grad() for parameter in parameters))]
-    return mx.nd.add_n(*[total.as_in_context(sums[0].context) for total in sums])

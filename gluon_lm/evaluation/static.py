@@ -1,6 +1,6 @@
 """Perplexity of a fixed model on a text, exact over every token.
 
-Shapes: T time, N streams, R targets of a window.
+Shapes: T time, N streams, H hidden width, R targets of a window.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import mxnet as mx
 import numpy as np
 
-from ..data.windows import Streams, Window
+from ..data.windows import Streams
 from ..losses import target_losses
 from ..metrics import perplexity
 from ..models import LanguageModel
+from ..models.heads import Head
 from ..progress import progress_bar
 
 _ROWS_PER_WINDOW = 512  # tokens worked on at once; the result does not depend on it
+
+WindowLosses = Callable[[Head, mx.nd.NDArray, mx.nd.NDArray], mx.nd.NDArray]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Evaluation:
         """``loss / ln 2``."""
         return self.loss / math.log(2)
 
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.5f} | perplexity {self.perplexity:.3f} | bits per word {self.bits_per_word:.4f} | "
+            f"tokens {self.num_tokens}"
+        )
+
 
 def evaluate(
     model: LanguageModel,
@@ -60,6 +69,7 @@ def evaluate(
     bptt: int | None = None,
     progress: str | None = None,
     before_window: Callable[[], None] = lambda: None,
+    window_losses: WindowLosses = target_losses,
 ) -> Evaluation:
     """Evaluate a model on a text, state carried from window to window.
 
@@ -82,6 +92,9 @@ def evaluate(
         What to call the work in a progress bar.
     before_window : callable, optional
         Called before each window; what it raises ends the evaluation.
+    window_losses : callable, optional
+        Takes the head, the hidden vectors (T, N, H) of each window in turn and its targets (R,), and gives their
+        losses (R,), in nats; by default those of the model alone.
     """
     num_streams = min(num_streams, len(ids))
     streams = Streams(ids, num_streams, eos)
@@ -92,19 +105,15 @@ def evaluate(
     with progress_bar(total=len(ids), desc=progress, unit="token") as bar:
         for window in streams.windows(bptt):
             before_window()
-            losses_R, states = _window_losses(model, window, states, device)
+            tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
+            targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
+            hidden_TNH, *states = model.encoder(tokens_TN, *states)
+            losses_R = window_losses(model.head, hidden_TNH, targets_R)
             # Read the window before while the device works on this one.
             total += _sum(pending)
             pending = losses_R
             bar.update(window.num_targets)
     return Evaluation(total + _sum(pending), len(ids))
-
-
-def _window_losses(model: LanguageModel, window: Window, states, device):
-    tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
-    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
-    hidden_TNH, *states = model.encoder(tokens_TN, *states)
-    return target_losses(model.head, hidden_TNH, targets_R), states
 
 
 def _sum(losses_R: mx.nd.NDArray | None) -> float:

@@ -147,6 +147,8 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
             )
         name = newest.resolve()
     path = Path(name) if Path(name).is_dir() else strip_model_suffix(name)
+    if not path.is_dir() and path != Path(name) and path.name == "model":
+        path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
         raise CheckpointError(f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/)")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import logging
 import math
 from pathlib import Path
 
+import mxnet as mx
+
+from .. import __version__
 from ..cli import TrainCommand
-from ..config import device_count
+from ..config import Config, DataConfig, DeviceConfig, device_count
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
+from ..errors import DistributedError
 from ..generation.generator import generate
 from ..logs import LOGGER, log_to_file
 from ..models import LanguageModel
@@ -36,12 +43,13 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     GluonLMError
         Before anything is written where the command, the text or the checkpoint does not fit.
     """
-    communicator = create_communicator(command.config.devices, every_gpu=device_count(command.config) is None)
+    communicator = _join(command.config)
     checkpoint = None if initial is None else load_checkpoint(initial)
     vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
     corpus = load_corpus(command.config.data, vocabulary=vocabulary)
     if command.save is None:
-        run = RunFolder(stamped(Path("runs") / f"{corpus.name}-{command.config.model.model}"))
+        path = stamped(Path("runs") / f"{corpus.name}-{command.config.model.model}")
+        run = RunFolder(communicator.broadcast_object(str(path)))
         run.check_free(overwrite=False)
     else:
         run = RunFolder(strip_model_suffix(command.save))
@@ -53,13 +61,14 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
-    run.create(command.describe(), corpus.vocabulary, command.overwrite)
-    return _fit(trainer, run)
+    if communicator.is_primary:
+        run.create(command.describe(), corpus.vocabulary, command.overwrite)
+    return _fit(trainer, run, communicator)
 
 
 def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     """Continue a run from `path`, or from its newest checkpoint; otherwise as `start_run`."""
-    communicator = create_communicator(command.config.devices, every_gpu=device_count(command.config) is None)
+    communicator = _join(command.config)
     path = path or newest_checkpoint(run)
     checkpoint = load_checkpoint(path)
     corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
@@ -71,10 +80,20 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     if command.dry_run:
         LOGGER.info("dry run: everything is in order, and nothing was written")
         return 0
-    for abandoned in set_aside_after(run, checkpoint.training):
-        LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
-    run.update_config(command.describe())
-    return _fit(trainer, run)
+    communicator.gather_object("checkpoint read")
+    if communicator.is_primary:
+        for abandoned in set_aside_after(run, checkpoint.training):
+            LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
+        run.update_config(command.describe())
+    return _fit(trainer, run, communicator)
+
+
+def _join(config: Config) -> Communicator:
+    """The devices and the other workers; of several, only the first speaks."""
+    communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
+    if not communicator.is_primary:
+        LOGGER.setLevel(logging.WARNING)
+    return communicator
 
 
 def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
@@ -83,6 +102,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     model = LanguageModel(config.model, len(corpus.vocabulary))
     model.initialize_parameters(config.training.seed, communicator.devices)
     model.hybridize_for_use()
+    _check_alike(config, corpus, communicator)
     trainer = Trainer(config, corpus, model, communicator, run, command.describe())
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
@@ -98,7 +118,37 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     return trainer
 
 
-def _fit(trainer: Trainer, run: RunFolder) -> int:
+def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> None:
+    """Make sure that all workers are about to do the same.
+
+    Raises
+    ------
+    DistributedError
+        Naming what differs, and where.
+    """
+    shared = dataclasses.replace(config, data=DataConfig(), devices=DeviceConfig())
+    configuration = hashlib.sha256(shared.to_yaml().encode()).hexdigest()
+    own = {
+        "gluon_lm": __version__,
+        "mxnet": mx.__version__,
+        "configuration": configuration[:12],
+        "text and vocabulary": corpus.digest[:12],
+        "number of devices": len(communicator.devices),
+    }
+    facts = communicator.gather_object(own)
+    for what, expected in facts[0].items():
+        others = {rank: fact[what] for rank, fact in enumerate(facts) if fact[what] != expected}
+        if others:
+            shown = ", ".join(f"worker {rank} {value}" for rank, value in others.items())
+            raise DistributedError(
+                f"the workers differ in {what}: worker 0 has {expected}, {shown}; start all with the same version, "
+                "flags and text"
+            )
+
+
+def _fit(trainer: Trainer, run: RunFolder, communicator: Communicator) -> int:
+    if not communicator.is_primary:
+        return trainer.fit()
     with log_to_file(run.log):
         if run.path.parent.name == "runs":
             point(run.path.parent / "latest", run.path)

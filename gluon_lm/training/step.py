@@ -1,10 +1,12 @@
 """One step of training, shared by every recipe.
 
-Shapes: T time, N batch, H hidden width, F width of the head's features.
+Shapes: T time, N batch, H hidden width, W workers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import mxnet as mx
@@ -15,7 +17,7 @@ from ..config import show
 from ..data.windows import Window
 from ..distributed import Communicator
 from ..errors import TrainingDiverged
-from ..losses import activation_penalties, backward_through_head
+from ..losses import activation_penalties, backward_through_model
 from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
 
@@ -30,11 +32,14 @@ class StepResult(NamedTuple):
     num_targets : int
     grad_norm : float
         Global L2 norm of the mean loss's gradient, before clipping.
+    notes : list of float
+        What each worker noted.
     """
 
     loss_sum: float
     num_targets: int
     grad_norm: float
+    notes: list[float]
 
 
 class TrainingStep:
@@ -80,7 +85,7 @@ class TrainingStep:
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
 
-    def __call__(self, window: Window, seed: int, step: int) -> StepResult:
+    def __call__(self, window: Window, seed: int, step: int, note: Callable[[], float] = lambda: 0.0) -> StepResult:
         """Take one step.
 
         Parameters
@@ -88,20 +93,27 @@ class TrainingStep:
         window : Window
             All columns; each device of each worker takes its own.
         seed, step : int
-            The run's seed, and the steps taken before. They decide the dropout masks, and nothing else does.
+            The run's seed, and the steps taken before. They and the worker's rank decide the dropout masks, and
+            nothing else does.
+        note : callable
+            Gives a number that every worker is to know after this step.
 
         Raises
         ------
         TrainingDiverged
             When the loss or the gradient is not finite. No parameter has changed then.
         """
-        mx.random.seed(step_seed(seed, step))
+        mx.random.seed(step_seed(seed, step, self._communicator.rank))
         self._clear_gradients()
         loss_sums = self._forward_backward(window)
         self._communicator.reduce_gradients(self._parameters)
         # The only read-back of a step: whether to update at all depends on it.
-        loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
+        own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
         grad_norm = self._gradient_norm() / window.num_targets
+        loss_sums_W, grad_norms_W, notes_W = self._communicator.exchange([own_loss_sum, grad_norm, note()]).T
+        # All have the same gradient; rank 0's norm, so that all clip it alike to the last bit.
+        is_finite = np.isfinite(grad_norms_W).all()
+        loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
         if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
             raise TrainingDiverged(
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
@@ -112,7 +124,7 @@ class TrainingStep:
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
         self.trainer.update(window.num_targets / clip_factor)
-        return StepResult(loss_sum, window.num_targets, grad_norm)
+        return StepResult(loss_sum, window.num_targets, grad_norm, notes_W.tolist())
 
     def rehearse(self, window: Window) -> None:
         """Go through a window forwards and backwards, and leave everything as it was but the memory that this takes.
@@ -148,29 +160,14 @@ class TrainingStep:
                 columns = window.columns(column, column + part_width)
                 states = [state[:, start : start + part_width] for state in self.states[i]]
                 if columns.num_targets:
-                    loss_sum, states = self._forward_backward_columns(columns, states, window, device)
+                    penalties = partial(self._penalties, columns.num_targets, window)
+                    loss_sum, states = backward_through_model(self._model, columns, states, device, penalties)
                     loss_sums.append(loss_sum)
                 parts.append(states)
             self.states[i] = parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)]
         return loss_sums
 
-    def _forward_backward_columns(
-        self, columns: Window, states: State, window: Window, device: mx.Context
-    ) -> tuple[mx.nd.NDArray, State]:
-        """Add the gradient of some columns' loss to the parameters'; returns that loss and the new state."""
-        tokens_TN = mx.nd.array(columns.tokens_TN, ctx=device, dtype="int32")
-        targets_R = mx.nd.array(columns.targets_TN.reshape(-1)[: columns.num_targets], ctx=device, dtype="int32")
-        head = self._model.head
-        with mx.autograd.record():
-            raw_TNH, *states = self._model.encoder(tokens_TN, *states)
-            hidden_TNH = self._model.output_dropout(raw_TNH)
-            features_TNF = head.features(hidden_TNH)
-            penalties = self._penalties(hidden_TNH, raw_TNH, columns.num_targets, window)
-        loss_sum, grad_TNF = backward_through_head(head, features_TNF.detach(), targets_R)
-        mx.autograd.backward([features_TNF, *penalties], [grad_TNF, *[None] * len(penalties)])
-        return loss_sum, [state.detach() for state in states]
-
-    def _penalties(self, hidden_TNH, raw_TNH, num_targets: int, window: Window) -> list[mx.nd.NDArray]:
+    def _penalties(self, num_targets: int, window: Window, hidden_TNH, raw_TNH) -> list[mx.nd.NDArray]:
         if not (self._alpha or self._beta):
             return []
         # Like the loss, a sum that becomes a mean when it is divided by the targets of the whole window. There are
@@ -184,6 +181,7 @@ class TrainingStep:
         return float(np.sqrt(np.sum(squares, dtype=np.float64)))
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for MXNet's generators at one step: their state cannot be saved, so each step starts them anew."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 1)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for a worker's generators at one step: their state cannot be saved, so each step starts them anew."""
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)

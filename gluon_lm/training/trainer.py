@@ -6,8 +6,10 @@ import contextlib
 import math
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mxnet as mx
 import numpy as np
@@ -29,6 +31,8 @@ from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpo
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
+
+CHECK_EVERY = 100  # steps after which the workers compare their parameters
 
 
 @dataclass
@@ -108,7 +112,8 @@ class Trainer:
         if optim.asgd:
             self._start_averaging()
         self._saved_step: int | None = None
-        self._metrics: MetricsFile
+        self._metrics: MetricsFile | None = None  # rank 0's
+        self._agreed_signal = 0
 
     def _make_windows(self) -> TrainingWindows:
         training, optim, ids = self.config.training, self.config.optim, self.corpus.train
@@ -149,7 +154,8 @@ class Trainer:
         TrainingDiverged
             The checkpoints are as they were before the step.
         """
-        self._metrics = MetricsFile(self.run.metrics, self.state.step)
+        if self._communicator.is_primary:
+            self._metrics = MetricsFile(self.run.metrics, self.state.step)
         self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
         try:
             with StopRequest() as stop:
@@ -157,12 +163,18 @@ class Trainer:
                 if longest is not None:
                     self._step.rehearse(longest)
                 self._train(stop)
-                if stop.signal != signal.SIGTERM:
+                if stop.signal != signal.SIGTERM and self._communicator.is_primary:
                     self._test_best()
+                self._communicator.gather_object("done")
             return stop.exit_code
         finally:
-            self._metrics.close()
+            if self._metrics is not None:
+                self._metrics.close()
             self._communicator.close()
+
+    def _record(self, event: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(event, self.state.step, **values)
 
     def _train(self, stop: StopRequest) -> None:
         training, state = self.config.training, self.state
@@ -176,7 +188,7 @@ class Trainer:
                 interval = _Interval(epoch_started)
             elif training.checkpoint_every and state.step % training.checkpoint_every == 0:
                 self._save_unless_saved()
-            if stop.signal is not None:
+            if self._must_stop(stop):
                 self._save_unless_saved()
                 if self._saved_step is None:
                     LOGGER.info("stopped before the first step")
@@ -185,17 +197,51 @@ class Trainer:
                 return
             if self._finished():
                 return
-            interval.add(self._take_step())
+            interval.add(self._take_step(stop))
+            if state.step % CHECK_EVERY == 0:
+                self._check_agreement()
             if interval.num_steps == training.log_interval:
                 self._log_interval(interval)
                 interval = _Interval(time.perf_counter())
 
-    def _take_step(self) -> StepResult:
+    def _must_stop(self, stop: StopRequest) -> bool:
+        """Whether a signal asks to stop, which all workers must know after the same step."""
+        if self._communicator.size > 1 and self._agreed_signal:
+            stop.signal = signal.Signals(self._agreed_signal)
+        return stop.signal is not None and bool(self._agreed_signal or self._communicator.size == 1)
+
+    def _check_agreement(self) -> None:
+        """Make sure that all workers have the same parameters.
+
+        Raises
+        ------
+        DistributedError
+            If they have not.
+        """
+        if self._communicator.size == 1:
+            return
+        device = self._communicator.devices[0]
+        own = 0
+        for parameter in self.model.named_parameters().values():
+            own = zlib.crc32(parameter.data(device).asnumpy(), own)
+        sums = self._communicator.gather_object(own)
+        others = [rank for rank, found in enumerate(sums) if found != sums[0]]
+        if others:
+            raise DistributedError(
+                f"step {self.state.step}: the parameters of worker {', '.join(map(str, others))} are not those of "
+                "worker 0; the checkpoints before are whole. A faulty machine or another build of MXNet is likely"
+            )
+
+    def _take_step(self, stop: StopRequest) -> StepResult:
         state, epoch = self.state, self._current_epoch()
         if not epoch.carries_state:
             self._step.states = None
         self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
-        result = self._step(epoch.window(state.window), self.config.training.seed, state.step)
+        self._communicator.heartbeat()
+        result = self._step(
+            epoch.window(state.window), self.config.training.seed, state.step, note=lambda: stop.signal or 0
+        )
+        self._agreed_signal = int(max(result.notes))
         if self._average is not None:
             self._average.update()
         state.step += 1
@@ -206,7 +252,7 @@ class Trainer:
             if state.epoch in (self.config.optim.when or ()):
                 state.lr /= 10
         if state.step == 1:
-            self._metrics.write("first_step", 1, loss=result.loss_sum / result.num_targets, time=time.time())
+            self._record("first_step", loss=result.loss_sum / result.num_targets, time=time.time())
         return result
 
     def _current_epoch(self) -> Epoch:
@@ -233,18 +279,17 @@ class Trainer:
 
     def _validate(self, stop: StopRequest, seconds: float) -> None:
         state, optim = self.state, self.config.optim
-        with self._averaged_weights():
-            result = self._evaluate(self.corpus.valid, "validation", stop.check)
-        if not math.isfinite(result.loss):
+        loss = self._validation_loss(stop)
+        if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"step {state.step}: validation loss {result.loss:g} must be finite; the checkpoints before are whole. "
+                f"step {state.step}: validation loss {loss:g} must be finite; the checkpoints before are whole. "
                 f"The learning rate is likely too high: lower --lr (now {state.lr:g})"
             )
         state.evaluated_step = state.step
-        state.valid_losses.append(result.loss)
-        is_best = state.best_loss is None or result.loss < state.best_loss
+        state.valid_losses.append(loss)
+        is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
-            state.best_loss, state.best_step, state.evaluations_since_best = result.loss, state.step, 0
+            state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
         else:
             state.evaluations_since_best += 1
         LOGGER.info("-" * 89)
@@ -252,17 +297,16 @@ class Trainer:
             "| %s | time: %6.2fs | valid loss %5.4f | valid ppl %8.2f%s",
             self._position(),
             seconds,
-            result.loss,
-            result.perplexity,
+            loss,
+            perplexity(loss),
             " | best" if is_best else "",
         )
         LOGGER.info("-" * 89)
-        self._metrics.write(
+        self._record(
             "valid",
-            state.step,
             epoch=state.epoch,
-            loss=result.loss,
-            perplexity=result.perplexity,
+            loss=loss,
+            perplexity=perplexity(loss),
             lr=state.lr,
             best=is_best,
             seconds=seconds,
@@ -278,6 +322,17 @@ class Trainer:
                 state.step,
             )
         self._save(is_best=is_best)
+
+    def _validation_loss(self, stop: StopRequest) -> float:
+        """Rank 0's, on every worker; raises `Stopped` on all where a signal ends the evaluation."""
+        loss = None
+        if self._communicator.is_primary:
+            with contextlib.suppress(Stopped), self._averaged_weights():
+                loss = self._evaluate(self.corpus.valid, "validation", stop.check).loss
+        loss, self._agreed_signal = self._communicator.broadcast_object([loss, int(stop.signal or 0)])
+        if loss is None:
+            raise Stopped
+        return loss
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model that is evaluated: the averages, where there are any."""
@@ -302,9 +357,8 @@ class Trainer:
         LOGGER.info("=" * 89)
         LOGGER.info("| End of training | %s | test loss %5.4f | test ppl %8.2f", which, result.loss, result.perplexity)
         LOGGER.info("=" * 89)
-        self._metrics.write(
+        self._record(
             "test",
-            state.step,
             loss=result.loss,
             perplexity=result.perplexity,
             bits_per_word=result.bits_per_word,
@@ -317,6 +371,10 @@ class Trainer:
         what: str,
         before_window: Callable[[], None] = lambda: None,
     ) -> Evaluation:
+        def alive() -> None:
+            self._communicator.heartbeat()
+            before_window()
+
         return evaluate(
             self.model,
             ids,
@@ -324,7 +382,7 @@ class Trainer:
             self._communicator.devices[0],
             self.config.training.eval_batch_size,
             progress=what,
-            before_window=before_window,
+            before_window=alive,
         )
 
     def _log_interval(self, interval: _Interval) -> None:
@@ -346,9 +404,8 @@ class Trainer:
             interval.grad_norm,
             interval.num_targets / seconds,
         )
-        self._metrics.write(
+        self._record(
             "train",
-            state.step,
             epoch=epoch,
             loss=loss,
             perplexity=perplexity(loss),
@@ -369,16 +426,29 @@ class Trainer:
             self._save(is_best=False)
 
     def _save(self, is_best: bool) -> None:
-        states = self._step.states
+        self._check_agreement()
+        carried = self._carried_state()
+        if self._communicator.is_primary:
+            self._write_checkpoint(carried, is_best)
+        self._communicator.checkpointed()
+        self._saved_step = self.state.step
+
+    def _carried_state(self) -> list[mx.nd.NDArray]:
+        """The recurrent state of all streams: arrays (1, N, H) on rank 0, on the others maybe nothing."""
+        if not self._step.states:
+            return []
+        own = [np.concatenate([part.asnumpy() for part in parts], axis=1) for parts in zip(*self._step.states)]
+        workers = self._communicator.gather_arrays(own)
+        return [mx.nd.array(np.concatenate(parts, axis=1)) for parts in zip(*workers)]
+
+    def _write_checkpoint(self, carried: list[mx.nd.NDArray], is_best: bool) -> None:
         weights = {name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()}
         averages = self._average.state() if self._average is not None else {}
         checkpoint = Checkpoint(
             parameters=averages or weights,
             unaveraged=weights if averages else {},
             optimizer=optimizer_state(self._step.trainer, self._names),
-            carried=[mx.nd.concat(*[part.as_in_context(mx.cpu()) for part in parts], dim=1) for parts in zip(*states)]
-            if states
-            else [],
+            carried=carried,
             training=self.state,
             communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
@@ -393,8 +463,6 @@ class Trainer:
             keep=self.config.training.keep_checkpoints,
             is_best=is_best,
         )
-        self._communicator.checkpointed()
-        self._saved_step = self.state.step
 
     def start_from(self, checkpoint: Checkpoint) -> None:
         """Take over the model of a finished run. It is evaluated first, so that a worse one does not take its place.
@@ -442,12 +510,11 @@ class Trainer:
                     f"{self.run.path}: carries {checkpoint.carried[0].shape[1]} streams; --batch-size must "
                     "stay as it was"
                 )
-            split = [
-                mx.nd.split(array, len(devices), axis=1, squeeze_axis=False) if len(devices) > 1 else [array]
-                for array in checkpoint.carried
-            ]
+            width = self.config.training.batch_size // (len(devices) * self._communicator.size)
+            starts = [(self._communicator.rank * len(devices) + i) * width for i in range(len(devices))]
             self._step.states = [
-                [parts[i].as_in_context(device) for parts in split] for i, device in enumerate(devices)
+                [array[:, start : start + width].as_in_context(device) for array in checkpoint.carried]
+                for start, device in zip(starts, devices)
             ]
         if checkpoint.num_devices == len(devices) * self._communicator.size:
             self._communicator.load_state_dict(checkpoint.communicator)

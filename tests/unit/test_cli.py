@@ -389,7 +389,7 @@ def test_every_problem_at_once(tmp_path):
         ("--cuda --cpus 1", ["--cuda with --cpus 1"]),
         ("--gcthreshold 0.5", ["--gcthreshold 0.5", "no effect"]),
         ("--gctype 2bit", ["--gctype 2bit", "one device"]),
-        ("--gctype 3bit", ["--gctype 3bit", "one of none, 2bit"]),
+        ("--gctype 3bit", ["--gctype 3bit", "one of none, 2bit, fp16"]),
         ("--kvstore device --cpus 1", ["--kvstore device", "one device"]),
         ("--batch_size 21 --gpus 0,1", ["--batch-size 21", "use 20 or 22"]),
         ("--vocab v --min_freq 2", ["--min-freq 2 with --vocab"]),

@@ -735,7 +735,7 @@ def test_one_flag_over_a_recipe_makes_no_knob_of_the_recipe_a_problem():
 
 def test_a_value_at_its_default_is_refused_as_a_flag_and_accepted_in_a_file():
     assert complaints(gcthreshold=0.5) == [
-        "--gcthreshold 0.5: has no effect without compression; add --gctype 2bit, or leave it out"
+        "--gcthreshold 0.5: has no effect without 2-bit compression; add --gctype 2bit, or leave it out"
     ]
     assert complaints(nonmono=5) == ["--nonmono 5: has no effect here, add --ntasgd, or leave it out"]
     assert complaints(Config().to_yaml()) == []
@@ -750,7 +750,7 @@ def test_a_file_is_answered_for_whatever_its_name(tmp_path):
 
 def test_a_file_is_answered_for_only_where_it_differs_from_the_default():
     assert complaints("gcthreshold: 0.3\nnonmono: 5\n") == [
-        "--gcthreshold 0.3 (config.yaml): has no effect without compression; add --gctype 2bit, or leave it out"
+        "--gcthreshold 0.3 (config.yaml): has no effect without 2-bit compression; add --gctype 2bit, or leave it out"
     ]
 
 

@@ -1,0 +1,106 @@
+"""Gradients summed over workers by MXNet's parameter servers (ps-lite; Li et al. 2014, "Scaling Distributed Machine
+Learning with the Parameter Server").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mxnet as mx
+from mxnet import gluon
+
+from ..errors import DistributedError
+from ..logs import LOGGER
+from .communicator import Communicator
+from .compression import GradientScales, multiply, nan_unless_finite
+from .control import Control
+
+
+class ParameterServer(Communicator):
+    """KVStore ``dist_sync`` (a worker's devices sum on the CPU) or ``dist_device_sync`` (on the devices).
+
+    Objects travel over the channel to the launcher, `gluon_lm.distributed.control`, gradients through the servers.
+    With compression the workers push two bits for each element; what they pull is the full float32 sum.
+
+    Parameters
+    ----------
+    devices : list of Context
+    kvstore : str
+    threshold : float, optional
+        Compress what is pushed to two bits with this threshold. The first
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps go uncompressed and set each parameter's scale.
+
+    Raises
+    ------
+    DistributedError
+        Outside a cluster that `gluon_lm.launch` started.
+    """
+
+    def __init__(self, devices: list[mx.Context], kvstore: str = "dist_sync", threshold: float | None = None) -> None:
+        super().__init__(devices)
+        control = Control.from_environment()
+        if control is None:
+            raise DistributedError(
+                f"--kvstore {kvstore}: needs a scheduler, servers and other workers, which python -m gluon_lm.launch "
+                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb"
+            )
+        self._control, self._kind, self._threshold = control, kvstore, threshold
+        self._scales = None if threshold is None else GradientScales()
+        self._store = mx.kv.create(kvstore)
+        self.rank, self.size = self._store.rank, self._store.num_workers
+        self._is_compressing = False
+        control.join(self.rank)
+
+    @property
+    def description(self) -> str:
+        compression = "" if self._threshold is None else f", 2-bit pushes with threshold {self._threshold:g}"
+        return (
+            f"{self.size} workers, {len(self.devices)} devices each ({self.devices[0]} to {self.devices[-1]}), "
+            f"KVStore {self._kind}{compression}"
+        )
+
+    def gather_object(self, value):
+        return self._control.gather(value)
+
+    def heartbeat(self):
+        self._control.alive()
+
+    def broadcast_parameters(self, parameters):
+        for key, parameter in enumerate(parameters):
+            self._store.init(key, parameter.data(self.devices[0]))
+            self._store.pull(key, out=parameter.list_data(), priority=-key)
+
+    def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
+        factors = self._scales.factors if self._scales else None
+        if self._scales and factors is None:
+            self._scales.observe(parameters, self.exchange)
+        if factors and not self._is_compressing:
+            self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
+            self._is_compressing = True
+            self.gather_object("compressing")  # rank 0 has told the servers before anyone pushes
+        non_finite = nan_unless_finite(parameters) if factors else None
+        for key, parameter in enumerate(parameters):
+            grads = parameter.list_grad()
+            if factors:
+                multiply(grads, factors[key])
+            self._store.push(key, grads, priority=-key)
+            self._store.pull(key, out=grads, priority=-key)
+            if factors:
+                multiply(grads, 1 / factors[key])
+        if non_finite is not None:
+            for grad in parameters[-1].list_grad():
+                grad += non_finite.as_in_context(grad.context)
+
+    def state_dict(self):
+        return self._scales.state_dict() if self._scales else {}
+
+    def load_state_dict(self, state):
+        if self._scales and state:
+            self._scales.load_state_dict(state)
+            LOGGER.warning(
+                "2-bit compression: what the workers had not sent yet when the run stopped is lost, so it does not go "
+                "on to the bit as if it had not stopped"
+            )
+
+    def close(self):
+        self._control.close()

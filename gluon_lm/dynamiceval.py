@@ -1,0 +1,114 @@
+"""``python -m gluon_lm.dynamiceval RUN``: perplexity of a run that learns from the text while it is evaluated on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from .cli import CommandParser, Section, run_command
+from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch, text
+from .errors import ConfigError, DataError
+from .logs import LOGGER, log_to_terminal
+from .runtime import prepare_process
+
+FOLDER = "dynamiceval"
+_DATA_FLAGS = ("data", "data_dir", "tokenizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicOptions(Section):
+    """How the model learns."""
+
+    lamb: float = option(0.02, real(0), "pull back towards the trained parameters")
+    epsilon: float = option(0.001, real(0, above=True), "added to the root of the squared gradients, a divisor")
+    lr: float = option(0.002, real(0, above=True), "learning rate")
+    ms: bool = option(False, switch(), "root of the mean of the squared gradients, and not of their sum")
+    bptt: int = option(5, integer(), "words in a window, which are predicted first and then learnt from")
+    batch_size: int = option(100, integer(), "streams of the training text, for the squared gradients")
+    max_batches: int | None = option(
+        None, optional(integer(), -1), "windows of the training text to take (default: all of it)"
+    )
+    val: bool = option(False, switch(), "evaluate the validation text and not the test text, to tune the values above")
+    model: str | None = option(None, optional(text("RUN")), "the run, where it is not named first")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_dynamiceval, argv)
+
+
+def _dynamiceval(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "dynamiceval",
+        "Perplexity of a run that goes on learning from the text, each window after it was predicted.",
+        "python -m gluon_lm.dynamiceval runs/latest --lamb 0.075",
+    )
+    parser.add_section(DynamicOptions, "dynamic evaluation")
+    parser.add_section(DataConfig, "data (default: the text of the run)", only=_DATA_FLAGS)
+    parser.add_run()
+    parsed = parser.parse(argv)
+    options, device_config = parsed.build(DynamicOptions), parsed.build(DeviceConfig)
+    name = parsed.arguments.run
+    if name is not None and options.model not in (None, name):
+        raise ConfigError(f"{name} with --model {options.model}: both name the run; leave one of them out")
+    given = {flag: parsed.settings[flag].value for flag in _DATA_FLAGS if flag in parsed.settings}
+    split = "valid" if options.val else "test"
+    log_to_terminal()
+    prepare_process()
+    from .data import load_corpus
+    from .distributed import resolve_single_device
+    from .evaluation.dynamic import cached_statistics, dynamic_evaluate
+    from .training.checkpoint import load_model
+    from .training.run_folder import find_run
+
+    run, _ = find_run(name or options.model)
+    device = resolve_single_device(device_config)
+    model, vocabulary, config, checkpoint = load_model(name or options.model, device)
+    data = dataclasses.replace(config.data, **given)
+    try:
+        corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
+        # The text that the run names itself need not have made its vocabulary: a finetuned run brings that along.
+        own = load_corpus(data, splits=("train",)).vocabulary if given and data.vocab is None else vocabulary
+    except DataError as error:
+        raise DataError(
+            f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
+            "that has both with --data"
+        ) from error
+    if own.digest != vocabulary.digest:
+        raise DataError(
+            f"--data {' '.join(data.data)}: its training text makes another vocabulary ({len(own):,} words) than that "
+            f"of the run ({len(vocabulary):,} words); name the text that the run was trained on"
+        )
+    LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    eos = vocabulary.eos_id
+    statistics = cached_statistics(
+        run.path / FOLDER,
+        model,
+        corpus.train,
+        eos,
+        device,
+        options.bptt,
+        options.batch_size,
+        options.max_batches,
+        progress="squared gradients",
+    )
+    result = dynamic_evaluate(
+        model,
+        corpus.ids[split],
+        eos,
+        device,
+        statistics,
+        options.lamb,
+        options.epsilon,
+        options.lr,
+        options.bptt,
+        options.ms,
+        progress=split,
+    )
+    LOGGER.info("%s %s", split, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
