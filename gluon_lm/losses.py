@@ -1,9 +1,11 @@
 """Negative log-likelihood of every token, computed in chunks of rows.
 
 Logits for a whole window can be larger than the model: 1,120 tokens of a vocabulary of 33,278 take 149 MB, several
-times over. So every head sees a chunk of rows at a time, and memory depends on neither batch size nor window.
+times over, and a mixture has as many for each of its experts. So every head sees a chunk of rows at a time, and memory
+depends on neither batch size nor window.
 
-Shapes: T time, N batch, H hidden width, F width of the head's features, R rows = T x N in time-major order.
+Shapes: T time, N batch, H hidden width, F width of the head's features, R rows = T x N in time-major order,
+S softmaxes (rows x those of a row), V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +17,24 @@ import mxnet as mx
 from .data.windows import Window
 from .models import Head, LanguageModel, State
 
-CHUNK_ELEMENTS = 1 << 24  # logits in a chunk: 64 MiB of float32; half of it costs a tenth of the speed
+CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
 
 
-def row_chunks(num_rows: int, logits_per_row: int) -> Iterator[slice]:
-    """Cut rows (at least one) into the fewest near-equal chunks whose logits stay within `CHUNK_ELEMENTS`."""
-    num_chunks = -(-num_rows // max(1, CHUNK_ELEMENTS // logits_per_row))
+def row_chunks(num_rows: int, softmaxes_per_row: int) -> list[slice]:
+    """Cut rows (at least one) into the fewest near-equal chunks of at most `CHUNK_SOFTMAXES`, but a row at least."""
+    num_chunks = -(-num_rows // max(1, CHUNK_SOFTMAXES // softmaxes_per_row))
     rows = -(-num_rows // num_chunks)
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def _chunks(
+    head: Head, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
+) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]]:
+    """Chunks of rows: where they are, their features, their targets, and room for their logits."""
+    features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
+    for rows in row_chunks(targets_R.shape[0], head.softmaxes_per_row):
+        num_softmaxes = (rows.stop - rows.start) * head.softmaxes_per_row
+        yield rows, features_RF[rows], targets_R[rows], head.room_for_logits(num_softmaxes, features_RF.context)
 
 
 def backward_through_head(
@@ -46,13 +57,13 @@ def backward_through_head(
     grad_TNF : NDArray
         Gradient of that sum, to go on with through the features and the encoder.
     """
-    features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
-    grad_RF = mx.nd.zeros_like(features_RF)
+    grad_TNF = mx.nd.zeros_like(features_TNF)
+    grad_RF = grad_TNF.reshape((-1, grad_TNF.shape[-1]))
     loss_sums = []
-    for rows in row_chunks(targets_R.shape[0], head.logits_per_row):
-        losses, grad_RF[rows] = head.backward(features_RF[rows], targets_R[rows])
+    for rows, *chunk in _chunks(head, features_TNF, targets_R):
+        losses, grad_RF[rows] = head.backward(*chunk)
         loss_sums.append(losses.sum())
-    return mx.nd.add_n(*loss_sums), grad_RF.reshape(features_TNF.shape)
+    return mx.nd.add_n(*loss_sums), grad_TNF
 
 
 def backward_through_model(
@@ -96,10 +107,8 @@ def backward_through_model(
 
 def target_losses(head: Head, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
     """Negative log-likelihood, in nats, of each of the first R rows' targets (no gradient): shape (R,)."""
-    features_TNF = head.features(hidden_TNH)
-    features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
-    chunks = row_chunks(targets_R.shape[0], head.logits_per_row)
-    return mx.nd.concat(*[head.losses(features_RF[rows], targets_R[rows]) for rows in chunks], dim=0)
+    chunks = _chunks(head, head.features(hidden_TNH), targets_R)
+    return mx.nd.concat(*[head.losses(*chunk) for _, *chunk in chunks], dim=0)
 
 
 def activation_penalties(

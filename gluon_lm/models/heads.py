@@ -29,11 +29,24 @@ class Head(gluon.HybridBlock):
 
     Attributes
     ----------
-    logits_per_row : int
-        Numbers that a row takes at its widest.
+    vocab_size : int
+    softmaxes_per_row : int
     """
 
-    logits_per_row: int
+    softmaxes_per_row: int = 1
+
+    def __init__(self, vocab_size: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self._room: dict[mx.Context, mx.nd.NDArray] = {}
+
+    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
+        """An array (S, V) on a device. All calls share its memory, which is asked of the system only once: an array
+        of that size, freed and made anew in each step, never finds its old place."""
+        room = self._room.get(device)
+        if room is None or room.shape[0] < num_softmaxes:
+            room = self._room[device] = mx.nd.empty((num_softmaxes, self.vocab_size), ctx=device)
+        return room[:num_softmaxes]
 
     @abstractmethod
     def scores(self, F, hidden_RH):
@@ -44,11 +57,16 @@ class Head(gluon.HybridBlock):
         return hidden_TNH
 
     @abstractmethod
-    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded."""
+    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded.
+
+        `logits_SV` is room for the logits.
+        """
 
     @abstractmethod
-    def backward(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+    def backward(
+        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray
+    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
         """The loss and its gradient, that by the parameters added to theirs.
 
         Parameters
@@ -56,6 +74,8 @@ class Head(gluon.HybridBlock):
         features_RF : NDArray
             Detached.
         targets_R : NDArray of int32
+        logits_SV : NDArray
+            Room for the logits.
 
         Returns
         -------
@@ -79,8 +99,7 @@ class SoftmaxHead(Head):
     """
 
     def __init__(self, vocab_size: int, input_size: int, embedding: nn.Embedding | None = None, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.logits_per_row = vocab_size
+        super().__init__(vocab_size, **kwargs)
         with self.name_scope():
             self.decoder = _decoder(vocab_size, input_size, embedding)
 
@@ -90,11 +109,11 @@ class SoftmaxHead(Head):
     def scores(self, F, hidden_RH):
         return self.decoder(hidden_RH)
 
-    def losses(self, features_RF, targets_R):
-        return -_target_log_probs(self.decoder, features_RF, targets_R)
+    def losses(self, features_RF, targets_R, logits_SV):
+        return -_target_log_probs(self.decoder, features_RF, targets_R, logits_SV)
 
-    def backward(self, features_RF, targets_R):
-        probs_RV = _Softmax(self.decoder, features_RF, targets_R)
+    def backward(self, features_RF, targets_R, logits_SV):
+        probs_RV = _Softmax(self.decoder, features_RF, targets_R, logits_SV)
         return -probs_RV.target_log_probs(), probs_RV.backward()
 
 
@@ -128,9 +147,8 @@ class MixtureHead(Head):
         embedding: nn.Embedding | None = None,
         **kwargs,
     ) -> None:
-        super().__init__(**kwargs)
-        self.logits_per_row = num_experts * vocab_size
-        self.num_experts, self._embed_size, self._vocab_size = num_experts, embed_size, vocab_size
+        super().__init__(vocab_size, **kwargs)
+        self.softmaxes_per_row, self._embed_size = num_experts, embed_size
         with self.name_scope():
             self.prior = nn.Dense(num_experts, in_units=input_size, use_bias=False, flatten=False)
             self.latent = nn.Dense(num_experts * embed_size, in_units=input_size, activation="tanh", flatten=False)
@@ -143,8 +161,8 @@ class MixtureHead(Head):
     def scores(self, F, hidden_RH):
         latents_SE = F.reshape(self.latent_dropout(self.latent(hidden_RH)), shape=(-1, self._embed_size))
         probs_SV = F.softmax(self.decoder(latents_SE), axis=-1)
-        probs_RKV = F.reshape(probs_SV, shape=(-1, self.num_experts, self._vocab_size))
-        priors_R1K = F.reshape(F.softmax(self.prior(hidden_RH), axis=-1), shape=(-1, 1, self.num_experts))
+        probs_RKV = F.reshape(probs_SV, shape=(-1, self.softmaxes_per_row, self.vocab_size))
+        priors_R1K = F.reshape(F.softmax(self.prior(hidden_RH), axis=-1), shape=(-1, 1, self.softmaxes_per_row))
         probs_R1V = F.batch_dot(priors_R1K, probs_RKV)
         probs_RV = F.reshape_like(probs_R1V, hidden_RH, lhs_begin=0, lhs_end=2, rhs_begin=0, rhs_end=-1)
         return F.log(F.maximum(probs_RV, SMALLEST_FLOAT32))
@@ -158,15 +176,15 @@ class MixtureHead(Head):
         log_sums_TN1 = mx.nd.log(mx.nd.exp(shifted_TNK).sum(axis=-1, keepdims=True))
         return mx.nd.concat(latents_TND, mx.nd.broadcast_sub(shifted_TNK, log_sums_TN1), dim=-1)
 
-    def losses(self, features_RF, targets_R):
+    def losses(self, features_RF, targets_R, logits_SV):
         latents_SE, log_priors_RK = self._split(features_RF)
-        log_probs_S = _target_log_probs(self.decoder, latents_SE, self._of_experts(targets_R))
+        log_probs_S = _target_log_probs(self.decoder, latents_SE, self._of_experts(targets_R), logits_SV)
         log_joint_RK = log_priors_RK + log_probs_S.reshape(log_priors_RK.shape)
         return -_log_sum_exp(log_joint_RK)
 
-    def backward(self, features_RF, targets_R):
+    def backward(self, features_RF, targets_R, logits_SV):
         latents_SE, log_priors_RK = self._split(features_RF)
-        probs_SV = _Softmax(self.decoder, latents_SE, self._of_experts(targets_R))
+        probs_SV = _Softmax(self.decoder, latents_SE, self._of_experts(targets_R), logits_SV)
         log_joint_RK = log_priors_RK + probs_SV.target_log_probs().reshape(log_priors_RK.shape)
         responsibilities_RK = mx.nd.softmax(log_joint_RK, axis=-1)
         grad_SE = probs_SV.backward(responsibilities_RK.reshape((-1, 1)))
@@ -174,12 +192,12 @@ class MixtureHead(Head):
         return -_log_sum_exp(log_joint_RK), grad_RF
 
     def _split(self, features_RF):
-        width = self.num_experts * self._embed_size
+        width = self.softmaxes_per_row * self._embed_size
         latents_RD = features_RF.slice_axis(axis=1, begin=0, end=width)
         return latents_RD.reshape((-1, self._embed_size)), features_RF.slice_axis(axis=1, begin=width, end=None)
 
     def _of_experts(self, targets_R):
-        return mx.nd.repeat(targets_R, self.num_experts)
+        return mx.nd.repeat(targets_R, self.softmaxes_per_row)
 
 
 def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -> nn.Dense:
@@ -194,11 +212,13 @@ class _Softmax:
     output to go back: so the array holds first the logits, then the probabilities, then their gradient.
     """
 
-    def __init__(self, decoder: nn.Dense, inputs_SE: mx.nd.NDArray, targets_S: mx.nd.NDArray) -> None:
+    def __init__(
+        self, decoder: nn.Dense, inputs_SE: mx.nd.NDArray, targets_S: mx.nd.NDArray, logits_SV: mx.nd.NDArray
+    ) -> None:
         self._inputs_SE, self._targets_S = inputs_SE, targets_S
         inputs_SE.attach_grad()
         with mx.autograd.record():
-            self._logits_SV = decoder(inputs_SE)
+            self._logits_SV = _logits(decoder, inputs_SE, logits_SV)
         self._probs_SV = mx.nd.softmax(self._logits_SV, axis=-1, out=self._logits_SV)
         self._target_probs_S = mx.nd.pick(self._probs_SV, targets_S)
 
@@ -219,8 +239,15 @@ class _Softmax:
         return self._inputs_SE.grad
 
 
-def _target_log_probs(decoder, inputs_SE, targets_S):
-    logits_SV = decoder(inputs_SE)
+def _logits(decoder, inputs_SE, logits_SV):
+    """The decoder's output, in the memory of `logits_SV`."""
+    device = inputs_SE.context
+    weight_VE, bias_V = decoder.weight.data(device), decoder.bias.data(device)
+    return mx.nd.FullyConnected(inputs_SE, weight_VE, bias_V, num_hidden=weight_VE.shape[0], out=logits_SV)
+
+
+def _target_log_probs(decoder, inputs_SE, targets_S, logits_SV):
+    logits_SV = _logits(decoder, inputs_SE, logits_SV)
     return mx.nd.pick(mx.nd.log_softmax(logits_SV, axis=-1, out=logits_SV), targets_S)
 
 

@@ -129,8 +129,8 @@ def test_chunks_change_nothing(name, monkeypatch):
 
     whole, expected = gradients_after(head, run)
     for rows_in_chunk in (1, 5, 23, 24):
-        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", rows_in_chunk * head.logits_per_row)
-        assert len(list(row_chunks(T * N, head.logits_per_row))) == -(-T * N // rows_in_chunk)
+        monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", rows_in_chunk * head.softmaxes_per_row)
+        assert len(row_chunks(T * N, head.softmaxes_per_row)) == -(-T * N // rows_in_chunk)
         chunked, found = gradients_after(head, run)
         assert chunked[0] == pytest.approx(whole[0], rel=1e-6)
         for array, array_of_whole in zip([*chunked[1:], *found], [*whole[1:], *expected]):
@@ -140,7 +140,7 @@ def test_chunks_change_nothing(name, monkeypatch):
 @HEAD
 @pytest.mark.parametrize("num_targets", [T * N, T * N - 3, 1])
 def test_rows_after_the_last_target_count_for_nothing(name, num_targets, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 5 * V)
+    monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", 5)
     head = build_head(name)
     hidden, targets = sample()
 
@@ -260,25 +260,27 @@ def test_experts_that_give_a_target_no_chance_are_left_alone_and_the_others_lear
     log_priors_RK = np.log(np.full((2, 3), 1 / 3))
     features_RF = mx.nd.array(np.concatenate([features_RKE.reshape(2, -1), log_priors_RK], axis=1))
     head.decoder.bias.set_data(mx.nd.zeros(V))
-    (losses_R, grad_RF), _ = gradients_after(head, lambda: head.backward(features_RF, int32([5, 5])))
+    room_SV = mx.nd.empty((6, V))
+    (losses_R, grad_RF), _ = gradients_after(head, lambda: head.backward(features_RF, int32([5, 5]), room_SV))
     np.testing.assert_allclose(losses_R.asnumpy()[0], np.log(3 * V), rtol=1e-5)
     np.testing.assert_allclose(grad_RF.asnumpy()[0, -3:], [0, 0, -1], atol=1e-6)
     assert 80 < losses_R.asnumpy()[1] < np.inf and np.isfinite(grad_RF.asnumpy()).all()
-    exact_R = head.losses(features_RF, int32([5, 5])).asnumpy()
+    exact_R = head.losses(features_RF, int32([5, 5]), room_SV).asnumpy()
     np.testing.assert_allclose(exact_R, [np.log(3 * V), 400], rtol=1e-5)
 
 
 # ---------------------------------------------------------------- chunks
 
 
-@given(st.integers(1, 3000), st.integers(1, 300_000), st.integers(1, 1 << 23))
-def test_row_chunks_cover_the_rows_within_the_bound(num_rows, vocab_size, elements):
-    before, losses.CHUNK_ELEMENTS = losses.CHUNK_ELEMENTS, elements
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 1024))
+def test_row_chunks_cover_the_rows_within_the_bound(num_rows, softmaxes_per_row, bound):
+    before, losses.CHUNK_SOFTMAXES = losses.CHUNK_SOFTMAXES, bound
     try:
-        chunks = list(row_chunks(num_rows, vocab_size))
+        chunks = row_chunks(num_rows, softmaxes_per_row)
     finally:
-        losses.CHUNK_ELEMENTS = before
+        losses.CHUNK_SOFTMAXES = before
     assert [r for chunk in chunks for r in range(chunk.start, chunk.stop)] == list(range(num_rows))
-    most = max(1, elements // vocab_size)
-    assert max(chunk.stop - chunk.start for chunk in chunks) <= most
+    most = max(1, bound // softmaxes_per_row)
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert max(sizes) == sizes[0] <= most
     assert len(chunks) <= -(-num_rows // most)
