@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a language model, or continue a run",
     "finetune": "train a finished run further, with averaged weights",
     "evaluate": "loss, perplexity and bits per word of a run on a text",
+    "dynamiceval": "the same of a run that learns from the text while it reads it",
     "generate": "write text with a run",
     "score": "how likely a run finds each line of a file, and each word",
     "serve": "a model behind an address: a form, a JSON API, a page",
