@@ -13,6 +13,7 @@ from gluon_lm.errors import ConfigError
 
 COMMANDS = {
     "train": "train a language model, or continue a run",
+    "launch": "train on several machines, or in several processes",
     "finetune": "train a finished run further, with averaged weights",
     "evaluate": "loss, perplexity and bits per word of a run on a text",
     "dynamiceval": "the same of a run that learns from the text while it reads it",

@@ -1,15 +1,26 @@
-"""Everything that knows about more than one device or worker."""
+"""Everything that knows about more than one device or worker.
 
-from .communicator import Communicator, SingleDevice
-from .devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
-from .kvstore import KVStoreCommunicator
+The public names load what they need when they are first used: the launcher and its agents need no MXNet.
+"""
 
-__all__ = [
-    "COMMUNICATORS",
-    "Communicator",
-    "KVStoreCommunicator",
-    "SingleDevice",
-    "create_communicator",
-    "resolve_devices",
-    "resolve_single_device",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "COMMUNICATORS": "devices",
+    "Communicator": "communicator",
+    "KVStoreCommunicator": "kvstore",
+    "SingleDevice": "communicator",
+    "create_communicator": "devices",
+    "resolve_devices": "devices",
+    "resolve_single_device": "devices",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

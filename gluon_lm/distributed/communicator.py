@@ -72,8 +72,8 @@ class Communicator(ABC):
         """Rank 0's value, on every worker; all wait until all are here."""
         return self.gather_object(value)[0]
 
-    def heartbeat(self) -> None:
-        """Called in the course of all long work: this worker is alive and gets on."""
+    def heartbeat(self, step: int) -> None:
+        """Called in the course of all long work: this worker is alive and gets on, at that step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import mxnet as mx
 from mxnet import gluon
+from mxnet.base import _LIB, check_call
 
 from ..errors import DistributedError
 from ..logs import LOGGER
@@ -47,7 +48,10 @@ class ParameterServer(Communicator):
         self._control, self._kind, self._threshold = control, kvstore, threshold
         self._scales = None if threshold is None else GradientScales()
         self._store = mx.kv.create(kvstore)
-        self.rank, self.size = self._store.rank, self._store.num_workers
+        # A worker that fails must not wait for the others at its end; the launcher ends the servers.
+        check_call(_LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
+        # ps-lite numbers the workers by their ports, another way in each run.
+        self.rank, self.size = control.index, self._store.num_workers
         self._is_compressing = False
         control.join(self.rank)
 
@@ -62,12 +66,14 @@ class ParameterServer(Communicator):
     def gather_object(self, value):
         return self._control.gather(value)
 
-    def heartbeat(self):
-        self._control.alive()
+    def heartbeat(self, step):
+        self._control.alive(step)
 
     def broadcast_parameters(self, parameters):
         for key, parameter in enumerate(parameters):
-            self._store.init(key, parameter.data(self.devices[0]))
+            own = parameter.data(self.devices[0])
+            self._store.init(key, mx.nd.zeros_like(own))
+            self._store.push(key, own if self.rank == 0 else mx.nd.zeros_like(own), priority=-key)
             self._store.pull(key, out=parameter.list_data(), priority=-key)
 
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:

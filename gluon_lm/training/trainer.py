@@ -237,7 +237,7 @@ class Trainer:
         if not epoch.carries_state:
             self._step.states = None
         self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
-        self._communicator.heartbeat()
+        self._communicator.heartbeat(self.state.step)
         result = self._step(
             epoch.window(state.window), self.config.training.seed, state.step, note=lambda: stop.signal or 0
         )
@@ -329,7 +329,8 @@ class Trainer:
         if self._communicator.is_primary:
             with contextlib.suppress(Stopped), self._averaged_weights():
                 loss = self._evaluate(self.corpus.valid, "validation", stop.check).loss
-        loss, self._agreed_signal = self._communicator.broadcast_object([loss, int(stop.signal or 0)])
+        loss, stop_signal = self._communicator.broadcast_object([loss, int(stop.signal or 0)])
+        self._agreed_signal = max(self._agreed_signal, stop_signal)
         if loss is None:
             raise Stopped
         return loss
@@ -372,7 +373,7 @@ class Trainer:
         before_window: Callable[[], None] = lambda: None,
     ) -> Evaluation:
         def alive() -> None:
-            self._communicator.heartbeat()
+            self._communicator.heartbeat(self.state.step)
             before_window()
 
         return evaluate(

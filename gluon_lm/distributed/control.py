@@ -1,0 +1,145 @@
+"""The channel between a worker of a cluster and the launcher that owns it.
+
+What MXNet's parameter server cannot do goes over it: a worker says that it is alive and how far it has come, and the
+workers tell each other small things. On each end of a pair of pipes there are JSON lines; at the other end is the
+launcher's agent on the worker's machine, which hands them on. This module needs no MXNet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from ..errors import DistributedError
+
+CONTROL_VARIABLE = "GLUON_LM_CONTROL"  # the numbers of two inherited file descriptors: "read,write"
+WORKER_VARIABLE = "GLUON_LM_WORKER"  # the worker's number in the launcher's order
+_ALIVE_INTERVAL_S = 0.25
+
+
+def encode(*message: Any) -> bytes:
+    """A message as one line: its kind, then what belongs to it (plain JSON values)."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Control:
+    """A worker's side of the channel.
+
+    Parameters
+    ----------
+    incoming, outgoing : binary file
+        What the launcher says, and what it is told; the latter unbuffered.
+    index : int
+        This worker's number in the launcher's order: worker 0 is on the first host, whichever process arrives first.
+    """
+
+    def __init__(self, incoming: BinaryIO, outgoing: BinaryIO, index: int = 0) -> None:
+        self.index = index
+        self._incoming, self._outgoing = incoming, outgoing
+        self._next_alive = 0.0
+        self._step: int | None = None
+
+    @classmethod
+    def from_environment(cls) -> Control | None:
+        """The channel that `gluon_lm.launch` gave this process; None where another program started it.
+
+        It is there once: the variables are taken out of the environment, so that the processes which this one starts
+        do not take the channel for theirs.
+
+        Raises
+        ------
+        DistributedError
+            Where the variables name no open channel.
+        """
+        numbers = os.environ.pop(CONTROL_VARIABLE, None)
+        index = os.environ.pop(WORKER_VARIABLE, "0")
+        if numbers is None:
+            return None
+        try:
+            reading, writing = map(int, numbers.split(","))
+            for descriptor in (reading, writing):
+                os.set_inheritable(descriptor, False)
+            return cls(os.fdopen(reading, "rb"), os.fdopen(writing, "wb", buffering=0), int(index))
+        except (ValueError, OSError):
+            raise DistributedError(
+                f"{CONTROL_VARIABLE}={numbers}: must name two open pipes, and {WORKER_VARIABLE}={index} a worker; "
+                "leave both to python -m gluon_lm.launch"
+            ) from None
+
+    def join(self, rank: int, facts: Mapping[str, Any] | None = None) -> None:
+        """Say which rank this worker has, and wait until all workers have said so.
+
+        Parameters
+        ----------
+        rank : int
+            From 0, another one for each worker; `gather` orders by it.
+        facts : mapping, optional
+            What must be the same for all workers, by name (plain JSON values). The launcher ends the cluster where
+            they differ.
+
+        Raises
+        ------
+        DistributedError
+            Where the launcher is gone.
+        """
+        self._say("join", rank, dict(facts or {}))
+        self._hear()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value (plain JSON values, up to some megabytes), by rank; waits until all are here.
+
+        Raises
+        ------
+        DistributedError
+            Where the launcher is gone.
+        """
+        self._say("gather", self._step, value)
+        return self._hear()
+
+    def alive(self, step: int | None = None) -> None:
+        """Say that this worker gets on, and at which step it is; cheap enough for every step.
+
+        Raises
+        ------
+        DistributedError
+            Where the launcher is gone.
+        """
+        self._step = self._step if step is None else step
+        now = time.monotonic()
+        if now >= self._next_alive:
+            self._next_alive = now + _ALIVE_INTERVAL_S
+            self._say("alive", self._step)
+
+    def close(self) -> None:
+        """Say that this worker is done with the others; it may end, and so may the servers."""
+        if self._outgoing.closed:
+            return
+        try:
+            self._say("leave")
+        except DistributedError:
+            pass  # nobody is left who would want to know
+        self._outgoing.close()
+        self._incoming.close()
+
+    def _say(self, *message: Any) -> None:
+        line = memoryview(encode(*message))
+        try:
+            while line:
+                line = line[self._outgoing.write(line) :]
+        except BrokenPipeError:
+            raise self._launcher_is_gone() from None
+
+    def _hear(self) -> Any:
+        line = self._incoming.readline()
+        if not line.endswith(b"\n"):
+            raise self._launcher_is_gone()
+        return json.loads(line)[1]
+
+    def _launcher_is_gone(self) -> DistributedError:
+        return DistributedError(
+            f"worker {self.index}: the launcher's agent on this machine is gone, and with it the other workers; "
+            "start the cluster again with --resume"
+        )

@@ -1,0 +1,468 @@
+"""The one process that owns a cluster: it starts all others, watches them, and ends them all when one ends badly.
+
+MXNet's parameter server waits for ever where a worker or a server is gone, and after its scheduler's death goes on
+unnoticed; its workers cannot ask who is dead. So every process here has an owner, the agent of its machine, every agent
+is watched by the supervisor and watches it in turn, and workers say that they get on. Whatever happens, nothing is left
+running, and one line says who and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, cast
+
+from .. import __version__
+from ..errors import DistributedError
+from .agent import GRACE_S
+from .cluster import Host, Process
+from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
+
+_STOPPED = ("T", "t")
+_ERROR = "error: "
+
+
+class _Agent:
+    """What the supervisor knows of an agent."""
+
+    def __init__(self, host: Host, process: subprocess.Popen[bytes]) -> None:
+        self.host, self.process = host, process
+        self.sender = Sender(cast(BinaryIO, process.stdin))
+        self.pid: int | None = None
+        self.quiet_s = 0.0
+        self.last_words = ""
+        self.is_gone = False
+
+    def kill(self) -> None:
+        """Kill it, and with it what it owns; on another machine as far as that can be reached."""
+        if not self.host.is_here and self.pid is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+                subprocess.run(
+                    self.host.command("kill", "-KILL", str(self.pid)),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    timeout=GRACE_S,
+                    start_new_session=True,
+                )
+        self.process.kill()
+
+
+class _Member:
+    """What the supervisor knows of a process of the cluster."""
+
+    def __init__(self, process: Process, agent: _Agent) -> None:
+        self.process, self.agent = process, agent
+        self.pid: int | None = None
+        self.state = "?"
+        self.code: int | None = None
+        self.last_words = self.last_complaint = ""  # on either stream, and on standard error
+        self.errors: list[str] = []
+        # Of workers only:
+        self.rank: int | None = None
+        self.facts: dict[str, Any] = {}
+        self.step: int | None = None
+        self.is_training = self.is_waiting = self.has_left = False
+        self.value: Any = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the output: by its rank, as the workers name each other, as soon as it has one."""
+        return self.process.name if self.rank is None else f"worker {self.rank}"
+
+    @property
+    def full_name(self) -> str:
+        host = "" if self.process.host.is_here else f"host {self.process.host.name}, "
+        return f"{self.name} ({host}pid {self.pid})"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it takes part in nothing any more."""
+        return self.has_left or self.code is not None
+
+    def situation(self) -> str:
+        """What it does, as far as it is known."""
+        at = "" if self.step is None else f" at step {self.step}"
+        if self.code is not None:
+            return "has ended"
+        if self.state in _STOPPED:
+            return f"stopped (state {self.state}){at}"
+        if self.is_waiting:
+            return f"waiting for the others{at}"
+        if self.has_left:
+            return f"ending (state {self.state})"
+        said = f", having said: {self.last_complaint}" if self.last_complaint else ""
+        return (f"in state {self.state}{at}" if self.is_training else f"not ready yet (state {self.state})") + said
+
+
+class Supervisor(EventLoop):
+    """Runs the processes of a cluster to their end.
+
+    Parameters
+    ----------
+    processes : sequence of Process
+        Workers, and others that serve them. Each gets a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
+    timeout_s : float
+        The cluster is ended when no worker has made progress for so long, or nothing has been heard of a host.
+    port : int
+        The port to give them; 0 for any.
+    """
+
+    def __init__(self, processes: Sequence[Process], timeout_s: float = 60.0, port: int = 0) -> None:
+        super().__init__()
+        self._processes, self._timeout_s, self._port = processes, timeout_s, port
+        self._agents: dict[Host, _Agent] = {}
+        self._members: dict[str, _Member] = {}
+        self._code: int | None = None
+        self._error: Exception | None = None
+        self._stop: int | None = None
+        self._is_urgent = False
+        self._idle_s = self._unserved_s = 0.0
+        self._printer = _Printer(self)
+
+    @property
+    def _workers(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.process.role == "worker"]
+
+    def run(self) -> int:
+        """Start everything, and return when nothing runs any more.
+
+        Returns
+        -------
+        int
+            0 where all workers ended well; 130 or 143 after Ctrl-C or SIGTERM, which are passed on to the workers.
+            A second Ctrl-C ends everything at once.
+
+        Raises
+        ------
+        DistributedError
+            Says which process or host ended the cluster, and why.
+        """
+        with self._listening_to_signals():
+            try:
+                self._start_agents()
+                self.run_until(self._is_decided)
+            finally:
+                self._end_all()
+        if self._error is not None:
+            raise self._error
+        return cast(int, self._code)
+
+    def _is_decided(self) -> bool:
+        return self._code is not None or self._error is not None
+
+    def _finish(self, code: int) -> None:
+        if not self._is_decided():
+            self._code = code
+
+    def _fail(self, reason: str) -> None:
+        if not self._is_decided():
+            self._error = DistributedError(reason)
+
+    # ------------------------------------------------------------ agents
+
+    def _start_agents(self) -> None:
+        for host in dict.fromkeys(process.host for process in self._processes):
+            command = host.command(sys.executable, "-m", "gluon_lm.distributed.agent", f"{self._timeout_s:g}")
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,  # Ctrl-C is for the supervisor to pass on
+                )
+            except OSError as error:
+                self._fail(f"host {host.name}: {command[0]} cannot be started ({error.strerror})")
+                return
+            agent = self._agents[host] = _Agent(host, process)
+            start_thread(self._listen, agent)
+
+    def _listen(self, agent: _Agent) -> None:
+        errors = start_thread(self._listen_to_errors, agent)
+        for kind, *content in read_messages(cast(BinaryIO, agent.process.stdout)):
+            self.post("message", agent, kind, content)
+        errors.join(GRACE_S)
+        try:
+            code = agent.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.post("lost", agent, code)
+
+    def _listen_to_errors(self, agent: _Agent) -> None:
+        for line in read_lines(cast(BinaryIO, agent.process.stderr)):
+            agent.last_words = line.strip() or agent.last_words
+
+    def _end_all(self) -> None:
+        self._send_all("end", self._is_urgent)
+        self.run_until(lambda: not self._agents_left(), 3 * GRACE_S)
+        for agent in self._agents_left():
+            start_thread(agent.kill)
+        self.run_until(lambda: not self._agents_left(), 2 * GRACE_S)
+        self._printer.close()
+
+    def _agents_left(self) -> list[_Agent]:
+        return [agent for agent in self._agents.values() if not agent.is_gone]
+
+    def _send_all(self, *message: Any) -> None:
+        for agent in self._agents.values():
+            agent.sender.send(*message)
+
+    def on_message(self, agent: _Agent, kind: str, content: list[Any]) -> None:
+        agent.quiet_s = 0.0
+        getattr(self, f"_hear_{kind}")(agent, *content)
+
+    def on_lost(self, agent: _Agent, code: int | None) -> None:
+        agent.is_gone = True
+        program = "its agent" if agent.host.is_here else "ssh"
+        reason = f": {agent.last_words}" if agent.last_words else ""
+        state = "cannot be used" if agent.pid is None else "is lost"
+        self._fail(f"host {agent.host.name} {state}: {program} {_how_it_ended(code)}{reason}")
+
+    def _hear_hello(self, agent: _Agent, pid: int, version: str) -> None:
+        agent.pid = pid
+        if version != __version__:
+            self._fail(
+                f"host {agent.host.name} has gluon_lm {version} and this machine {__version__}; install the same"
+            )
+        elif all(agent.pid is not None for agent in self._agents.values()):
+            first = self._processes[0].host
+            self._agents[first].sender.send("port", first.address, self._port)
+
+    def _hear_no_port(self, agent: _Agent, address: str, port: int, why: str) -> None:
+        if port:
+            self._fail(f"--port {port}: {address} of host {agent.host.name}: {why}; choose another, or leave it out")
+        else:
+            self._fail(
+                f"host {agent.host.name}: nothing can listen at {address} ({why}); name it as the others reach it"
+            )
+
+    def _hear_port(self, agent: _Agent, port: int) -> None:
+        starts: dict[Host, list[dict[str, Any]]] = {host: [] for host in self._agents}
+        for process in self._processes:
+            self._members[process.name] = _Member(process, self._agents[process.host])
+            starts[process.host].append(
+                {
+                    "name": process.name,
+                    "argv": list(process.argv),
+                    "env": {**process.env, "DMLC_PS_ROOT_PORT": str(port)},
+                    "is_worker": process.role == "worker",
+                }
+            )
+        for host, start in starts.items():
+            self._agents[host].sender.send("start", start)
+        self._idle_s = 0.0
+
+    # ------------------------------------------------------------ processes
+
+    def _hear_started(self, agent: _Agent, name: str, pid: int) -> None:
+        self._members[name].pid = pid
+
+    def _hear_not_started(self, agent: _Agent, name: str, why: str) -> None:
+        self._fail(f"{name} (host {agent.host.name}) cannot be started: {why}")
+
+    def _hear_states(self, agent: _Agent, states: dict[str, str]) -> None:
+        for name, state in states.items():
+            self._members[name].state = state
+
+    def _hear_output(self, agent: _Agent, name: str, stream: str, line: str) -> None:
+        member = self._members[name]
+        member.last_words = line.strip() or member.last_words
+        if stream == "stderr":
+            member.last_complaint = line.strip() or member.last_complaint
+        if line.startswith(_ERROR):
+            member.errors.append(line[len(_ERROR) :])
+        if not member.is_training:
+            self._idle_s = 0.0  # a worker that reads its text says so now and then
+        self._printer.print(stream, f"[{member.name}] {line}")
+
+    def _hear_exited(self, agent: _Agent, name: str, code: int) -> None:
+        member = self._members[name]
+        member.code = code
+        if member.process.role != "worker":
+            if code != 0:
+                self._fail(_last_of(member))
+            return
+        stopped_by = self._stop or 0
+        if code not in (0, 128 + stopped_by, -stopped_by):
+            self._fail(_last_of(member))
+        elif code < 0:
+            self._finish(128 + stopped_by)  # it was not ready yet to stop by itself
+        elif all(worker.code is not None for worker in self._workers):
+            self._finish(max(worker.code or 0 for worker in self._workers))
+        else:
+            self._check_exchange()
+
+    # ------------------------------------------------------------ what workers say
+
+    def _hear_join(self, agent: _Agent, name: str, rank: int, facts: dict[str, Any]) -> None:
+        member = self._members[name]
+        for other in self._workers:
+            if other.rank == rank and other is not member:
+                self._fail(f"{member.full_name} and {other.full_name} both have rank {rank}; each needs its own")
+        if not 0 <= rank < len(self._workers):
+            self._fail(f"{member.full_name} has rank {rank}; there are {len(self._workers)} workers, from 0 on")
+        joined = [worker for worker in self._workers if worker.rank is not None]
+        member.rank, member.facts = rank, facts
+        for other in joined[:1]:
+            for fact in sorted(facts.keys() | other.facts.keys()):
+                if facts.get(fact) != other.facts.get(fact):
+                    self._fail(
+                        f"the workers differ in {fact}: {other.full_name} has {other.facts.get(fact)}, "
+                        f"{member.full_name} {facts.get(fact)}; it must be the same for all"
+                    )
+        self._idle_s = 0.0
+        self._hear_gather(agent, name, None, facts)
+
+    def _hear_gather(self, agent: _Agent, name: str, step: int | None, value: Any) -> None:
+        member = self._members[name]
+        member.is_waiting, member.step, member.value = True, step, value
+        self._check_exchange()
+
+    def _hear_alive(self, agent: _Agent, name: str, step: int | None) -> None:
+        member = self._members[name]
+        member.is_training, member.step = True, step
+        self._idle_s = 0.0
+
+    def _hear_leave(self, agent: _Agent, name: str) -> None:
+        self._members[name].has_left = True
+        self._idle_s = 0.0
+        self._check_exchange()
+
+    def _check_exchange(self) -> None:
+        """Give all workers the values of all when the last one is here; fail where one will never come."""
+        if self._is_decided():
+            return
+        waiting = [worker for worker in self._workers if worker.is_waiting]
+        done = [worker for worker in self._workers if worker.is_done]
+        if waiting and done:
+            names = ", ".join(worker.full_name for worker in waiting)
+            self._fail(f"{done[0].full_name} has finished, while {names} waited for it")
+        elif len(waiting) == len(self._workers):
+            workers = sorted(waiting, key=lambda worker: worker.process.index if worker.rank is None else worker.rank)
+            values = [worker.value for worker in workers]
+            for agent in self._agents.values():
+                names_here = [worker.process.name for worker in workers if worker.agent is agent]
+                if names_here:
+                    agent.sender.send("answer", names_here, values)
+            for worker in workers:
+                worker.is_waiting, worker.value = False, None
+            self._idle_s = 0.0
+
+    # ------------------------------------------------------------ time
+
+    def on_tick(self) -> None:
+        self._send_all("ping")
+        for agent in self._agents.values():
+            agent.quiet_s += TICK_S
+            if agent.quiet_s > self._timeout_s:
+                self._fail(f"host {agent.host.name} has not been heard of for {self._timeout_s:g} s")
+        if not self._members:
+            return
+        self._idle_s += TICK_S
+        if self._idle_s > self._timeout_s:
+            if self._stop is not None:
+                self._finish(128 + self._stop)
+            self._fail(self._explain_standstill())
+        ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
+        training = [worker for worker in self._workers if not worker.is_done]
+        if ended and training:
+            self._unserved_s += TICK_S  # the last one to leave may do so a little later than the servers
+            if self._unserved_s > GRACE_S:
+                self._fail(f"{ended[0].full_name} has ended, while {training[0].full_name} needs it")
+
+    def _explain_standstill(self) -> str:
+        silent = [
+            agent.host.name for agent in self._agents.values() if agent.quiet_s > min(GRACE_S, self._timeout_s / 2)
+        ]
+        if silent:
+            return f"nothing is heard of host {', '.join(silent)} any more, and no worker gets on"
+        situations: dict[str, list[str]] = {}
+        blamed = [
+            m for m in self._members.values() if m.process.role == "worker" or m.state in _STOPPED or m.code is not None
+        ]
+        for member in sorted(blamed, key=lambda m: (m.state not in _STOPPED, m.is_waiting)):
+            situations.setdefault(member.situation(), []).append(member.full_name)
+        told = "; ".join(f"{', '.join(names)}: {situation}" for situation, names in situations.items())
+        return f"no worker has made progress for {self._timeout_s:g} s; {told}"
+
+    # ------------------------------------------------------------ signals
+
+    @contextlib.contextmanager
+    def _listening_to_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda number, _: self.post("interrupt", number)) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+    def on_interrupt(self, number: int) -> None:
+        if self._members and self._stop is None and not self._is_decided():
+            self._stop, self._idle_s = number, 0.0
+            for agent in self._agents.values():
+                names = [worker.process.name for worker in self._workers if worker.agent is agent]
+                agent.sender.send("signal", names, number)
+            return
+        self._is_urgent = True
+        self._send_all("end", True)
+        self._finish(128 + (self._stop or number))
+
+    def on_unread(self, error: OSError) -> None:
+        """Nobody reads the output any more."""
+        if not self._is_decided():
+            self._error = error
+
+
+class _Printer:
+    """Prints in a thread of its own: a terminal that is held up must hold up nothing else."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+        self._lines: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._thread = start_thread(self._print)
+
+    def print(self, stream: str, line: str) -> None:
+        self._lines.put((stream, line))
+
+    def close(self) -> None:
+        """Wait until all is printed."""
+        self._lines.put(None)
+        self._thread.join()
+
+    def _print(self) -> None:
+        for name, line in iter(self._lines.get, None):
+            stream = self._streams[name]
+            encoding = stream.encoding or "utf-8"
+            try:
+                print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+            except OSError as error:
+                self._supervisor.post("unread", error)
+                return
+
+
+def _last_of(member: _Member) -> str:
+    """How a process ended, in one line."""
+    if member.errors:
+        return f"{member.full_name}: {'; '.join(member.errors)}"
+    has_given_up = member.code is not None and member.code > 0
+    words = (has_given_up and member.last_complaint) or member.last_words
+    said = f"its last words: {words}" if words else "it said nothing"
+    return f"{member.full_name} {_how_it_ended(member.code)}; {said}"
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "does not answer"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"

@@ -1,0 +1,72 @@
+"""``python -m gluon_lm.launch``: train on several machines, or in several processes, with a parameter server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cli import CommandParser, DebugOptions, normalise_argv, parse_train, run_command
+from .config import Section, integer, option, optional, real, switch, text
+from .distributed.cluster import Host, parameter_server, read_hosts
+from .distributed.supervisor import Supervisor
+from .errors import ConfigError
+
+_KVSTORES = ("dist_sync", "dist_device_sync")
+
+
+@dataclass(frozen=True)
+class ClusterOptions(Section):
+    """The processes of a cluster, and where they run."""
+
+    workers: int = option(2, integer(), "processes that train; --batch-size is that of all together")
+    servers: int = option(1, integer(), "processes that add up gradients")
+    hostfile: str | None = option(
+        None, optional(text("FILE")), "the machines, one a line: host, host slots=N or host:N; reached by ssh"
+    )
+    local: bool = option(False, switch(), "run all on this machine, as without --hostfile")
+    timeout: float = option(60.0, real(2), "seconds without progress after which everything is ended")
+    port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: one that is free")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_launch, argv)
+
+
+def _launch(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "launch",
+        "Train with several workers and MXNet's parameter server; what follows -- are the flags of train.",
+        "python -m gluon_lm.launch --workers 4 --servers 2 --hostfile hosts.txt -- --data ptb --tied --save runs/ptb",
+    )
+    parser.add_section(ClusterOptions, "cluster")
+    parser.add_section(DebugOptions, "debugging")
+    words = list(argv)
+    split = words.index("--") if "--" in words else len(words)
+    options = parser.parse(words[:split]).build(ClusterOptions)
+    if split + 1 >= len(words):
+        raise ConfigError("no flags of train: add them behind --, as in --workers 2 -- --data ptb --tied")
+    if options.local and options.hostfile is not None:
+        raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
+    flags = _train_flags(words[split + 1 :])
+    hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
+    worker = [sys.executable, "-m", "gluon_lm.train", *flags]
+    processes = parameter_server(hosts, options.workers, options.servers, worker)
+    return Supervisor(processes, options.timeout, options.port).run()
+
+
+def _train_flags(words: Sequence[str]) -> list[str]:
+    """The flags of each worker, checked once before any is started."""
+    flags = normalise_argv(words)
+    if not any(flag.partition("=")[0] == "--kvstore" for flag in flags):
+        flags += ["--kvstore", "dist_sync"]
+    devices = parse_train(flags).config.devices
+    if devices.kvstore not in _KVSTORES:
+        raise ConfigError(f"--kvstore {devices.kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

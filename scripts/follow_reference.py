@@ -1,0 +1,181 @@
+"""The first steps of a published AWD-LSTM recipe, ours and gluonnlp's, from the same weights on the same windows.
+
+    python scripts/follow_reference.py awd-ptb --data-dir data --steps 200
+    python scripts/follow_reference.py awd-wikitext-2 --data-dir data --steps 200 --json losses.json
+
+Both draw their own dropout masks, so the losses agree but for that noise. Ours trains twice, under two seeds: how far
+these two lie apart shows how large it is. gluonnlp comes with `bash scripts/environment.sh peers`; its AWDRNN is
+trained by the loop of its word_language_model.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gluon_lm.config import Config, resolve
+from gluon_lm.progress import progress_bar
+from gluon_lm.runtime import prepare_training
+
+INTERVAL = 20  # steps whose losses are averaged for a row of the table
+
+
+def windows_of(config: Config, corpus, steps: int):
+    """The first windows of the first epoch, and the factor of the learning rate that goes with each."""
+    from gluon_lm.data.windows import TrainingWindows
+
+    epoch = TrainingWindows(
+        corpus.train,
+        config.training.batch_size,
+        config.training.bptt,
+        corpus.vocabulary.eos_id,
+        config.training.seed,
+        max_seq_len_delta=config.optim.max_seq_len_delta,
+    ).epoch(0)
+    return [(epoch.window(i), epoch.relative_length(i)) for i in range(min(steps, len(epoch)))]
+
+
+def new_model(config: Config, vocab_size: int, device):
+    from gluon_lm.models import LanguageModel
+
+    model = LanguageModel(config.model, vocab_size)
+    model.initialize_parameters(config.training.seed, [device])
+    return model
+
+
+def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -> list[float]:
+    import mxnet as mx
+
+    from gluon_lm.distributed import SingleDevice
+    from gluon_lm.optim.optimizers import create_optimizer
+    from gluon_lm.training.step import TrainingStep
+
+    optim = config.optim
+    model = new_model(config, vocab_size, mx.cpu())
+    model.hybridize_for_use()
+    communicator = SingleDevice([mx.cpu()])
+    step = TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
+    losses = []
+    with progress_bar(total=len(windows), desc=what, unit="step") as bar:
+        for number, (window, relative_length) in enumerate(windows):
+            step.trainer.set_learning_rate(optim.lr * relative_length)
+            result = step(window, seed, number)
+            losses.append(result.loss_sum / result.num_targets)
+            bar.update(1)
+    return losses
+
+
+def train_peer(config: Config, vocab_size: int, windows, what: str) -> list[float]:
+    import gluonnlp as nlp
+    import mxnet as mx
+
+    settings, optim = config.model, config.optim
+    mx.random.seed(config.training.seed)
+    model = nlp.model.train.AWDRNN(
+        settings.cell,
+        vocab_size,
+        settings.embed_size,
+        settings.hidden_size,
+        settings.num_layers,
+        settings.tied,
+        settings.dropout,
+        settings.weight_drop,
+        settings.dropout_hidden,
+        settings.dropout_input,
+        settings.dropout_embed,
+    )
+    model.initialize(mx.init.Xavier(), ctx=mx.cpu())
+    begin_with_ours(model, new_model(config, vocab_size, mx.cpu()), config)
+    model.hybridize(static_alloc=True)
+    loss = mx.gluon.loss.SoftmaxCrossEntropyLoss()
+    activation = nlp.loss.ActivationRegularizationLoss(optim.alpha)
+    change = nlp.loss.TemporalActivationRegularizationLoss(optim.beta)
+    trainer = mx.gluon.Trainer(
+        model.collect_params(), "sgd", {"learning_rate": optim.lr, "momentum": 0, "wd": optim.weight_decay}
+    )
+    gradients = [p.grad(mx.cpu()) for p in model.collect_params().values() if p.grad_req != "null"]
+    hidden = model.begin_state(batch_size=config.training.batch_size, func=mx.nd.zeros, ctx=mx.cpu())
+    losses = []
+    with progress_bar(total=len(windows), desc=what, unit="step") as bar:
+        for window, relative_length in windows:
+            trainer.set_learning_rate(optim.lr * relative_length)
+            hidden = detached(hidden)
+            targets_R = mx.nd.array(window.targets_TN.reshape(-1))
+            with mx.autograd.record():
+                output, hidden, raw, dropped = model(mx.nd.array(window.tokens_TN), hidden)
+                losses_R = loss(output.reshape(-3, -1), targets_R)
+                total = (losses_R + activation(*dropped[-1:]) + change(*raw[-1:])).mean()
+            total.backward()
+            mx.gluon.utils.clip_global_norm(gradients, optim.clip_norm)
+            trainer.step(1)
+            losses.append(float(losses_R.mean().asscalar()))
+            bar.update(1)
+    return losses
+
+
+def detached(states):
+    """The peer's recurrent state, arrays in lists in lists, cut from what it was computed from."""
+    return [detached(state) for state in states] if isinstance(states, (list, tuple)) else states.detach()
+
+
+def begin_with_ours(peer, ours, config: Config) -> None:
+    """Set the peer's weights to those that our model begins with."""
+    import mxnet as mx
+
+    ours = {name: parameter.data() for name, parameter in ours.named_parameters().items()}
+    sizes = config.model.layer_sizes
+    peer(mx.nd.zeros((1, 1)), peer.begin_state(batch_size=1, func=mx.nd.zeros, ctx=mx.cpu()))  # gives them their shapes
+    parameters = {name: p for name, p in peer.collect_params().items() if p.grad_req != "null"}
+
+    def take(ending: str, index: int, value) -> None:
+        matching = [p for name, p in parameters.items() if name.endswith(ending)]
+        if len(matching) <= index or matching[index].shape != value.shape:
+            raise SystemExit(f"gluonnlp's {ending} {index} is not what this script expects: {list(parameters)}")
+        matching[index].set_data(value)
+
+    take("embedding0_weight", 0, ours["encoder.embedding.weight"])
+    for layer in range(len(sizes)):
+        for part in ("i2h_weight", "h2h_weight", "i2h_bias", "h2h_bias"):
+            take(part, layer, ours[f"encoder.layers.{layer}.{part}"])
+    take("embedding0_bias", 0, ours["head.decoder.bias"])  # of the tied output layer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=("awd-ptb", "awd-wikitext-2"))
+    parser.add_argument("--data", help="the text (default: the recipe's corpus)")
+    parser.add_argument("--data-dir", default="data", help="where the corpora lie (default ./data)")
+    parser.add_argument("--steps", type=int, default=200, help="steps to compare (default 200)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every loss to FILE")
+    options = parser.parse_args()
+    config = resolve(recipe=options.recipe).config
+    prepare_training(config)
+    from gluon_lm.data import load_corpus
+
+    data = config.data if options.data is None else replace(config.data, data=(options.data,))
+    corpus = load_corpus(replace(data, data_dir=options.data_dir))
+    windows, vocab_size = windows_of(config, corpus, options.steps), len(corpus.vocabulary)
+    losses: dict[str, list[float]] = {}
+    started = time.time()
+    losses["gluon_lm"] = train_ours(config, vocab_size, windows, config.training.seed, "gluon_lm")
+    losses["gluon_lm, another seed"] = train_ours(config, vocab_size, windows, config.training.seed + 1, "another seed")
+    losses["gluonnlp"] = train_peer(config, vocab_size, windows, "gluonnlp")
+    print(f"\n**{options.recipe}: mean loss, {len(windows)} steps, {time.time() - started:,.0f} s**\n")
+    print(f"| steps | {' | '.join(losses)} |\n| --- |{' ---: |' * len(losses)}")
+    for start in range(0, len(windows), INTERVAL):
+        means = [np.mean(values[start : start + INTERVAL]) for values in losses.values()]
+        stop = min(start + INTERVAL, len(windows))
+        print(f"| {start + 1} to {stop} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"recipe": options.recipe, "losses": losses}) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Training over parameter servers, started by the launcher: real processes on this machine."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+FLAGS = (
+    *("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 2, "--cpus", 1),
+    *("--dropout", 0, "--log-interval", 5),
+)
+MODELS = {
+    "plain": ("--recipe", "lm", "--tied"),
+    "weight-dropped": ("--model", "awd-lstm", "--dropouti", 0, "--dropouth", 0, "--dropoute", 0, "--wdrop", 0),
+    "mixture": ("--n_experts", 2, "--recipe", "lm", "--alpha", 1, "--beta", 1),
+}
+
+
+def launch(project, *flags, workers=2, servers=1, code=0):
+    """Run a cluster to its end; all that it printed."""
+    process = project.start("launch", "--workers", workers, "--servers", servers, "--timeout", 60, "--", *flags)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def arrays(project, run, link="latest", file="parameters.npz"):
+    with np.load(project.path / run / link / file) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.linalg.norm(found[name] - value) <= 1e-5 * np.linalg.norm(value), name
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "cpus", "model"),
+    [
+        (2, 2, 1, "plain"),
+        (4, 2, 1, "plain"),
+        (2, 1, 2, "mixture"),
+        (2, 1, 1, "weight-dropped"),
+    ],
+)
+def test_workers_at_the_same_global_batch_give_the_parameters_of_one_process(project, workers, servers, cpus, model):
+    flags = (*FLAGS, *MODELS[model], "--clip", 0.1, "--max-steps", 10, "--eval-every", 4)
+    project.run("train", *flags, "--save", "alone")
+    output = launch(project, *flags, "--cpus", cpus, "--save", "together", workers=workers, servers=servers)
+    assert_same(arrays(project, "together"), arrays(project, "alone"))
+    carried = [arrays(project, run, file="carried.npz") for run in ("together", "alone")]
+    for i, state in carried[1].items():
+        np.testing.assert_allclose(carried[0][i], state, atol=1e-5)
+    losses = [[event["loss"] for event in project.events(run)] for run in ("together", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[1]) >= 5
+    assert f"{workers} workers" in output and "End of training" in output
+
+
+def test_learning_rate_cuts_averaging_and_an_early_end_agree(project):
+    flags = (*FLAGS, *MODELS["plain"], "--eval-every", 4, "--lr", 30, "--clip", 1, "--max-steps", 40)
+    for name, schedule in (("cuts", ("--patience", 3)), ("averaged", ("--ntasgd", "--nonmono", 1))):
+        project.run("train", *flags, *schedule, "--save", name)
+        launch(project, *flags, *schedule, "--save", f"{name}-together")
+        found, expected = project.events(f"{name}-together"), project.events(name)
+        assert [event["step"] for event in found] == [event["step"] for event in expected]
+        assert [event.get("lr") for event in found] == [event.get("lr") for event in expected]
+        assert_same(arrays(project, f"{name}-together", "best"), arrays(project, name, "best"))
+
+
+def test_a_cluster_is_resumed_by_another_number_of_workers(project):
+    flags = (*FLAGS, *MODELS["plain"])
+    project.run("train", *flags, "--max-steps", 14, "--save", "alone")
+    launch(project, *flags, "--max-steps", 6, "--save", "part")
+    shutil.copytree(project.path / "part", project.path / "other", symlinks=True)
+    launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 14, workers=4)
+    project.run("train", "--resume", "other", "--kvstore", "none", "--cpus", 2, "--max-steps", 14)
+    for run in ("part", "other"):
+        assert_same(arrays(project, run), arrays(project, "alone"))
+    refused = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, workers=3, code=2)
+    assert "--batch-size 4: must be a multiple of the number of devices, 3" in refused
+
+
+def test_two_bits_through_the_servers_train(project):
+    flags = (*FLAGS, *MODELS["plain"], "--gctype", "2bit", "--max-steps", 60, "--eval-every", 30)
+    output = launch(project, *flags, "--save", "run")
+    losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
+    assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--kvstore", "dist_sync"), "--kvstore dist_sync: needs a scheduler, servers and other workers"),
+        (("--kvstore", "dist_async"), "--kvstore dist_async: workers would train on stale parameters"),
+        (("--gctype", "fp16", "--cpus", 2), "--gctype fp16: only Horovod sends half precision"),
+        (("--horovod", "--cpus", 2), "--horovod: each process has one device, not 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(project, flags, reason):
+    output = project.train("run", *flags, code=2)
+    (line,) = [line for line in output.splitlines() if re.match("error: ", line)]
+    assert reason in line

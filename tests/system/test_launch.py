@@ -1,0 +1,388 @@
+"""Whatever happens to a cluster, nothing is left running, and one line says who and why.
+
+The workers are small programs that only use their channel to the launcher; one test runs MXNet's parameter server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 6
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes through /proc"),
+]
+
+# Runs the processes that its argument lists.
+SUPERVISOR = """
+import json, sys
+from gluon_lm.cli import run_command
+from gluon_lm.distributed.cluster import Host, Process
+from gluon_lm.distributed.supervisor import Supervisor
+
+def run(argv):
+    processes = [
+        Process(role, index, command, Host(address, address), {"GLUON_LM_WORKER": str(index)})
+        for role, index, command, address in json.loads(argv[0])
+    ]
+    return Supervisor(processes, float(argv[1])).run()
+
+sys.exit(run_command(run))
+"""
+
+# A worker that takes steps with the others until one of them is asked to stop; some do something else at step 3.
+WORKER = """
+import os, signal, sys, time
+from gluon_lm.distributed.control import Control
+
+what, asked = sys.argv[1], []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: asked.append(number) if what != "deaf" else None)
+control = Control.from_environment()
+control.join(control.index, {"mxnet": "1.9.1", "vocabulary": "other" if what == "other vocabulary" else "same"})
+print("joined", flush=True)
+for step in range(1, 1_000_000):
+    control.alive(step)
+    requests = sum(control.gather(asked), [])
+    if requests:
+        print("stopped by itself", flush=True)
+        control.close()
+        sys.exit(128 + requests[0])
+    if step == 3:
+        print("third step", flush=True)
+        if what == "finish":
+            control.close()
+            sys.exit(0)
+        if what == "error":
+            print("error: lr: must be smaller", file=sys.stderr)
+            sys.exit(2)
+        if what == "crash":
+            raise ValueError("such bad luck")
+        if what == "endless loop":
+            print("that is odd", file=sys.stderr, flush=True)
+            while True:
+                pass
+    time.sleep(0.01)
+"""
+
+# Stands for ssh: a process of its own that passes on what goes to and fro between it and a local shell.
+SSH = """#!%s
+import os, subprocess, sys, threading
+*options, host, command = sys.argv[1:]
+if host == "127.0.0.9":
+    sys.exit("ssh: connect to host 127.0.0.9 port 22: Connection refused")
+shell = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+def forward():
+    for line in sys.stdin.buffer:
+        shell.stdin.write(line)
+        shell.stdin.flush()
+    shell.stdin.close()
+threading.Thread(target=forward, daemon=True).start()
+for line in shell.stdout:
+    os.write(1, line)
+os._exit(shell.wait())
+"""
+
+
+class Cluster:
+    """A cluster in processes of its own, all of them marked so that none can hide."""
+
+    def __init__(self, folder: Path) -> None:
+        self._marker = f"GLUON_LM_TEST={uuid.uuid4()}"
+        self._folder = folder
+        name, _, value = self._marker.partition("=")
+        path = f"{folder}:{os.environ['PATH']}"
+        self._environment = {**os.environ, name: value, "PYTHONPATH": str(ROOT), "PATH": path}
+        (folder / "worker.py").write_text(WORKER)
+        (folder / "ssh").write_text(SSH % sys.executable)
+        (folder / "ssh").chmod(0o755)
+
+    def launch(self, *words: object, stdin: int = subprocess.DEVNULL) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=self._folder,
+            env=self._environment,
+            text=True,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        self.lines.extend(line.rstrip("\n") for line in self.process.stdout)
+
+    def supervise(self, *workers: str, hosts: tuple[str, ...] = ("127.0.0.1",), timeout_s: float = 60) -> None:
+        """Start workers of these kinds and a server, dealt out to the hosts in turn, the server to the last one."""
+        sleep = [sys.executable, "-c", "import time; time.sleep(100_000)"]
+        worker = [sys.executable, "worker.py"]
+        processes = [("worker", i, [*worker, kind], hosts[i % len(hosts)]) for i, kind in enumerate(workers)]
+        processes.append(("server", 0, sleep, hosts[-1]))
+        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s)
+
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Wait until some lines of output have held `text`."""
+        deadline = time.monotonic() + 120
+        while sum(text in line for line in self.lines) < times:
+            assert self._reader.is_alive(), self.lines
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.02)
+
+    def pids(self, in_environment: str = "", in_command: str = "") -> list[int]:
+        """The processes of this cluster that still run."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().decode().split("\0")
+                command = (folder / "cmdline").read_bytes().decode()
+            except OSError:
+                continue
+            if self._marker in environment and in_environment in ["", *environment] and in_command in command:
+                found.append(int(folder.name))
+        return found
+
+    def worker(self, index: int) -> int:
+        (pid,) = self.pids(f"GLUON_LM_WORKER={index}", "worker.py")
+        return pid
+
+    def server(self) -> int:
+        (pid,) = self.pids(in_command="100_000)\0")
+        return pid
+
+    def agents(self) -> list[int]:
+        return self.pids(in_command="-m\0gluon_lm.distributed.agent\0")
+
+    def end(self, code: int) -> list[str]:
+        """Wait for the end, expect an exit code and nothing left; returns all lines of output."""
+        self._reader.join(120)
+        assert self.process.wait(10) == code, self.lines
+        self.check_that_nothing_is_left()
+        return self.lines
+
+    def check_that_nothing_is_left(self) -> None:
+        deadline = time.monotonic() + 60
+        while left := self.pids():
+            assert time.monotonic() < deadline, (left, self.lines)
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    cluster = Cluster(tmp_path)
+    yield cluster
+    for pid in cluster.pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_output_has_names_and_all_ends_when_the_workers_have_finished(cluster):
+    cluster.supervise("finish", "finish", "finish")
+    lines = cluster.end(code=0)
+    expected = [f"[worker {i}] {said}" for i in range(3) for said in ("joined", "third step")]
+    assert sorted(lines) == sorted(expected)
+
+
+@pytest.mark.parametrize("victim", ["worker", "server"])
+def test_a_killed_process_ends_all_others(cluster, victim):
+    cluster.supervise("train", "train", "train")
+    cluster.wait_for("third step", times=3)
+    pid = cluster.worker(2) if victim == "worker" else cluster.server()
+    os.kill(pid, signal.SIGKILL)
+    last_line = cluster.end(code=2)[-1]
+    name, words = ("worker 2", "its last words: third step") if victim == "worker" else ("server 0", "it said nothing")
+    assert last_line == f"error: {name} (pid {pid}) was killed by SIGKILL; {words}"
+
+
+def test_a_killed_agent_takes_its_processes_with_it(cluster):
+    cluster.supervise("train", "train")
+    cluster.wait_for("third step", times=2)
+    (agent,) = cluster.agents()
+    os.kill(agent, signal.SIGKILL)
+    assert cluster.end(code=2)[-1] == "error: host 127.0.0.1 is lost: its agent was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.2", "127.0.0.3")], ids=["here", "over ssh"])
+def test_nothing_outlives_a_killed_launcher(cluster, hosts):
+    cluster.supervise("train", "deaf", hosts=hosts)
+    cluster.wait_for("third step", times=2)
+    assert len(cluster.pids()) > 4
+    cluster.process.kill()
+    cluster.check_that_nothing_is_left()
+
+
+def test_a_stopped_worker_is_named_with_its_step_after_the_timeout(cluster):
+    cluster.supervise("train", "train", "train", timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=3)
+    stopped, *others = (cluster.worker(i) for i in (1, 0, 2))
+    os.kill(stopped, signal.SIGSTOP)
+    last_line = cluster.end(code=2)[-1]
+    standstill = f"error: no worker has made progress for {TIMEOUT_S} s"
+    assert last_line.startswith(f"{standstill}; worker 1 (pid {stopped}): stopped (state T) at step ")
+    for worker in (f"worker 0 (pid {others[0]})", f"worker 2 (pid {others[1]})"):
+        assert worker in last_line.partition("; worker 1")[2]
+    assert "waiting for the others at step" in last_line
+
+
+def test_a_worker_that_computes_for_ever_counts_as_hanging(cluster):
+    cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=2)
+    pids = [cluster.worker(i) for i in range(2)]
+    assert cluster.end(code=2)[-1] == "; ".join(
+        [
+            f"error: no worker has made progress for {TIMEOUT_S} s",
+            f"worker 1 (pid {pids[1]}): in state R at step 3, having said: that is odd",
+            f"worker 0 (pid {pids[0]}): waiting for the others at step 4",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("error", ": lr: must be smaller"),
+        ("crash", " ended with exit code 1; its last words: ValueError: such bad luck"),
+        ("finish", " has finished, while worker 0"),
+    ],
+)
+def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
+    cluster.supervise("train", kind)
+    cluster.wait_for("third step", times=2)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
+
+
+def test_workers_that_differ_do_not_start(cluster):
+    cluster.supervise("train", "other vocabulary")
+    lines = cluster.end(code=2)
+    assert not any("joined" in line for line in lines)
+    assert "differ in vocabulary: worker" in lines[-1]
+    for said in ("worker 0 (pid", "worker 1 (pid", "same", "other"):
+        assert said in lines[-1]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_workers_stop_by_themselves_when_the_launcher_is_asked_to(cluster, number, code):
+    cluster.supervise("train", "train")
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(number)
+    lines = cluster.end(code)
+    assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
+
+
+def test_ctrl_c_twice_waits_for_nobody(cluster):
+    cluster.supervise("deaf", "deaf", timeout_s=10_000)
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert cluster.process.poll() is None
+    cluster.process.send_signal(signal.SIGINT)
+    assert "[worker 0] third step" in cluster.end(code=130)[-2:]
+
+
+def test_workers_on_other_machines_run_over_ssh(cluster):
+    cluster.supervise("finish", "finish", "finish", "finish", hosts=("127.0.0.2", "127.0.0.3"))
+    assert sum(line.endswith("third step") for line in cluster.end(code=0)) == 4
+
+
+def test_a_machine_that_is_cut_off_ends_its_own_and_is_named(cluster):
+    cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3"), timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=2)
+    (connection,) = cluster.pids(in_command="127.0.0.3\0cd ")
+    os.kill(connection, signal.SIGSTOP)
+    last_line = cluster.end(code=2)[-1]
+    assert "host 127.0.0.3" in last_line and "heard of" in last_line
+
+
+def test_an_agent_that_hears_nothing_ends_its_processes(cluster):
+    cluster.launch("-m", "gluon_lm.distributed.agent", 3, stdin=subprocess.PIPE)
+    sleep = {"name": "server 0", "argv": ["sleep", "100000"], "env": {}, "is_worker": False}
+    print(json.dumps(["start", [sleep]]), file=cluster.process.stdin, flush=True)
+    cluster.wait_for('["started","server 0"')
+    assert cluster.pids(in_command="sleep")
+    cluster.end(code=0)  # with its input still open
+
+
+def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
+    cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.9"))
+    assert cluster.end(code=2) == [
+        "error: host 127.0.0.9 cannot be used: ssh ended with exit code 1: "
+        "ssh: connect to host 127.0.0.9 port 22: Connection refused"
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "no flags of train"),
+        (("--",), "no flags of train"),
+        (("--workers", 0, "--", "--tied"), "--workers 0: must be a whole number, 1 or more"),
+        (("--servers", 0, "--", "--tied"), "--servers 0: must be a whole number, 1 or more"),
+        (("--", "--kvstore", "dist_async"), "stale parameters"),
+        (("--", "--kvstore=device", "--cpus", 2), "--kvstore device: must be dist_sync or dist_device_sync"),
+        (("--", "--droput", 0.5), "--droput: unknown flag"),
+        (("--local", "--hostfile", "hosts.txt", "--", "--tied"), "leave one of them out"),
+        (("--hostfile", "nowhere.txt", "--", "--tied"), "nowhere.txt: cannot be read (No such file or directory)"),
+        (("--hostfile", "hosts.txt", "--", "--tied"), "host nowhere.invalid: has no address"),
+    ],
+)
+def test_what_cannot_be_started_is_one_line(project, words, said):
+    (project.path / "hosts.txt").write_text("nowhere.invalid slots=2\n")
+    (line,) = project.run("launch", *words, code=2).splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_a_port_that_is_taken_is_named(cluster):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cluster.launch("-m", "gluon_lm.launch", "--port", port, "--", "--data", "text", "--tied")
+        (line,) = cluster.end(code=2)
+    assert line.startswith(f"error: --port {port}: ") and "Address already in use" in line
+
+
+PARAMETER_SERVER = """
+import sys
+from gluon_lm.distributed.cluster import Host, parameter_server
+from gluon_lm.distributed.supervisor import Supervisor
+
+sys.exit(Supervisor(parameter_server([Host()], 3, 2, [sys.executable, "adding.py"])).run())
+"""
+
+ADDING_WORKER = """
+import mxnet as mx
+from gluon_lm.distributed.control import Control
+
+control = Control.from_environment()
+store = mx.kv.create("dist_sync")
+mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(store.handle, 0))  # none waits for one that failed
+control.join(store.rank)
+store.init(0, mx.nd.zeros((3, 4)))
+total = mx.nd.zeros((3, 4))
+for step in range(3):
+    store.push(0, mx.nd.full((3, 4), 10 ** store.rank))
+    store.pull(0, out=total)
+    assert total.asnumpy().min() == total.asnumpy().max() == 111
+    assert control.gather(store.rank) == [0, 1, 2]
+print("added up by", store.num_workers)
+control.close()
+"""
+
+
+def test_mxnets_parameter_servers_start_add_up_and_end(cluster, tmp_path):
+    (tmp_path / "adding.py").write_text(ADDING_WORKER)
+    cluster.launch("-c", PARAMETER_SERVER)
+    lines = cluster.end(code=0)
+    assert sorted(line for line in lines if "added" in line) == [f"[worker {rank}] added up by 3" for rank in range(3)]
