@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from ..errors import DistributedError
@@ -69,23 +68,20 @@ class Control:
                 "leave both to python -m gluon_lm.launch"
             ) from None
 
-    def join(self, rank: int, facts: Mapping[str, Any] | None = None) -> None:
+    def join(self, rank: int) -> None:
         """Say which rank this worker has, and wait until all workers have said so.
 
         Parameters
         ----------
         rank : int
             From 0, another one for each worker; `gather` orders by it.
-        facts : mapping, optional
-            What must be the same for all workers, by name (plain JSON values). The launcher ends the cluster where
-            they differ.
 
         Raises
         ------
         DistributedError
             Where the launcher is gone.
         """
-        self._say("join", rank, dict(facts or {}))
+        self._say("join", rank)
         self._hear()
 
     def gather(self, value: Any) -> list[Any]:

@@ -64,7 +64,6 @@ class _Member:
         self.errors: list[str] = []
         # Of workers only:
         self.rank: int | None = None
-        self.facts: dict[str, Any] = {}
         self.step: int | None = None
         self.is_training = self.is_waiting = self.has_left = False
         self.value: Any = None
@@ -299,24 +298,16 @@ class Supervisor(EventLoop):
 
     # ------------------------------------------------------------ what workers say
 
-    def _hear_join(self, agent: _Agent, name: str, rank: int, facts: dict[str, Any]) -> None:
+    def _hear_join(self, agent: _Agent, name: str, rank: int) -> None:
         member = self._members[name]
         for other in self._workers:
             if other.rank == rank and other is not member:
                 self._fail(f"{member.full_name} and {other.full_name} both have rank {rank}; each needs its own")
         if not 0 <= rank < len(self._workers):
             self._fail(f"{member.full_name} has rank {rank}; there are {len(self._workers)} workers, from 0 on")
-        joined = [worker for worker in self._workers if worker.rank is not None]
-        member.rank, member.facts = rank, facts
-        for other in joined[:1]:
-            for fact in sorted(facts.keys() | other.facts.keys()):
-                if facts.get(fact) != other.facts.get(fact):
-                    self._fail(
-                        f"the workers differ in {fact}: {other.full_name} has {other.facts.get(fact)}, "
-                        f"{member.full_name} {facts.get(fact)}; it must be the same for all"
-                    )
+        member.rank = rank
         self._idle_s = 0.0
-        self._hear_gather(agent, name, None, facts)
+        self._hear_gather(agent, name, None, None)
 
     def _hear_gather(self, agent: _Agent, name: str, step: int | None, value: Any) -> None:
         member = self._members[name]

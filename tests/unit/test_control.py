@@ -46,8 +46,8 @@ def test_a_worker_joins_and_gathers(launcher):
     control = Control.from_environment()
     assert control.index == 3
     launcher.answer([{}, {}])
-    control.join(1, {"version": "1.0"})
-    assert launcher.hear() == ["join", 1, {"version": "1.0"}]
+    control.join(1)
+    assert launcher.hear() == ["join", 1]
     values = [{"digits": 0.1 + 0.2, "name": "naïve\n"}, [None, True, -(2**60)]]
     launcher.answer(values)
     assert control.gather(values[1]) == values

@@ -1,0 +1,70 @@
+"""What several workers check of each other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mxnet as mx
+import numpy as np
+import pytest
+from builders import build_model
+
+from gluon_lm.config import Config
+from gluon_lm.distributed import SingleDevice
+from gluon_lm.errors import DistributedError
+from gluon_lm.training import session
+from gluon_lm.training.step import step_seed
+from gluon_lm.training.trainer import Trainer
+
+
+class TwoWorkers(SingleDevice):
+    """Worker 0 of two, whose other one answers as `change` says."""
+
+    size = 2
+
+    def __init__(self, change):
+        super().__init__([mx.cpu()])
+        self._change = change
+
+    def gather_object(self, value):
+        return [value, self._change(value)]
+
+
+CORPUS = SimpleNamespace(digest="0123456789abcdef")
+
+
+def test_workers_that_are_alike_start():
+    session._check_alike(Config(), CORPUS, TwoWorkers(dict))
+
+
+@pytest.mark.parametrize("what", ["gluon_lm", "mxnet", "configuration", "text and vocabulary", "number of devices"])
+def test_workers_that_differ_do_not(what):
+    with pytest.raises(DistributedError) as caught:
+        session._check_alike(Config(), CORPUS, TwoWorkers(lambda facts: {**facts, what: "another"}))
+    message = str(caught.value)
+    assert f"the workers differ in {what}: worker 0 has " in message and "worker 1 another" in message
+    assert "\n" not in message
+
+
+def test_parameters_that_drift_apart_end_the_run():
+    model = build_model()
+    trainer = SimpleNamespace(model=model, state=SimpleNamespace(step=300), _communicator=TwoWorkers(lambda own: own))
+    Trainer._check_agreement(trainer)
+    trainer._communicator = TwoWorkers(lambda own: own ^ 1)
+    with pytest.raises(DistributedError, match="step 300: the parameters of worker 1 are not those of worker 0"):
+        Trainer._check_agreement(trainer)
+
+
+def test_arrays_travel_as_they_are():
+    arrays = [np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.array([[1e-30, np.inf]], dtype=np.float64)]
+    found = TwoWorkers(lambda own: own).gather_arrays(arrays)
+    for worker in found:
+        for array, expected in zip(worker, arrays):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_every_worker_draws_masks_of_its_own():
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(3) for rank in range(3)}
+    assert len(seeds) == 27
+    assert step_seed(1, 2, 0) == step_seed(1, 2)
