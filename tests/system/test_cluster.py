@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,3 +125,46 @@ def test_what_cannot_be_is_refused_in_one_line(project, flags, reason):
     output = project.train("run", *flags, code=2)
     (line,) = [line for line in output.splitlines() if re.match("error: ", line)]
     assert reason in line
+
+
+# ---------------------------------------------------------------- when things break
+
+
+def processes_of(project, environment=""):
+    """The cluster's processes in this project whose environment has that setting."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and os.readlink(folder / "cwd") == str(project.path):
+                settings = (folder / "environ").read_bytes().decode().split("\0")
+                if environment in settings:
+                    found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("role", "number", "said"),
+    [
+        ("worker", signal.SIGKILL, r"worker \d \(pid \d+\) was killed by SIGKILL"),
+        ("server", signal.SIGKILL, r"server 0 \(pid \d+\) was killed by SIGKILL"),
+        ("scheduler", signal.SIGKILL, r"scheduler 0 \(pid \d+\) was killed by SIGKILL"),
+        ("worker", signal.SIGSTOP, r"no worker has made progress for 20 s; worker \d \(pid \d+\): stopped \(state T\)"),
+    ],
+)
+def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers(project, role, number, said):
+    flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 4, "--eval-every", 1000, "--epochs", 1000)
+    cluster = project.start("launch", "--workers", 2, "--timeout", 20, "--", *flags, "--save", "run")
+    deadline = time.monotonic() + 120
+    while not (project.path / "run/latest").exists():
+        assert cluster.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(processes_of(project, f"DMLC_ROLE={role}")[-1], number)
+    output, _ = cluster.communicate(timeout=100)
+    assert cluster.returncode == 2, output
+    assert re.search(said, output.splitlines()[-1]), output
+    assert processes_of(project) == []
+    reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
+    goal = ("--max-steps", reached + 3)
+    launch(project, "--resume", "run", *goal)
+    project.run("train", *flags, *goal, "--save", "alone")
+    assert_same(arrays(project, "run"), arrays(project, "alone"))
