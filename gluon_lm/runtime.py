@@ -23,7 +23,8 @@ def prepare_training(config: Config) -> None:
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
     recurrent_bytes = 4 * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
     is_large, varies = recurrent_bytes > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
-    prepare_process(config.devices.cpus or 1, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
+    num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.horovod else 1)
+    prepare_process(num_contexts, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
 
 
 def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, own_layers: bool = False) -> None:
@@ -54,6 +55,14 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keep_freed_memory(keep_up_to)
+
+
+def _processes_here() -> int:
+    """How many processes horovodrun, Open MPI or Slurm started on this machine."""
+    for name in ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    return 1
 
 
 def physical_cores() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mxnet as mx
@@ -81,6 +81,16 @@ class Communicator(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of another run."""
+
+    def residuals(self) -> dict[str, mx.nd.NDArray]:
+        """What compression has not sent yet, as far as a checkpoint can hold it: arrays by name, on rank 0.
+
+        All workers call it together.
+        """
+        return {}
+
+    def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
+        """Take up those of a run whose state was loaded."""
 
     def checkpointed(self) -> None:
         """Called after each checkpoint: forget what a checkpoint cannot hold, so that resuming changes nothing."""

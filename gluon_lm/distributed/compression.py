@@ -35,9 +35,7 @@ class GradientScales:
         self._steps = 0
         self._square_sums: np.ndarray | float = 0.0
 
-    def observe(
-        self, parameters: Sequence[gluon.Parameter], exchange: Callable[[Sequence[float]], np.ndarray]
-    ) -> None:
+    def observe(self, parameters: Sequence[gluon.Parameter], exchange: Callable[[Sequence[float]], np.ndarray]) -> None:
         """Take in one step's gradients, device by device, before they are reduced.
 
         Parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -50,6 +51,15 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
                 "build, whose machine code is for compute capability 5.0 to 8.9. Use another GPU, or --cpus N"
             )
     return devices
+
+
+def _device_of_process(config: DeviceConfig) -> list[mx.Context]:
+    """The device of one of several processes on a machine: where none is named, the GPU of its number, or the CPU."""
+    from .horovod import local_rank
+
+    if config.count is None and (config.cuda or mx.context.num_gpus()):
+        config = dataclasses.replace(config, gpus=(local_rank(),), cuda=None)
+    return resolve_devices(config)
 
 
 def resolve_single_device(config: DeviceConfig) -> mx.Context:
@@ -127,9 +137,9 @@ def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Commun
     DistributedError
         For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
     """
-    devices = resolve_devices(config, every_gpu)
     if config.horovod:
-        return COMMUNICATORS["horovod"](devices, config)
+        return COMMUNICATORS["horovod"](_device_of_process(config), config)
+    devices = resolve_devices(config, every_gpu)
     if len(devices) > 1 or config.has_workers:
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":

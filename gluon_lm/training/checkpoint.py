@@ -3,6 +3,7 @@
 parameters.npz      the model, by parameter name; once weights are averaged, their averages
 unaveraged.npz      then the weights that training goes on from
 optimizer.npz       optimiser state, by parameter name
+residuals.npz       what 2-bit compression has not sent yet, where it can be kept
 carried.npz         recurrent state between two windows, all streams side by side
 state.json          counters, decisions, the communicator's state, and the sha256 of every other file
 config.yaml, vocab.txt
@@ -32,7 +33,7 @@ from ..files import exchange, file_hash, synchronise
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
-PARAMETERS, UNAVERAGED = "parameters.npz", "unaveraged.npz"
+PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
 OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
 STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
 _FORMAT = 2
@@ -89,6 +90,8 @@ class Checkpoint:
         The corpus's name and licence.
     num_devices : int
         Devices, over all workers, that trained it.
+    residuals : dict of str to NDArray
+        `Communicator.residuals`.
     """
 
     parameters: Mapping[str, mx.nd.NDArray]
@@ -100,6 +103,7 @@ class Checkpoint:
     text: Mapping[str, str] = field(default_factory=dict)
     num_devices: int = 1
     unaveraged: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
+    residuals: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -135,6 +139,8 @@ def save_checkpoint(
         _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
         if checkpoint.unaveraged:
             _save_arrays(fresh / UNAVERAGED, checkpoint.unaveraged)
+        if checkpoint.residuals:
+            _save_arrays(fresh / RESIDUALS, checkpoint.residuals)
         _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
         _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
         (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
@@ -193,6 +199,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             text=state["text"],
             num_devices=state["num_devices"],
             unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
+            residuals=_load_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
@@ -330,7 +337,7 @@ def _others(path: Path) -> str:
 
 
 def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
-    named = (checkpoint.parameters, checkpoint.unaveraged, checkpoint.optimizer)
+    named = (checkpoint.parameters, checkpoint.unaveraged, checkpoint.optimizer, checkpoint.residuals)
     arrays = [*(array for arrays in named for array in arrays.values()), *checkpoint.carried]
     needed = sum(array.size * np.dtype(array.dtype).itemsize for array in arrays) + (1 << 20)
     if shutil.disk_usage(folder).free < needed:

@@ -428,9 +428,9 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         self._check_agreement()
-        carried = self._carried_state()
+        carried, residuals = self._carried_state(), self._communicator.residuals()
         if self._communicator.is_primary:
-            self._write_checkpoint(carried, is_best)
+            self._write_checkpoint(carried, residuals, is_best)
         self._communicator.checkpointed()
         self._saved_step = self.state.step
 
@@ -442,7 +442,9 @@ class Trainer:
         workers = self._communicator.gather_arrays(own)
         return [mx.nd.array(np.concatenate(parts, axis=1)) for parts in zip(*workers)]
 
-    def _write_checkpoint(self, carried: list[mx.nd.NDArray], is_best: bool) -> None:
+    def _write_checkpoint(
+        self, carried: list[mx.nd.NDArray], residuals: dict[str, mx.nd.NDArray], is_best: bool
+    ) -> None:
         weights = {name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()}
         averages = self._average.state() if self._average is not None else {}
         checkpoint = Checkpoint(
@@ -450,6 +452,7 @@ class Trainer:
             unaveraged=weights if averages else {},
             optimizer=optimizer_state(self._step.trainer, self._names),
             carried=carried,
+            residuals=residuals,
             training=self.state,
             communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
@@ -519,3 +522,4 @@ class Trainer:
             ]
         if checkpoint.num_devices == len(devices) * self._communicator.size:
             self._communicator.load_state_dict(checkpoint.communicator)
+            self._communicator.load_residuals(checkpoint.residuals)
