@@ -1,0 +1,234 @@
+"""Gradients summed over processes by Horovod (Sergeev and Del Balso 2018, arXiv:1802.05799).
+
+Shapes: W workers, P parameters, B bytes of one worker's codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+from mxnet import gluon
+
+from ..errors import DistributedError
+from ..logs import LOGGER
+from .codec import TwoBitCodec
+from .communicator import Communicator
+from .compression import GradientScales
+
+# One of these numbers the process, according to what started it: horovodrun, Open MPI, MPICH or Slurm.
+_RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+_START = "start several together, as in horovodrun -np 2 python -m gluon_lm.train --horovod --data ptb"
+
+
+class HorovodCommunicator(Communicator):
+    """Processes of one device each, on one machine or several, started by ``horovodrun``.
+
+    Parameters
+    ----------
+    devices : list of Context
+        One.
+    compression : str
+        ``none``; ``fp16``, half precision on the way; ``2bit``, `gluon_lm.distributed.codec.TwoBitCodec`. The first
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps of the last go uncompressed and set each parameter's
+        threshold.
+    threshold : float
+        Of 2-bit compression, where the root mean square of a gradient is about 1/4.
+
+    Raises
+    ------
+    DistributedError
+        For several devices; without Horovod, or where it has not started this process; for compression in one process.
+    """
+
+    def __init__(self, devices: list[mx.Context], compression: str = "none", threshold: float = 0.5) -> None:
+        super().__init__(devices)
+        if len(devices) != 1:
+            raise DistributedError(
+                f"--horovod: each process has one device, not {len(devices)} ({devices[0]} to {devices[-1]}); name one "
+                f"and {_START}"
+            )
+        self._hvd = _start()
+        self.rank, self.size = self._hvd.rank(), self._hvd.size()
+        if self.size == 1 and compression != "none":
+            raise DistributedError(
+                f"--gctype {compression}: there is one process, so no gradient travels and there is nothing to "
+                f"compress; {_START}"
+            )
+        self._compression, self._threshold = compression, threshold
+        self._scales = GradientScales() if compression == "2bit" else None
+        self._codec: TwoBitCodec | None = None
+        self._restored_residual: mx.nd.NDArray | None = None
+        self._restored_threshold = threshold
+
+    @property
+    def description(self) -> str:
+        compression = {
+            "none": "",
+            "fp16": ", gradients in half precision",
+            "2bit": f", 2-bit gradients with threshold {self._threshold:g}",
+        }[self._compression]
+        return f"{self.size} processes, one device each ({self.devices[0]} here), Horovod{compression}"
+
+    def broadcast_parameters(self, parameters):
+        with self._together():
+            for i, parameter in enumerate(parameters):
+                self._hvd.broadcast_(parameter.data(self.devices[0]), 0, name=f"parameter.{i}", priority=-i)
+            for parameter in parameters:
+                parameter.data(self.devices[0]).wait_to_read()
+
+    # ---------------------------------------------------------------- gradients
+
+    def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
+        gradients = [parameter.grad(self.devices[0]) for parameter in parameters]
+        if self._scales is None:
+            self._add_up(gradients)
+        elif self._scales.factors is None:
+            self._scales.observe(parameters, self.exchange)
+            self._add_up(gradients)
+        else:
+            self._add_up_codes(gradients, self._scales.factors)
+
+    def _add_up(self, gradients: list[mx.nd.NDArray]) -> None:
+        """Horovod sends each gradient as soon as it is there, and small ones together."""
+        with self._together():
+            sent = [g.astype("float16") for g in gradients] if self._compression == "fp16" else gradients
+            for i, array in enumerate(sent):
+                self._hvd.allreduce_(array, op=self._hvd.Sum, name=f"gradient.{i}", priority=-i)
+            for gradient, array in zip(gradients, sent):
+                if array is not gradient:
+                    mx.nd.cast(array, dtype=gradient.dtype, out=gradient)
+                gradient.wait_to_read()
+
+    def _add_up_codes(self, gradients: list[mx.nd.NDArray], factors: list[float]) -> None:
+        if self._codec is None:
+            self._codec = TwoBitCodec(
+                [gradient.size for gradient in gradients],
+                [self._threshold / factor for factor in factors],
+                self.devices[0],
+                self._restored_residual,
+            )
+            self._restored_residual = None
+        bytes_WB = self._allgather("codes", self._codec.encode(gradients)).reshape((self.size, -1))
+        self._codec.decode(bytes_WB, gradients)
+
+    # ---------------------------------------------------------------- objects
+
+    def gather_object(self, value):
+        line = json.dumps(value).encode("ascii") + b"\n"
+        gathered = self._allgather("object", mx.nd.array(np.frombuffer(line, np.uint8), dtype="uint8"))
+        return [json.loads(part) for part in gathered.asnumpy().tobytes().splitlines()]
+
+    def exchange(self, numbers):
+        own = np.array(numbers, dtype=np.float64)
+        # As bytes: MXNet's conversions would go by way of float32.
+        gathered = self._allgather(f"numbers.{own.size}", mx.nd.array(own.view(np.uint8), dtype="uint8"))
+        return gathered.asnumpy().view(np.float64).reshape(self.size, own.size)
+
+    def gather_arrays(self, arrays):
+        shapes = self.gather_object([[array.dtype.str, array.shape] for array in arrays])
+        workers = [list(arrays)] if self.is_primary else []
+        # One after the other, so that no process holds more than one worker's arrays that it has no use for.
+        for rank in range(1, self.size):
+            received = []
+            for i, (dtype, shape) in enumerate(shapes[rank]):
+                with self._together():
+                    if rank == self.rank:
+                        raw = mx.nd.array(np.ascontiguousarray(arrays[i]).reshape(-1).view(np.uint8), dtype="uint8")
+                    else:
+                        raw = mx.nd.empty((math.prod(shape) * np.dtype(dtype).itemsize,), dtype="uint8")
+                    self._hvd.broadcast_(raw, rank, name=f"array.{rank}.{i}")
+                    raw.wait_to_read()
+                if self.is_primary:
+                    received.append(raw.asnumpy().view(dtype).reshape(shape))
+            if self.is_primary:
+                workers.append(received)
+        return workers
+
+    def _allgather(self, name: str, array: mx.nd.NDArray) -> mx.nd.NDArray:
+        with self._together():
+            return self._hvd.allgather(array, name=name)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except mx.MXNetError as error:
+            with contextlib.suppress(mx.MXNetError):
+                mx.nd.waitall()  # raises the errors of the others here, where MXNet would print them at exit
+            reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]
+            raise DistributedError(
+                f"worker {self.rank} of {self.size}: could not exchange data with the others ({reason}); see what they "
+                "said last, mend that, and continue with --resume"
+            ) from error
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self):
+        return {"threshold": self._threshold, **self._scales.state_dict()} if self._scales else {}
+
+    def load_state_dict(self, state):
+        if self._scales and state:
+            self._scales.load_state_dict(state)
+            self._restored_threshold = state.get("threshold", self._threshold)
+
+    def residuals(self) -> dict[str, mx.nd.NDArray]:
+        """What each worker has not sent yet, which a resumed run needs besides `state_dict`. All call it together.
+
+        Returns
+        -------
+        dict of str to NDArray
+            By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps it; empty where nothing waits, and on all ranks
+            but the first.
+        """
+        own = self._restored_residual if self._codec is None else self._codec.residual
+        if own is None:
+            return {}
+        workers = self.gather_arrays([own.asnumpy()])
+        return {str(rank): mx.nd.array(residual) for rank, (residual,) in enumerate(workers)}
+
+    def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
+        """Take up the residuals of a run whose state was loaded."""
+        if self._scales is None or self._scales.factors is None:
+            return
+        if str(self.rank) not in residuals:
+            LOGGER.warning("2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
+            return
+        # In units of the threshold, which may be another now.
+        self._restored_residual = residuals[str(self.rank)] * (self._restored_threshold / self._threshold)
+        self._codec = None
+
+    def close(self):
+        self._hvd.shutdown()
+
+
+def local_rank() -> int:
+    """Number of this process among those on the same machine, which tells which of its GPUs to take."""
+    return _start().local_rank()
+
+
+def _start() -> Any:
+    """Horovod for MXNet, which knows the other processes from here on."""
+    try:
+        import horovod.mxnet as hvd
+    except (ImportError, OSError) as error:
+        raise DistributedError(
+            f"--horovod: Horovod cannot be imported ({str(error).splitlines()[0]}); bash scripts/install_horovod.sh "
+            f"builds it for the MXNet that is installed. Then {_START}"
+        ) from error
+    if not any(variable in os.environ for variable in _RANK_VARIABLES):
+        raise DistributedError(f"--horovod: nothing has started this process as one of several; {_START}")
+    try:
+        hvd.init()
+    except ValueError as error:
+        raise DistributedError(
+            "--horovod: this process found no way to the others, see above; check that all hosts reach each other, and "
+            f"{_START}"
+        ) from error
+    return hvd

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Builds Horovod against the MXNet of the environment, for `horovodrun ... python -m gluon_lm.train --horovod`. Where it
+# is built already, nothing happens. Needs cmake, make and g++, and takes a minute or two.
+#
+#   MAKEFLAGS               how many compilers run at once, as in MAKEFLAGS=-j1 (default: one a core)
+#   HOROVOD_WITH_MPI        1: for mpirun as well, which needs an MPI with its compiler (default: gloo alone, which needs
+#                           nothing but the network; horovodrun starts the workers by itself, or over ssh)
+#   HOROVOD_GPU_OPERATIONS  NCCL: GPUs add up their gradients by NCCL (default: by way of the host's memory)
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+VERSION=0.28.1
+
+is_built() {
+    "$VENV/bin/python" - "$VERSION" >/dev/null 2>&1 <<'PYTHON'
+import os
+import sys
+
+import horovod
+import horovod.mxnet as hvd
+
+has_all = horovod.__version__ == sys.argv[1] and hvd.gloo_built()
+has_all = has_all and (not os.environ.get("HOROVOD_WITH_MPI") or hvd.mpi_built())
+has_all = has_all and (os.environ.get("HOROVOD_GPU_OPERATIONS") != "NCCL" or hvd.nccl_built())
+sys.exit(not has_all)
+PYTHON
+}
+
+# An environment for GPUs keeps its MXNet; any other gets the one for CPUs.
+case " $(sed -n 3p "$INSTALLED" 2>/dev/null) " in
+    *" cu112 "* | *" cu117 "*) use_environment ;;
+    *) use_environment cpu ;;
+esac
+
+if is_built; then
+    printf '%s has Horovod %s\n' "$VENV" "$VERSION"
+    exit
+fi
+for tool in cmake make g++; do
+    command -v "$tool" >/dev/null ||
+        fail "$tool: is needed to build Horovod and is not here; apt-get install cmake make g++, then run this again"
+done
+
+printf 'building Horovod %s, which takes a minute or two\n' "$VERSION"
+pip_install "setuptools<70" wheel packaging psutil cloudpickle "PyYAML>=6.0.1,<7"
+export MAKEFLAGS="${MAKEFLAGS:--j$(nproc)}"
+export CXXFLAGS="-include cstdint ${CXXFLAGS:-}"  # its sources use these types, which g++ 13 no longer lends them
+export CMAKE_POLICY_VERSION_MINIMUM=3.5           # its gloo asks for rules that cmake 4 has given up
+export HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1
+[ -n "${HOROVOD_WITH_MPI:-}" ] || export HOROVOD_WITHOUT_MPI=1
+pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "horovod==$VERSION"
+is_built ||
+    fail "Horovod was installed into $VENV and does not work; see what $VENV/bin/python -c 'import horovod.mxnet' says"
+printf '%s has Horovod %s\n' "$VENV" "$VERSION"

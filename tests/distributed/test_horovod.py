@@ -1,0 +1,507 @@
+"""Horovod's communicator in real processes on this machine, against numpy and against one process.
+
+`horovodrun` starts this file as a script, once for each rank; what the ranks found lies in files afterwards, which the
+tests look at. Those without the mark `with_horovod` need no Horovod.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mxnet as mx
+import numpy as np
+import pytest
+from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from mxnet import gluon
+
+from gluon_lm.config import OptimConfig
+from gluon_lm.data.windows import Streams
+from gluon_lm.distributed import SingleDevice
+from gluon_lm.distributed.compression import CALIBRATION_STEPS
+from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
+from gluon_lm.errors import DistributedError
+from gluon_lm.optim.optimizers import create_optimizer
+from gluon_lm.training.step import TrainingStep
+
+CPU = mx.cpu(0)
+SHAPES = [(6, 4), (5,), (1,), (300, 7)]
+SIZES = (3.0, 1e-2, 1.0, 2e-4)
+THRESHOLD = 0.5
+STOP, END = CALIBRATION_STEPS + 6, CALIBRATION_STEPS + 14
+
+MODELS = {
+    "plain": {"model": "lstm", "tied": True},
+    "weight-dropped": {"model": "awd-lstm", "alpha": 2.0, "beta": 1.0, "weight_decay": 0.01},
+    "mixture": {"model": "lstm", "num_experts": 3, "tied": True},
+}
+BATCH, BPTT, NUM_STEPS = 6, 5, 10  # two and three processes share a batch of six
+
+
+# ---------------------------------------------------------------- what processes and tests both do
+
+
+def draw(step, rank, sizes=SIZES):
+    """One rank's gradients at one step, of about the given sizes, in float32."""
+    rng = np.random.RandomState(1000 * rank + step)
+    return [(size * rng.standard_normal(shape)).astype(np.float32) for shape, size in zip(SHAPES, sizes)]
+
+
+def draw_whole_numbers(step, rank):
+    """They add up exactly in any order, and in half precision."""
+    return [np.round(3 * array) for array in draw(step, rank, (1.0,) * len(SHAPES))]
+
+
+def make_parameters():
+    parameters = [gluon.Parameter(f"p{i}", shape=shape) for i, shape in enumerate(SHAPES)]
+    for parameter in parameters:
+        parameter.initialize(mx.init.Zero(), ctx=[CPU])
+    return parameters
+
+
+def reduce(communicator, parameters, gradients):
+    """Set the gradients, reduce them in place, and return them."""
+    before = [parameter.grad() for parameter in parameters]
+    for grad, array in zip(before, gradients):
+        grad[:] = array
+    communicator.reduce_gradients(parameters)
+    assert all(parameter.grad() is grad for parameter, grad in zip(parameters, before))
+    return [grad.asnumpy() for grad in before]
+
+
+def train(communicator, name, spoil=False):
+    """Ten steps; what each returned, and the parameters after them."""
+    settings = {"alpha": 0.0, "beta": 0.0, "weight_decay": 0.0, **MODELS[name]}
+    alpha, beta = settings.pop("alpha"), settings.pop("beta")
+    optimizer = create_optimizer(OptimConfig(optimizer="sgd", lr=0.5, weight_decay=settings.pop("weight_decay")))
+    model = build_model([CPU], **settings)
+    if spoil:
+        for parameter in model.named_parameters().values():
+            parameter.set_data(parameter.data() + communicator.rank)
+    communicator.broadcast_parameters(list(model.named_parameters().values()))
+    step = TrainingStep(model, optimizer, communicator, 0.3, alpha, beta)
+    # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
+    ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
+    windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []
+    for k in range(NUM_STEPS):
+        if k % len(windows) == 0:
+            step.states = None
+        results.append(step(windows[k % len(windows)], 3, k))
+    return [[result.loss_sum, result.grad_norm] for result in results], values_of(model)
+
+
+# ---------------------------------------------------------------- what each process does
+
+
+class Notes:
+    """What one rank found, kept for the tests."""
+
+    def __init__(self, folder, rank):
+        self._path, self._values, self._arrays = Path(folder) / f"rank{rank}", {}, {}
+
+    def keep(self, name, found):
+        if isinstance(found, list) and found and all(isinstance(array, np.ndarray) for array in found):
+            self._arrays.update({f"{name}/{i}": array for i, array in enumerate(found)})
+        elif isinstance(found, dict) and all(isinstance(array, np.ndarray) for array in found.values()):
+            self._arrays.update({f"{name}/{key}": array for key, array in found.items()})
+        else:
+            self._values[name] = found
+
+    def write(self):
+        np.savez(self._path.with_suffix(".npz"), **self._arrays)
+        self._path.with_suffix(".json").write_text(json.dumps(self._values))
+
+
+def run_first(folder):
+    """Everything but resuming."""
+    for compression in ("none", "fp16", "2bit"):
+        communicator = HorovodCommunicator([CPU], compression, THRESHOLD)
+        if compression == "none":
+            notes, rank = Notes(folder, communicator.rank), communicator.rank
+        notes.keep(f"{compression}/description", communicator.description)
+        notes.keep(f"{compression}/rank", [communicator.rank, communicator.size, communicator.is_primary, local_rank()])
+        parameters = make_parameters()
+        for parameter in parameters:
+            parameter.set_data(mx.nd.full(parameter.shape, rank + 5))
+        communicator.broadcast_parameters(parameters)
+        for step in range(3):
+            notes.keep(f"{compression}/sum{step}", reduce(communicator, parameters, draw_whole_numbers(step, rank)))
+            assert communicator.load_state_dict(json.loads(json.dumps(communicator.state_dict()))) is None
+            communicator.checkpointed()
+            communicator.heartbeat(step)
+        notes.keep(f"{compression}/parameters", [parameter.data().asnumpy() for parameter in parameters])
+
+    communicator = HorovodCommunicator([CPU])
+    notes.keep("gathered", communicator.gather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
+    notes.keep("broadcast", communicator.broadcast_object([rank, 0.1]))
+    notes.keep("exchanged", [communicator.exchange([rank + 0.1, np.nan, 1e300])])
+    arrays = [np.full((rank + 1, 2), rank + 0.1), np.arange(3, dtype=np.float32) + rank]
+    for worker, found in enumerate(communicator.gather_arrays(arrays)):
+        if communicator.is_primary:
+            notes.keep(f"arrays{worker}", found)
+    for name in MODELS:
+        results, values = train(communicator, name, spoil=True)
+        notes.keep(f"{name}/results", results)
+        notes.keep(f"{name}/parameters", values)
+    take_compressed_steps(notes, folder, 0, STOP)
+    if rank == communicator.size - 1:
+        communicator.close()
+    else:
+        try:
+            reduce(communicator, make_parameters(), draw(0, rank))
+        except DistributedError as error:
+            notes.keep("left alone", str(error))
+    communicator.close()
+    notes.write()
+
+
+def run_resumed(folder):
+    communicator = HorovodCommunicator([CPU])
+    notes = Notes(folder, communicator.rank)
+    take_compressed_steps(notes, folder, STOP, END)
+    communicator.close()
+    notes.write()
+
+
+def take_compressed_steps(notes, folder, start, end):
+    """Go on from the state in the folder, where there is one, and leave there that of the end."""
+    communicator, parameters = HorovodCommunicator([CPU], "2bit", THRESHOLD), make_parameters()
+    state, residuals = Path(folder) / "state.json", Path(folder) / "residuals.npz"
+    if start:
+        communicator.load_state_dict(json.loads(state.read_text()))
+        with np.load(residuals) as arrays:
+            communicator.load_residuals({name: mx.nd.array(arrays[name]) for name in arrays})
+        # A checkpoint before the first step, of which the one in the folder must be an equal.
+        unchanged = {name: array.asnumpy() for name, array in communicator.residuals().items()}
+        notes.keep("unchanged", unchanged)
+    for step in range(start, end):
+        gradients = draw(step, communicator.rank)
+        notes.keep(f"2bit/step{step}", reduce(communicator, parameters, gradients))
+    kept = communicator.residuals()
+    notes.keep("residuals", {name: array.asnumpy() for name, array in kept.items()})
+    if communicator.is_primary:
+        state.write_text(json.dumps(communicator.state_dict()))
+        np.savez(residuals, **{name: array.asnumpy() for name, array in kept.items()})
+    notes.keep("state", communicator.state_dict())
+    communicator.broadcast_object(None)
+    gradients = draw(end, communicator.rank)
+    if communicator.rank == communicator.size - 1:
+        gradients[1][3] = np.nan
+    notes.keep("not finite", reduce(communicator, parameters, gradients))
+
+
+def run_killed(folder):
+    """The last rank dies in the middle of the work."""
+    communicator, parameters = HorovodCommunicator([CPU]), make_parameters()
+    reduce(communicator, parameters, draw(0, communicator.rank))
+    if communicator.rank == communicator.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    reduce(communicator, parameters, draw(1, communicator.rank))
+    (Path(folder) / "survived").touch()
+
+
+SCENARIOS = {"first": run_first, "resumed": run_resumed, "killed": run_killed}
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]](sys.argv[2])
+    sys.exit()
+
+
+# ---------------------------------------------------------------- starting them
+
+HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
+with_horovod = pytest.mark.skipif(
+    not HAS_HOROVOD, reason="Horovod is not installed here: bash scripts/install_horovod.sh"
+)
+TIMEOUT_S = 240
+
+
+def horovodrun(num_processes, folder, *arguments):
+    """Run Python in so many processes, with arguments that name the folder; the exit code, and all that was printed."""
+    tests = Path(__file__).parent.parent
+    command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
+    command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            for pid in processes_that_name(folder):  # horovodrun's own command line does, too
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+    deadline = time.monotonic() + 20
+    while processes_that_name(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_that_name(folder)
+    return process.returncode, printed
+
+
+def processes_that_name(folder):
+    """Ids of the running processes with the folder on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
+class Found:
+    """What the ranks of one scenario kept."""
+
+    def __init__(self, folder, num_processes):
+        self.ranks = range(num_processes)
+        self._values = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in self.ranks]
+        self._arrays = [dict(np.load(folder / f"rank{rank}.npz")) for rank in self.ranks]
+
+    def values(self, name):
+        """By rank."""
+        return [values.get(name) for values in self._values]
+
+    def arrays(self, name):
+        """By rank, the arrays whose name begins so, by the rest of it."""
+        return [
+            {key[len(name) + 1 :]: array for key, array in arrays.items() if key.startswith(f"{name}/")}
+            for arrays in self._arrays
+        ]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def runs(request, tmp_path_factory):
+    """All there is to find out with so many processes: a first run, and one that goes on from it."""
+    found = []
+    folder = tmp_path_factory.mktemp("horovod")
+    for scenario in ("first", "resumed"):
+        code, printed = horovodrun(request.param, folder, __file__, scenario, folder)
+        assert code == 0, printed
+        found.append(Found(folder, request.param))
+    return found
+
+
+@pytest.fixture
+def first(runs):
+    return runs[0]
+
+
+@pytest.fixture
+def resumed(runs):
+    return runs[1]
+
+
+# ---------------------------------------------------------------- conformance
+
+COMPRESSIONS = pytest.mark.parametrize("compression", ["none", "fp16", "2bit"])
+
+
+@with_horovod
+@COMPRESSIONS
+def test_each_process_knows_its_rank_and_says_so_in_one_line(first, compression):
+    size = len(first.ranks)
+    assert first.values(f"{compression}/rank") == [[rank, size, rank == 0, rank] for rank in first.ranks]
+    for description in first.values(f"{compression}/description"):
+        assert "\n" not in description and "Horovod" in description
+        assert f"{size} processes" in description and "cpu(0)" in description
+        assert ("2-bit" in description) == (compression == "2bit")
+        assert ("half precision" in description) == (compression == "fp16")
+
+
+@with_horovod
+@COMPRESSIONS
+def test_broadcast_gives_all_the_first_ones_values_and_reducing_leaves_them(first, compression):
+    for arrays in first.arrays(f"{compression}/parameters"):
+        assert len(arrays) == len(SHAPES)
+        for i, shape in enumerate(SHAPES):
+            np.testing.assert_array_equal(arrays[str(i)], np.full(shape, 5.0))
+
+
+@with_horovod
+@COMPRESSIONS
+def test_reduce_leaves_the_sum_on_every_rank_with_checkpoints_between(first, compression):
+    for step in range(3):
+        expected = [sum(arrays) for arrays in zip(*(draw_whole_numbers(step, rank) for rank in first.ranks))]
+        for arrays in first.arrays(f"{compression}/sum{step}"):
+            for i, array in enumerate(expected):
+                np.testing.assert_array_equal(arrays[str(i)], array)
+
+
+@with_horovod
+def test_objects_numbers_and_arrays_reach_all_by_rank(first):
+    size = len(first.ranks)
+    objects = [{"rank": rank, "text": "né\n" * rank, "none": None} for rank in first.ranks]
+    assert first.values("gathered") == [objects] * size
+    assert first.values("broadcast") == [[0, 0.1]] * size
+    for found in first.arrays("exchanged"):
+        np.testing.assert_array_equal(found["0"], [[rank + 0.1, np.nan, 1e300] for rank in first.ranks])
+    for rank in first.ranks:
+        found = first.arrays(f"arrays{rank}")[0]
+        np.testing.assert_array_equal(found["0"], np.full((rank + 1, 2), rank + 0.1))
+        np.testing.assert_array_equal(found["1"], np.arange(3) + rank)
+        assert [array.dtype for array in found.values()] == [np.float64, np.float32]
+
+
+# ---------------------------------------------------------------- training
+
+
+@with_horovod
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_ten_steps_give_the_parameters_of_one_process(first, name):
+    results, expected = train(SingleDevice([CPU]), name)
+    on_ranks = first.arrays(f"{name}/parameters")
+    for found, values in zip(first.values(f"{name}/results"), on_ranks):
+        np.testing.assert_allclose(found, results, rtol=1e-5)
+        assert values.keys() == expected.keys()
+        for key, value in values.items():
+            assert relative_error(value, expected[key]) < 1e-5, key
+            np.testing.assert_array_equal(value, on_ranks[0][key])
+
+
+# ---------------------------------------------------------------- 2-bit compression
+
+
+class NumpyCompression:
+    """What every rank should hold after each step, in float32, and what waits on each rank."""
+
+    def __init__(self, num_ranks):
+        self.thresholds = self.factors = None
+        self.observed = []
+        self.residuals = [[np.zeros(shape, np.float32) for shape in SHAPES] for _ in range(num_ranks)]
+
+    def reduce(self, gradients):
+        if self.factors is None:
+            self.observed.append(gradients)
+            if len(self.observed) == CALIBRATION_STEPS:
+                rms = [
+                    np.sqrt(np.mean([np.square(rank[k], dtype=np.float64) for step in self.observed for rank in step]))
+                    for k in range(len(SHAPES))
+                ]
+                # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
+                self.factors = [2.0 ** round(np.log2(0.25 / value)) for value in rms]
+                self.thresholds = [np.float32(THRESHOLD / factor) for factor in self.factors]
+            return [np.sum(np.array(arrays, np.float64), axis=0) for arrays in zip(*gradients)]
+        sums = [np.zeros(shape, np.float32) for shape in SHAPES]
+        for arrays, residuals in zip(gradients, self.residuals):
+            for total, array, residual, threshold in zip(sums, arrays, residuals, self.thresholds):
+                residual += array / threshold
+                sent = np.clip(np.trunc(residual), -1, 1)
+                residual -= sent
+                total += sent * threshold
+        return sums
+
+
+@pytest.fixture(scope="module")
+def simulated(runs):
+    """Sums by step, and the compression after STOP and after all."""
+    num_ranks = len(runs[0].ranks)
+    compression, sums, waiting = NumpyCompression(num_ranks), [], {}
+    for step in range(END):
+        sums.append(compression.reduce([draw(step, rank) for rank in range(num_ranks)]))
+        if step + 1 in (STOP, END):
+            waiting[step + 1] = [
+                np.concatenate([np.append(array, np.zeros(-array.size % 4, np.float32)) for array in residuals])
+                for residuals in compression.residuals
+            ]
+    return compression, sums, waiting
+
+
+@with_horovod
+def test_two_bits_agree_with_numpy_to_the_bit_in_a_run_that_was_stopped_and_resumed(runs, simulated):
+    _, sums, _ = simulated
+    for step, expected in enumerate(sums):
+        for arrays in runs[step >= STOP].arrays(f"2bit/step{step}"):
+            for i, array in enumerate(expected):
+                if step < CALIBRATION_STEPS:
+                    np.testing.assert_allclose(arrays[str(i)], array, rtol=1e-5, atol=1e-6 * np.abs(array).max())
+                else:
+                    np.testing.assert_array_equal(arrays[str(i)], array)
+
+
+@with_horovod
+def test_every_rank_has_the_thresholds_of_all_gradients(first, resumed, simulated):
+    compression, _, _ = simulated
+    assert len(set(compression.factors)) == len(SHAPES)
+    for state in (*first.values("state"), *resumed.values("state")):
+        assert state["factors"] == compression.factors
+
+
+@with_horovod
+def test_the_residuals_of_all_ranks_reach_the_first_and_come_back(first, resumed, simulated):
+    _, _, waiting = simulated
+    for found, expected in (
+        (first.arrays("residuals"), waiting[STOP]),
+        (resumed.arrays("unchanged"), waiting[STOP]),
+        (resumed.arrays("residuals"), waiting[END]),
+    ):
+        assert list(found[0]) == [str(rank) for rank in first.ranks]
+        assert not any(found[1:])
+        for rank, array in enumerate(expected):
+            assert np.abs(array).max() > 0.5
+            np.testing.assert_array_equal(found[0][str(rank)], array)
+
+
+@with_horovod
+def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_on_all(first):
+    for arrays in first.arrays("not finite"):
+        assert not all(np.isfinite(array).all() for array in arrays.values())
+
+
+# ---------------------------------------------------------------- when it goes wrong
+
+
+@with_horovod
+def test_workers_that_are_left_alone_say_so_in_one_line(first):
+    *others, _ = first.ranks
+    assert [first.values("left alone")[rank] for rank in others] == [
+        f"worker {rank} of {len(first.ranks)}: could not exchange data with the others (Horovod has been shut down); "
+        "see what they said last, mend that, and continue with --resume"
+        for rank in others
+    ]
+
+
+@with_horovod
+def test_when_a_process_is_killed_all_end(tmp_path):
+    code, _ = horovodrun(2, tmp_path, __file__, "killed", tmp_path)
+    assert code != 0
+    assert not (tmp_path / "survived").exists()
+
+
+def refused(*arguments):
+    with pytest.raises(DistributedError) as caught:
+        HorovodCommunicator(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("--") and "horovodrun -np 2 python -m gluon_lm.train" in message
+    return message
+
+
+def test_several_devices_in_a_process_are_refused():
+    assert "each process has one device, not 2 (cpu(0) to cpu(1))" in refused([mx.cpu(0), mx.cpu(1)])
+
+
+def test_without_horovod_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.setitem(sys.modules, "horovod.mxnet", None)
+    assert "bash scripts/install_horovod.sh" in refused([CPU])
+
+
+@with_horovod
+def test_a_process_that_nothing_has_started_as_one_of_several_is_refused(monkeypatch):
+    for variable in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "nothing has started this process" in refused([CPU])
