@@ -462,6 +462,32 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_on_all(first):
         assert not all(np.isfinite(array).all() for array in arrays.values())
 
 
+@with_horovod
+def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeypatch):
+    """To the bit, with compression on: the last ten of the first 30 steps and all that follow are compressed."""
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+    rng = np.random.RandomState(1)
+    for name, num_lines in (("train", 400), ("valid", 40), ("test", 40)):
+        lines = [" ".join(rng.choice(list("abcdefgh"), 8)) for _ in range(num_lines)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    new = ["--horovod", "--cpus", "1", "--gctype", "2bit", "--data", tmp_path, "--emsize", "8", "--nhid", "8"]
+    new += ["--nlayers", "1", "--batch-size", "4", "--bptt", "5", "--dropout", "0.2", "--checkpoint-every", "30"]
+    for arguments in (
+        [*new, "--save", whole, "--max-steps", "50"],
+        [*new, "--save", parts, "--max-steps", "30"],
+        ["--resume", parts, "--max-steps", "50"],
+    ):
+        code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", *arguments)
+        assert code == 0, printed
+    for name in ("parameters.npz", "residuals.npz", "carried.npz"):
+        expected, found = (dict(np.load(run / "checkpoints" / "step-50" / name)) for run in (whole, parts))
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            np.testing.assert_array_equal(found[key], array)
+            assert array.any()
+
+
 # ---------------------------------------------------------------- when it goes wrong
 
 
