@@ -135,7 +135,11 @@ def processes_of(project, environment=""):
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if folder.name.isdigit() and os.readlink(folder / "cwd") == str(project.path):
+            if (
+                folder.name.isdigit()
+                and int(folder.name) != os.getpid()
+                and os.readlink(folder / "cwd") == str(project.path)
+            ):
                 settings = (folder / "environ").read_bytes().decode().split("\0")
                 if environment in settings:
                     found.append(int(folder.name))
@@ -147,7 +151,7 @@ def processes_of(project, environment=""):
     [
         ("worker", signal.SIGKILL, r"worker \d \(pid \d+\) was killed by SIGKILL"),
         ("server", signal.SIGKILL, r"server 0 \(pid \d+\) was killed by SIGKILL"),
-        ("scheduler", signal.SIGKILL, r"scheduler 0 \(pid \d+\) was killed by SIGKILL"),
+        ("scheduler", signal.SIGKILL, r"scheduler \(pid \d+\) was killed by SIGKILL"),
         ("worker", signal.SIGSTOP, r"no worker has made progress for 20 s; worker \d \(pid \d+\): stopped \(state T\)"),
     ],
 )

@@ -28,8 +28,8 @@ RUNS = {
     "layer-norm": ("--model", "lstm", "--layer-norm"),
     "weight-dropped": ("--model", "awd-lstm", "--tied", "--wdrop", 0.5, "--dropoute", 0.2, "--dropouth", 0.3),
     "averaged": ("--model", "awd-gru", "--asgd", "--eval-every", 5, "--wdrop", 0.3),
-    "mixture": ("--n_experts", 3, "--nhidlast", 7, "--nlayers", 2, "--no-tied"),
-    "mixture-tied": ("--n_experts", 2, "--nlayers", 1, "--dropoutl", 0.4),
+    "mixture": ("--recipe", "lm", "--n_experts", 3, "--nhidlast", 7, "--nlayers", 2),
+    "mixture-tied": ("--recipe", "lm", "--tied", "--n_experts", 2, "--nlayers", 1, "--dropoutl", 0.4),
 }
 LENGTHS, NUM_STREAMS = (1, 6, 3), 4  # of windows, each from the state of the one before
 
