@@ -42,11 +42,7 @@ EXTRAS = {
     "cpu": ["mxnet==1.9.1"],
     "cu112": ["mxnet-cu112==1.9.1", *CUDA_11],
     "cu117": ["mxnet-cu117==1.9.1", *CUDA_11, "nvidia-cusparse-cu11==11.7.5.86"],
-    # Compiled against the MXNet that is installed, so after one of the above, with cmake and g++ at hand:
-    #   pip install "setuptools<70" wheel cffi psutil cloudpickle packaging
-    #   HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_TENSORFLOW=1 \
-    #   HOROVOD_WITHOUT_PYTORCH=1 pip install --no-build-isolation -e ".[horovod]"
-    # HOROVOD_GPU_OPERATIONS=NCCL in front of these gives NCCL instead of gloo on GPUs.
+    # Compiled against the MXNet that is installed: bash scripts/install_horovod.sh
     "horovod": ["horovod==0.28.1"],
     "serve": SERVE,
     "onnx": ONNX,
