@@ -37,7 +37,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gluon_lm.config import Config, ModelConfig, OptimConfig, TrainingConfig
+from gluon_lm.config import Config, ModelConfig, OptimConfig, TrainingConfig, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 33_278
@@ -79,50 +79,19 @@ def lstm(hidden_size: int, dropout: float) -> ModelConfig:
     return ModelConfig(embed_size=hidden_size, hidden_size=hidden_size, tied=True, dropout=dropout)
 
 
+def of_recipe(name: str, warmup: int, steps: int) -> Size:
+    """A recipe's model, with the whole batch at once, in windows of one length."""
+    config = resolve(recipe=name).config
+    optim = replace(config.optim, max_seq_len_delta=None, small_batch_size=None)
+    return Size(config.model, optim, config.training.batch_size, config.training.bptt, warmup, steps)
+
+
 SIZES = {
     "A": Size(lstm(200, dropout=0.2), OptimConfig(lr=1.0), batch_size=32, bptt=35),
     "A70": Size(lstm(200, dropout=0.2), OptimConfig(lr=1.0), batch_size=20, bptt=70),
     "B": Size(lstm(650, dropout=0.5), OptimConfig(lr=1.0), batch_size=32, bptt=35),
-    "C": Size(
-        ModelConfig(
-            model="awd-lstm",
-            embed_size=400,
-            hidden_size=1150,
-            num_layers=3,
-            tied=True,
-            dropout=0.4,
-            dropout_input=0.65,
-            dropout_hidden=0.2,
-            dropout_embed=0.1,
-            weight_drop=0.5,
-        ),
-        OptimConfig(lr=30.0, weight_decay=1.2e-6, alpha=2.0, beta=1.0),
-        batch_size=80,
-        bptt=70,
-        warmup=1,
-        steps=3,
-    ),
-    "D": Size(
-        ModelConfig(
-            embed_size=300,
-            hidden_size=1150,
-            last_hidden_size=650,
-            num_layers=3,
-            num_experts=15,
-            tied=True,
-            dropout=0.4,
-            dropout_input=0.55,
-            dropout_hidden=0.2,
-            dropout_embed=0.1,
-            dropout_latent=0.29,
-            weight_drop=0.5,
-        ),
-        OptimConfig(lr=15.0, weight_decay=1.2e-6, alpha=2.0, beta=1.0),
-        batch_size=15,
-        bptt=70,
-        warmup=1,
-        steps=4,
-    ),
+    "C": of_recipe("awd-wikitext-2", warmup=1, steps=3),
+    "D": of_recipe("mos-wikitext-2", warmup=1, steps=4),
 }
 GENERATED_TEXTS = 64
 EVALUATION_STREAMS = 10  # the batch size that the peer evaluates with
