@@ -66,7 +66,8 @@ class WeightAverage:
             held = weight.copy()
             mean.copyto(weight)
             held.copyto(mean)
-            mean.wait_to_read()  # or every copy is made before the first is freed
+            del held
+            mx.nd.waitall()  # or every copy is made before the first is freed
 
     def state(self) -> dict[str, mx.nd.NDArray]:
         """The means by parameter name; empty before the first step."""
