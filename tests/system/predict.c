@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <mxnet/c_api.h>
 #include <mxnet/c_predict_api.h>
 
 enum { MAX_STATES = 64 };
@@ -136,5 +137,7 @@ int main(int argc, char** argv) {
     }
   }
   if (predictor != NULL) check(MXPredFree(predictor), "MXPredFree");
+  /* MXNet's threads take a predictor apart after MXPredFree; a process that ends meanwhile may crash or hang. */
+  check(MXNDArrayWaitAll(), "MXNDArrayWaitAll");
   return 0;
 }

@@ -139,6 +139,7 @@ def test_the_c_predict_api_gives_the_trained_models_numbers(exports, predict, na
         input="\n".join(f"{len(w)} {NUM_STREAMS} {' '.join(map(str, w.ravel()))}" for w in windows),
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert printed.returncode == 0, printed.stderr
     lines = printed.stdout.splitlines()
