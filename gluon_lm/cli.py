@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from gluon_lm.config import (
     validate,
 )
 from gluon_lm.errors import ConfigError, GluonLMError
+from gluon_lm.logs import LOGGER, Verbosity
 
 _Section = TypeVar("_Section", bound=Section)
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
@@ -48,9 +50,16 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass(frozen=True)
 class DebugOptions(Section):
-    """What every command has."""
+    """What every command has: how much it says."""
 
+    quiet: bool = option(False, switch(), "show no progress, and say results and warnings alone")
+    verbose: bool = option(False, switch(), "say more of what is being done")
     debug: bool = option(False, switch(), "show the traceback of an error")
+
+    @property
+    def verbosity(self) -> Verbosity:
+        """`quiet` and `verbose` as one."""
+        return Verbosity.QUIET if self.quiet else Verbosity.VERBOSE if self.verbose else Verbosity.NORMAL
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,11 @@ class Parsed:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
         return build(section, self.settings)
 
+    @property
+    def verbosity(self) -> Verbosity:
+        """How much the command is to say."""
+        return self.build(DebugOptions).verbosity
+
 
 class CommandParser(argparse.ArgumentParser):
     """An `argparse` parser whose flags come from sections of fields, and whose errors are `ConfigError`.
@@ -168,8 +182,8 @@ class CommandParser(argparse.ArgumentParser):
             flags = [flag_of(name) for name in (declared.name, *declared.metadata["aliases"])]
             if kind.is_switch and section in SECTIONS.values():  # a YAML file may have switched it on
                 flags.append(flag_of(f"no_{declared.name}"))
-            quiet = declared.default is None or declared.default is False
-            note = "" if quiet else f" (default: {show(declared.default)})"
+            is_told = declared.default is False or "(default: " in declared.metadata["help"]
+            note = "" if is_told else f" (default: {show(declared.default)})"
             group.add_argument(
                 *flags,
                 action=_Store,
@@ -182,10 +196,10 @@ class CommandParser(argparse.ArgumentParser):
             self._declared[declared.name] = declared
 
     def add_run(self) -> None:
-        """Add what every command has that reads a run: RUN, the devices and ``--debug``; for the end of the help."""
+        """Add what every command has that reads a run: RUN, the devices and `DebugOptions`; for the end of the help."""
         self.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
         self.add_section(DeviceConfig, "devices")
-        self.add_section(DebugOptions, "debugging")
+        self.add_section(DebugOptions, "messages")
 
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
@@ -237,6 +251,8 @@ class CommandParser(argparse.ArgumentParser):
             before = len(problems)
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
             unreadable |= len(problems) > before and name in LINKED
+        if "quiet" in settings and "verbose" in settings:
+            problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if problems and (postponed is None or unreadable):
             raise ConfigError(problems)
         if postponed is not None:
@@ -320,7 +336,8 @@ class TrainCommand:
     save, resume : str or None
         The run folder to write, and the run to continue, as the user named them. With `resume`, `config`
         holds the command line alone, unchecked: `over` lays it over the run's own configuration.
-    overwrite, print_config, dry_run, debug : bool
+    overwrite, print_config, dry_run : bool
+    verbosity : Verbosity
     settings : Layer
         The flags that were given.
     """
@@ -333,7 +350,7 @@ class TrainCommand:
     overwrite: bool
     print_config: bool
     dry_run: bool
-    debug: bool
+    verbosity: Verbosity
     settings: Layer
 
     def describe(self) -> str:
@@ -393,7 +410,7 @@ def train_parser() -> CommandParser:
     parser.add_section(RunOptions, "run")
     for name, section in SECTIONS.items():
         parser.add_section(section, name)
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     return parser
 
 
@@ -412,8 +429,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     problems: list[str] = []
     parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO], postponed=problems)
     run = parsed.build(RunOptions)
-    settings = {name: s for name, s in parsed.settings.items() if name not in RunOptions.__dataclass_fields__}
-    debug = settings.pop("debug", Setting(False, "default")).value
+    own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
+    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
 
     resume = run.resume
     if run.continue_train:
@@ -448,7 +465,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         overwrite=run.overwrite,
         print_config=run.print_config,
         dry_run=run.dry_run,
-        debug=debug,
+        verbosity=parsed.verbosity,
         settings=settings,
     )
 
@@ -529,7 +546,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         overwrite=options.overwrite,
         print_config=options.print_config,
         dry_run=options.dry_run,
-        debug=parsed.build(DebugOptions).debug,
+        verbosity=parsed.verbosity,
         settings=settings,
     )
     return FinetuneCommand(run or options.save, options.continue_train, command, problems)
@@ -557,8 +574,10 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    started = time.perf_counter()
     try:
         code = work(words)
+        LOGGER.debug("done in %.1f s", time.perf_counter() - started)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -26,14 +26,14 @@ def _download(argv: Sequence[str]) -> int:
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"corpora: {', '.join(CORPORA)}")
     parser.add_section(DataConfig, "data", only=("data_dir",))
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     data_dir = Path(parsed.build(DataConfig).data_dir).expanduser()
     specs = {name: find_spec(name) for name in parsed.arguments.names}
     problems = [unknown_corpus(name) for name, spec in specs.items() if spec is None]
     if problems:
         raise ConfigError(problems)
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     for spec in filter(None, specs.values()):
         texts = spec.texts(spec.default_folder(data_dir), SPLITS)
         where = ", ".join(f"{split} {text.name}" for split, text in texts.items())

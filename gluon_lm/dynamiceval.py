@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .cli import CommandParser, Section, run_command
 from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch, text
 from .errors import ConfigError, DataError
-from .logs import LOGGER, log_to_terminal
+from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 
 FOLDER = "dynamiceval"
@@ -54,7 +54,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         raise ConfigError(f"{name} with --model {options.model}: both name the run; leave one of them out")
     given = {flag: parsed.settings[flag].value for flag in _DATA_FLAGS if flag in parsed.settings}
     split = "valid" if options.val else "test"
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     prepare_process()
     from .data import load_corpus
     from .distributed import resolve_single_device
@@ -106,7 +106,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         options.ms,
         progress=split,
     )
-    LOGGER.info("%s %s", split, result)
+    LOGGER.log(RESULT, "%s %s", split, result)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from .cli import CommandParser, Parsed, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
 from .errors import ConfigError
-from .logs import LOGGER, log_to_terminal
+from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 
 _DATA_FLAGS = ("data", "data_dir", "tokenizer")
@@ -61,7 +61,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     split = options.split or ("all" if is_file else "test")
     if split == "all" and not is_file:
         raise ConfigError("--split all: goes with one file, as in --data FILE; name train, valid or test")
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     prepare_process()
     from .data import load_corpus
     from .distributed import resolve_single_device
@@ -106,7 +106,7 @@ def _evaluate(argv: Sequence[str]) -> int:
             options.theta,
             options.cache_weight,
         )
-    LOGGER.info("%s %s", split, result)
+    LOGGER.log(RESULT, "%s %s", split, result)
     return 0
 
 

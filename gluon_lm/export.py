@@ -34,12 +34,12 @@ def _export(argv: Sequence[str]) -> int:
     )
     parser.add_section(ExportOptions, "export")
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ExportOptions)
     if options.output is None:
         raise ConfigError("--output: names the folder to write and is needed; add --output DIR")
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     prepare_process()
     if options.format == "onnx":
         from .exporting_onnx import export_onnx

@@ -28,6 +28,7 @@ from .errors import CheckpointError, ConfigError
 from .files import exchange, file_hash, synchronise
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
+from .progress import progress_bar
 from .training.checkpoint import CONFIG, Checkpoint, best_checkpoint, load_checkpoint, set_parameters
 from .training.run_folder import find_run
 
@@ -90,13 +91,26 @@ def write_export(
     """
     output = Path(output)
     _check_free(output)
-    trained = load_trained(name)
+    with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
+        trained = load_trained(name)
+        bar.update(1)
+        return _write_folder(trained, output, kind, write_model, bar)
+
+
+def _write_folder(
+    trained: TrainedModel,
+    output: Path,
+    kind: str,
+    write_model: Callable[[TrainedModel, Path], dict[str, Any]],
+    bar: Any,
+) -> dict[str, Any]:
     target = output.resolve()  # a link to an export stays one
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     try:
         fresh.mkdir(parents=True)
         interface = write_model(trained, fresh)
+        bar.update(1)
         trained.vocabulary.save(fresh / VOCABULARY)
         manifest = {
             "format": _FORMAT,
@@ -116,6 +130,7 @@ def write_export(
         else:
             fresh.rename(target)
         synchronise(target.parent)
+        bar.update(1)
     except OSError as error:
         raise ConfigError(
             f"--output {output}: cannot be written ({error.strerror or error}); name another folder"

@@ -66,7 +66,7 @@ def _finetune(argv: Sequence[str]) -> int:
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    log_to_terminal(hold=True)
+    log_to_terminal(command.verbosity, hold=True)
     LOGGER.info("finetuning %s", run.path)
     prepare_training(command.config)
     from .training.checkpoint import best_checkpoint

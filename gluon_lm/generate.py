@@ -6,13 +6,15 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, real, switch, text, texts
 from .errors import ConfigError
 from .files import open_output, output_file
-from .logs import LOGGER, log_to_terminal
+from .logs import DETAIL, LOGGER, has_bars, is_terminal, log_to_terminal
+from .progress import counted
 from .runtime import prepare_process
 
 WORDS_PER_LINE = 20
@@ -71,7 +73,7 @@ def _generate(argv: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     out = output_file(options.outf)
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     if options.data is not None:
         LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
     prepare_process(own_layers=True)
@@ -96,17 +98,27 @@ def _generate(argv: Sequence[str]) -> int:
         stop_at_eos=options.stop_at_eos,
     )
     with open_output(out) as file:
-        _write(_counted(words, options) if out else words, prompt or [], options, file)
+        _write(_watched(words, options, out), prompt or [], options, file)
     if out is not None:
         LOGGER.info("%d x %d words in %s", options.samples, options.words, out)
     return 0
 
 
-def _counted(words: Iterable[list[str | None]], options: GenerateOptions) -> Iterator[list[str | None]]:
+def _watched(
+    words: Iterable[list[str | None]], options: GenerateOptions, out: Path | None
+) -> Iterator[list[str | None]]:
+    """The words, and how many there are by now: as a bar, or in the lines of the references."""
+    is_shown = out is None and is_terminal(sys.stdout) and _comes_word_by_word(options)
+    if out is None or has_bars():
+        words = counted(words, options.words, None if is_shown else "generating", "word")
     for n, step in enumerate(words, 1):
         yield step
-        if n % options.log_interval == 0:
-            LOGGER.info("| Generated %d/%d words", n, options.words)
+        if out is not None and n % options.log_interval == 0:
+            LOGGER.log(DETAIL, "| Generated %d/%d words", n, options.words)
+
+
+def _comes_word_by_word(options: GenerateOptions) -> bool:
+    return options.samples == 1 and not options.detokenize
 
 
 def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[str]) -> None:
@@ -117,7 +129,7 @@ def _write(words: Iterable[list[str | None]], prompt: list[str], options: Genera
         file.write(f"{line}\n")
         file.flush()
 
-    if options.samples == 1 and not options.detokenize:
+    if _comes_word_by_word(options):
         only = (word for (word,) in words if word is not None)
         for line in _lines(itertools.chain(prompt, only)):
             put(line)

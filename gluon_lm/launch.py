@@ -42,15 +42,17 @@ def _launch(argv: Sequence[str]) -> int:
         "python -m gluon_lm.launch --workers 4 --servers 2 --hostfile hosts.txt -- --data ptb --tied --save runs/ptb",
     )
     parser.add_section(ClusterOptions, "cluster")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
-    options = parser.parse(words[:split]).build(ClusterOptions)
+    parsed = parser.parse(words[:split])
+    options = parsed.build(ClusterOptions)
     if split + 1 >= len(words):
         raise ConfigError("no flags of train: add them behind --, as in --workers 2 -- --data ptb --tied")
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
-    flags = _train_flags(words[split + 1 :])
+    messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
+    flags = _train_flags([*words[split + 1 :], *messages])
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)

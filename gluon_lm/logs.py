@@ -3,30 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import logging.handlers
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 LOGGER = logging.getLogger("gluon_lm")
 
+# Between logging's own levels of 10, 20 and 30.
+DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
+RESULT = 25  # what the command was asked for
 
-def log_to_terminal(level: int = logging.INFO, hold: bool = False) -> None:
+
+class Verbosity(enum.Enum):
+    """How much a command says: results and warnings alone, the course of its work, or all that it does."""
+
+    QUIET = enum.auto()
+    NORMAL = enum.auto()
+    VERBOSE = enum.auto()
+
+
+class _Terminal(logging.StreamHandler):
+    """Standard output, with progress bars out of the way of each line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with _above_bars():
+            super().emit(record)
+
+
+def _above_bars() -> contextlib.AbstractContextManager[None]:
+    tqdm = sys.modules.get("tqdm")  # not loaded: no bar is open
+    return contextlib.nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(file=sys.stdout)
+
+
+def log_to_terminal(verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False) -> None:
     """Send the package's log lines to standard output, bare. For commands; a library user configures logging.
 
     Parameters
     ----------
+    verbosity : Verbosity
+        What is said here. The log of a run has at least what a pipe gets under `Verbosity.NORMAL`.
     hold : bool
-        Keep them as well, for the file of a run that is made later.
+        Keep the lines as well, for the file of a run that is made later.
     """
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = _Terminal(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
+    course = logging.INFO if has_bars() else DETAIL
+    terminal.setLevel({Verbosity.QUIET: RESULT, Verbosity.NORMAL: course, Verbosity.VERBOSE: logging.DEBUG}[verbosity])
     LOGGER.handlers[:] = [terminal]
     if hold:
         LOGGER.addHandler(logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL))
-    LOGGER.setLevel(level)
+    LOGGER.setLevel(logging.DEBUG if verbosity is Verbosity.VERBOSE else DETAIL)
     LOGGER.propagate = False
+
+
+def fall_silent() -> None:
+    """Say warnings alone from here on: for a process that is not the first of several."""
+    LOGGER.setLevel(logging.WARNING)
+
+
+def is_quiet() -> bool:
+    """Whether a command was told to show no progress, or is not the one of several processes that speaks."""
+    is_silent = LOGGER.level >= logging.WARNING
+    return is_silent or any(isinstance(handler, _Terminal) and handler.level >= RESULT for handler in LOGGER.handlers)
+
+
+def has_bars() -> bool:
+    """Whether lines and progress bars go to one terminal, so that bars can take the place of lines."""
+    return is_terminal(sys.stdout) and is_terminal(sys.stderr)
+
+
+def is_terminal(stream: object) -> bool:
+    """Whether a stream leads to a terminal on which a line can be drawn anew."""
+    isatty = getattr(stream, "isatty", None)
+    return isatty is not None and bool(isatty()) and os.environ.get("TERM") != "dumb"
 
 
 @contextlib.contextmanager

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from .logs import has_bars, is_quiet, is_terminal
+from .metrics import perplexity
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _PLAIN_INTERVAL_S = 10.0
 _BAR_DELAY_S = 0.5
+_REDRAW_S = 0.1
+_MEMORY_S = 20.0  # about how far back the figures of a training bar reach
+
+_Item = TypeVar("_Item")
 
 
 class PlainProgress:
@@ -58,12 +67,12 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     total : float, optional
         Units of work in all, where that is known.
     desc : str, optional
-        What is being done. None: nothing is shown.
+        What is being done. None: nothing is shown, and neither where the command is quiet.
     unit : str
         Name of a unit of work.
     """
-    if desc is None or not sys.stderr.isatty():
-        return PlainProgress(total, desc, unit)
+    if desc is None or is_quiet() or not is_terminal(sys.stderr):
+        return PlainProgress(total, None if is_quiet() else desc, unit)
     from tqdm import tqdm
 
     scale = 1024 if unit == "B" else 1000
@@ -78,3 +87,107 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
         dynamic_ncols=True,
         file=sys.stderr,
     )
+
+
+def counted(items: Iterable[_Item], total: float | None, desc: str | None, unit: str) -> Iterator[_Item]:
+    """Items as they come, each a unit of work in a `progress_bar`."""
+    with progress_bar(total, desc, unit) as bar:
+        for item in items:
+            yield item
+            bar.update(1)
+
+
+class TrainingBar:
+    """Where a training run is, on a terminal: a bar for the epoch, and a line of figures below it.
+
+    Elsewhere, or where the command is quiet, nothing: the log's lines say as much.
+
+    Parameters
+    ----------
+    epochs : int
+        Of the whole run.
+    max_steps : int, optional
+        Steps after which it ends sooner.
+    """
+
+    def __init__(self, epochs: int, max_steps: int | None = None) -> None:
+        self._epochs, self._max_steps = epochs, max_steps
+        self._bar: tqdm | None = None
+        self._figures: tqdm | None = None
+        if is_quiet() or not has_bars():
+            return
+        from tqdm import tqdm
+
+        bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self._bar = tqdm(bar_format=bar_format, total=1, leave=False, dynamic_ncols=True, file=sys.stderr)
+        self._figures = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, file=sys.stderr)
+        self._started_at: float | None = None  # in epochs
+        self._started = self._last_step = time.monotonic()
+        self._next_drawing = 0.0
+        self._losses = self._targets = self._seconds = self._steps = 0.0  # of late: older steps count ever less
+
+    def show(
+        self, epoch: int, window: int, windows: int, step: int, lr: float, loss: float, targets: int, norm: float
+    ) -> None:
+        """Take note of a step.
+
+        Parameters
+        ----------
+        epoch : int
+            From 0.
+        window, windows : int
+            Steps done in the epoch, and in all of it.
+        step : int
+            Steps done in the run.
+        lr : float
+        loss : float
+            Sum over the step's targets, in nats.
+        targets : int
+        norm : float
+            Of the gradient.
+        """
+        if self._bar is None or self._figures is None:
+            return
+        now = time.monotonic()
+        # Evaluation and the like, between two steps, is no part of the speed.
+        seconds = min(now - self._last_step, 5 * self._seconds / self._steps if self._steps > 1 else math.inf)
+        self._last_step = now
+        keep = math.exp(-seconds / _MEMORY_S)
+        self._losses, self._targets = keep * self._losses + loss, keep * self._targets + targets
+        self._seconds, self._steps = keep * self._seconds + seconds, keep * self._steps + 1
+        at = epoch + window / windows
+        if self._started_at is None:
+            self._started_at, self._started = at, now
+        if now < self._next_drawing:
+            return
+        self._next_drawing = now + _REDRAW_S
+        end: float = self._epochs
+        if self._max_steps is not None:
+            end = min(end, at + (self._max_steps - step) / windows)
+        left = [f"{_clock(min(windows - window, (end - at) * windows) * self._seconds / self._steps)} left"]
+        if end > epoch + 1 and at > self._started_at:
+            left.append(f"{_clock((end - at) * (now - self._started) / (at - self._started_at))} to the end")
+        mean = self._losses / self._targets
+        self._bar.set_description_str(f"epoch {epoch + 1:3d}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(", ".join(left), refresh=False)
+        self._bar.total, self._bar.n = windows, window
+        self._figures.set_description_str(
+            f"loss {mean:5.2f} | ppl {perplexity(mean):8.2f} | lr {lr:g} | norm {norm:.3f} | "
+            f"{self._targets / self._seconds if self._seconds else 0:.0f} tokens/s",
+            refresh=False,
+        )
+        self._bar.refresh()
+        self._figures.refresh()
+
+    def close(self) -> None:
+        """Clear it away."""
+        for bar in (self._figures, self._bar):
+            if bar is not None:
+                bar.close()
+        self._bar = self._figures = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
+from . import __version__
 from .config import Config
+from .logs import LOGGER
 
 # Parameter numbers of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -54,7 +57,16 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    keep_freed_memory(keep_up_to)
+    keeps_memory = keep_freed_memory(keep_up_to)
+    settings = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MXNET_USE_MKLDNN_RNN")}
+    LOGGER.debug(
+        "gluon_lm %s, Python %s, %d cores; %s; freed memory is %s",
+        __version__,
+        platform.python_version(),
+        physical_cores(),
+        ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None),
+        "kept" if keeps_memory else "given back",
+    )
 
 
 def _processes_here() -> int:

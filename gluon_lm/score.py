@@ -14,8 +14,9 @@ from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, choice, option, optional, switch, text
 from .errors import ConfigError, DataError
 from .files import open_output, output_file
-from .logs import log_to_terminal
+from .logs import is_terminal, log_to_terminal
 from .metrics import perplexity
+from .progress import counted
 from .runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ def _score(argv: Sequence[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="text, a line for each candidate; - reads standard input")
     parser.add_section(ScoreOptions, "output")
     parser.add_section(DeviceConfig, "devices")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ScoreOptions)
     if options.words and options.format == "jsonl":
         raise ConfigError("--words with --format jsonl: JSON has the words anyway; leave --words out")
     out = output_file(options.outf)
     lines = _read(parsed.arguments.file)
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     prepare_process()
     from .data.tokenizers import TOKENIZERS
     from .distributed import resolve_single_device
@@ -61,7 +62,13 @@ def _score(argv: Sequence[str]) -> int:
     from .scoring import score_lines
 
     predictor = load_predictor(parsed.arguments.run, resolve_single_device(parsed.build(DeviceConfig)))
-    scores = score_lines(predictor, map(TOKENIZERS[predictor.tokenizer], lines))
+    is_shown = out is None and is_terminal(sys.stdout)
+    scores = counted(
+        score_lines(predictor, map(TOKENIZERS[predictor.tokenizer], lines)),
+        len(lines),
+        None if is_shown else "scoring",
+        "line",
+    )
     with open_output(out) as file:
         if options.format == "tsv":
             file.write("line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")

@@ -16,7 +16,7 @@ from typing import Any
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import ConfigError, MissingDependency
-from .logs import LOGGER, log_to_terminal
+from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 from .serving.limits import Limits
 
@@ -49,7 +49,7 @@ def _serve(argv: Sequence[str]) -> int:
     parser.add_section(ServeOptions, "address")
     parser.add_section(Limits, "limits")
     parser.add_section(DeviceConfig, "devices")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, limits = parsed.build(ServeOptions), parsed.build(Limits)
     problems = []
@@ -63,7 +63,7 @@ def _serve(argv: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     _require_packages()
-    log_to_terminal()
+    log_to_terminal(parsed.verbosity)
     # The address is taken first: loading a model takes longer than finding out that it is not free.
     with _bind(options.host, options.port) as listener:
         prepare_process(own_layers=True)
@@ -110,7 +110,7 @@ def _run(app: Any, limits: Limits, listener: socket.socket) -> None:
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             host, port, *_ = listener.getsockname()
-            LOGGER.info("serving at http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, port)
+            LOGGER.log(RESULT, "serving at http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, port)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ def _train(argv: Sequence[str]) -> int:
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    log_to_terminal(hold=True)
+    log_to_terminal(command.verbosity, hold=True)
     LOGGER.info("recipe %s", command.recipe or "none")
     prepare_training(command.config)
     from .training.session import resume_run, start_run

@@ -198,6 +198,7 @@ class Cache:
         while True:
             place = self._folder / name
             found = self._read(place)
+            LOGGER.debug("%s: %s", place, "to be made" if found is None else "encoded already")
             try:
                 return place, found if found is not None else self._build(place, build)
             except OSError as error:

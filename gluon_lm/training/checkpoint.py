@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ..config import Config
 from ..data import Vocabulary
 from ..errors import CheckpointError
 from ..files import exchange, file_hash, synchronise
+from ..logs import LOGGER
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
 
@@ -130,6 +132,7 @@ def save_checkpoint(
     CheckpointError
         If it cannot be written; those before it are as they were.
     """
+    started = time.perf_counter()
     final = run.checkpoints / f"{CHECKPOINT_PREFIX}{checkpoint.training.step}"
     fresh = run.checkpoints / f".{final.name}.new-{os.getpid()}"
     try:
@@ -175,6 +178,7 @@ def save_checkpoint(
     point(run.latest, final)
     synchronise(run.path)
     _remove_old(run, keep)
+    LOGGER.debug("%s written in %.2f s", final, time.perf_counter() - started)
     return final
 
 

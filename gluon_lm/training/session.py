@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import math
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import DistributedError
 from ..generation.generator import generate
-from ..logs import LOGGER, log_to_file
+from ..logs import LOGGER, RESULT, fall_silent, log_to_file
 from ..models import LanguageModel
+from ..progress import counted
 from .checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
@@ -59,7 +59,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         trainer.start_from(checkpoint)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
-        LOGGER.info("dry run: everything is in order, and nothing was written")
+        LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
         return 0
     if communicator.is_primary:
         run.create(command.describe(), corpus.vocabulary, command.overwrite)
@@ -78,7 +78,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         trainer.state.lr = command.config.optim.lr
     LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
     if command.dry_run:
-        LOGGER.info("dry run: everything is in order, and nothing was written")
+        LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
         return 0
     communicator.gather_object("checkpoint read")
     if communicator.is_primary:
@@ -92,7 +92,7 @@ def _join(config: Config) -> Communicator:
     """The devices and the other workers; of several, only the first speaks."""
     communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
     if not communicator.is_primary:
-        LOGGER.setLevel(logging.WARNING)
+        fall_silent()
     return communicator
 
 
@@ -157,5 +157,6 @@ def _fit(trainer: Trainer, run: RunFolder, communicator: Communicator) -> int:
         if words and code == 0:
             LOGGER.info("generating...")
             written = generate(trainer.predictor(), words, seed=trainer.config.training.seed)
-            LOGGER.info("%s", " ".join(str(word) for (word,) in written))
+            text = " ".join(str(word) for (word,) in counted(written, words, "generating", "word"))
+            LOGGER.log(RESULT, "%s", text)
         return code

@@ -20,12 +20,13 @@ from ..data.windows import Epoch, TrainingWindows
 from ..distributed import Communicator
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
-from ..logs import LOGGER
+from ..logs import DETAIL, LOGGER, RESULT
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
+from ..progress import TrainingBar
 from ..tracking import MetricsFile
 from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
 from .run_folder import RunFolder
@@ -154,6 +155,7 @@ class Trainer:
         TrainingDiverged
             The checkpoints are as they were before the step.
         """
+        self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
         if self._communicator.is_primary:
             self._metrics = MetricsFile(self.run.metrics, self.state.step)
         self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
@@ -163,11 +165,13 @@ class Trainer:
                 if longest is not None:
                     self._step.rehearse(longest)
                 self._train(stop)
+                self._bar.close()
                 if stop.signal != signal.SIGTERM and self._communicator.is_primary:
                     self._test_best()
                 self._communicator.gather_object("done")
             return stop.exit_code
         finally:
+            self._bar.close()
             if self._metrics is not None:
                 self._metrics.close()
             self._communicator.close()
@@ -191,18 +195,28 @@ class Trainer:
             if self._must_stop(stop):
                 self._save_unless_saved()
                 if self._saved_step is None:
-                    LOGGER.info("stopped before the first step")
+                    LOGGER.log(RESULT, "stopped before the first step")
                 else:
-                    LOGGER.info("stopped at step %d; continue with --resume %s", state.step, self.run.path)
+                    LOGGER.log(RESULT, "stopped at step %d; continue with --resume %s", state.step, self.run.path)
                 return
             if self._finished():
                 return
-            interval.add(self._take_step(stop))
+            result = self._take_step(stop)
+            interval.add(result)
+            self._show(result)
             if state.step % CHECK_EVERY == 0:
                 self._check_agreement()
             if interval.num_steps == training.log_interval:
                 self._log_interval(interval)
                 interval = _Interval(time.perf_counter())
+
+    def _show(self, result: StepResult) -> None:
+        """Have the progress bar show a step that was taken."""
+        state, windows = self.state, len(self._epoch[1])
+        epoch, window = (state.epoch, state.window) if state.window else (state.epoch - 1, windows)
+        self._bar.show(
+            epoch, window, windows, state.step, state.lr, result.loss_sum, result.num_targets, result.grad_norm
+        )
 
     def _must_stop(self, stop: StopRequest) -> bool:
         """Whether a signal asks to stop, which all workers must know after the same step."""
@@ -355,9 +369,15 @@ class Trainer:
             set_parameters(self.model, best.parameters, self.run.best)
         result = self._evaluate(self.corpus.test, "test")
         which = f"step {state.best_step if state.best_step is not None else state.step}"
-        LOGGER.info("=" * 89)
-        LOGGER.info("| End of training | %s | test loss %5.4f | test ppl %8.2f", which, result.loss, result.perplexity)
-        LOGGER.info("=" * 89)
+        LOGGER.log(RESULT, "=" * 89)
+        LOGGER.log(
+            RESULT,
+            "| End of training | %s | test loss %5.4f | test ppl %8.2f",
+            which,
+            result.loss,
+            result.perplexity,
+        )
+        LOGGER.log(RESULT, "=" * 89)
         self._record(
             "test",
             loss=result.loss,
@@ -392,7 +412,8 @@ class Trainer:
         loss = interval.loss_sum / interval.num_targets
         windows = len(self._epoch[1])
         epoch, batch = (state.epoch + 1, state.window) if state.window else (state.epoch, windows)
-        LOGGER.info(
+        LOGGER.log(
+            DETAIL,
             "| epoch %3d | %5d/%5d batches | lr %g | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
             "%.0f tokens/s",
             epoch,

@@ -250,12 +250,12 @@ def test_nothing_given_is_the_lm_recipe():
     command = parse("")
     assert command.config == resolve(recipe="lm").config
     assert (command.recipe, command.save, command.resume) == ("lm", None, None)
-    assert not (command.overwrite or command.print_config or command.dry_run or command.debug)
+    assert not (command.overwrite or command.print_config or command.dry_run)
 
 
 def test_flags_of_the_run():
     command = parse("--save out.pt --overwrite --dry-run --debug --recipe mxnet")
-    assert (command.save, command.overwrite, command.dry_run, command.debug) == ("out.pt", True, True, True)
+    assert (command.save, command.overwrite, command.dry_run) == ("out.pt", True, True)
     assert command.recipe == "mxnet"
 
 
@@ -526,7 +526,7 @@ def test_finetuning_names_its_run_first_or_by_save():
     assert [parse_tuning(line).run for line in ("RUN", "--save RUN", "RUN --save RUN", "")] == ["RUN"] * 3 + [None]
     assert [parse_tuning(line).is_continued for line in ("RUN", "RUN --continue_train")] == [False, True]
     command = parse_tuning("RUN --overwrite --print-config --dry-run --debug").command
-    assert command.overwrite and command.print_config and command.dry_run and command.debug
+    assert command.overwrite and command.print_config and command.dry_run
     assert problems_of("RUN --save OTHER --overwrite --continue-train", parse_tuning) == [
         "RUN with --save OTHER: both name the run; leave one of them out",
         "--overwrite with --continue-train: it is either continued or replaced; leave one of them out",

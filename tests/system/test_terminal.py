@@ -1,0 +1,177 @@
+"""What a user sees of a command while it works: on a pseudo-terminal, in a pipe, and under --quiet."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 1, "--log-interval", 10)
+TRAINING = (*SMALL, "--epochs", 3, "--eval-batch-size", 2, "--seed", 1)
+ESCAPES = re.compile(r"\x1b\[(\d*)([A-Za-z])")
+FIGURES = re.compile(r"loss +[\d.]+ \| ppl +[\d.]+ \| lr [\d.]+ \| norm [\d.]+ \| \d+ tokens/s")
+
+
+def run_on_terminal(project, columns, command, *flags):
+    """All that a command writes to a terminal of so many columns."""
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)],
+        cwd=project.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stdin=its,
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    written = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            written += block
+    except OSError:  # the last process that had the terminal open is gone
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait(timeout=60) == 0, written.decode()
+    return written.decode()
+
+
+def run_in_pipe(project, command, *flags):
+    done = subprocess.run(
+        [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)],
+        cwd=project.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def shown(written):
+    """The lines that a terminal shows in the end, and every state of a line on the way there."""
+    lines, states, row, column, position = [""], [], 0, 0, 0
+    while position < len(written):
+        escape = ESCAPES.match(written, position)
+        if escape:
+            count, kind = int(escape.group(1) or 1), escape.group(2)
+            assert kind in "AK", escape.group(0)
+            if kind == "A":
+                row = max(0, row - count)
+            else:
+                lines[row] = lines[row][:column]
+            position = escape.end()
+            continue
+        character = written[position]
+        if character in "\r\n":
+            states.append(lines[row].rstrip())
+        if character == "\r":
+            column = 0
+        elif character == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            lines[row] = lines[row].ljust(column)[:column] + character + lines[row][column + 1 :]
+            column += 1
+        position += 1
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.rstrip() for line in lines], states
+
+
+def without_figures(lines):
+    """Lines less what differs between two runs of the same: durations and speeds."""
+    return [re.sub(r"time: +[\d.]+s|ms/batch +[\d.]+|\d+ tokens/s", "", line) for line in lines]
+
+
+def test_training_on_a_terminal_has_a_bar_and_leaves_the_lines_of_a_pipe_less_the_bars(project):
+    written = run_on_terminal(project, 200, "train", *TRAINING, "--save", "seen")
+    lines, states = shown(written)
+    piped, complaints = run_in_pipe(project, "train", *TRAINING, "--save", "piped")
+    assert complaints == ""
+    is_interval = re.compile(r"\| epoch +\d+ \| +\d+/ +\d+ batches \|")
+    expected = [line.replace("piped", "seen") for line in piped.splitlines()]
+    assert any(is_interval.match(line) for line in expected)
+    assert without_figures(lines) == without_figures(line for line in expected if not is_interval.match(line))
+    bars = [state for state in states if re.match(r"epoch +\d/3 +\d+%\|", state)]
+    assert any(re.search(r"\| \d+/\d+, \d+:\d\d left, \d+:\d\d to the end$", bar) for bar in bars)
+    assert any(FIGURES.fullmatch(state) for state in states)
+    # The log of a run has every line, wherever the command was started.
+    logs = [(project.path / run / "log.txt").read_text().splitlines() for run in ("seen", "piped")]
+    timeless = [without_figures(re.sub(r"^[\d-]{10} [\d:]{8} ", "", line) for line in log) for log in logs]
+    assert timeless[0] == [line.replace("piped", "seen") for line in timeless[1]]
+    assert without_figures(expected) == timeless[0]
+
+
+def test_a_narrow_terminal_has_all_figures(project):
+    _, states = shown(run_on_terminal(project, 80, "train", *TRAINING, "--save", "run"))
+    figures = [state for state in states if "tokens/s" in state]
+    assert figures and all(FIGURES.fullmatch(state) for state in figures)
+    bars = [state for state in states if state.startswith("epoch ") and "left" in state]
+    assert bars and max(map(len, bars)) <= 80 and any(bar.endswith("to the end") for bar in bars)
+
+
+def test_quiet_says_the_result_alone_and_verbose_says_more(project):
+    normal, _ = run_in_pipe(project, "train", *TRAINING, "--save", "normal")
+    quiet, complaints = run_in_pipe(project, "train", *TRAINING, "--save", "quiet", "--quiet")
+    assert (quiet, complaints) == ("".join(line + "\n" for line in normal.splitlines()[-3:]), "")
+    assert "| End of training |" in quiet
+    on_terminal = run_on_terminal(project, 100, "train", *TRAINING, "--save", "hushed", "--quiet")
+    assert on_terminal.replace("\r\n", "\n") == quiet
+    assert len((project.path / "quiet/log.txt").read_text().splitlines()) == len(normal.splitlines())
+
+    (result,) = run_in_pipe(project, "evaluate", "normal", "--quiet")[0].splitlines()
+    spoken = run_in_pipe(project, "evaluate", "normal", "--verbose")[0].splitlines()
+    assert result.startswith("test loss ") and result in spoken and len(spoken) > 4
+    lines, states = shown(run_on_terminal(project, 200, "train", *TRAINING, "--save", "told", "--verbose"))
+    assert any(re.match(r"\| epoch +1 \| +10/", line) for line in lines)
+    assert any(re.search(r"checkpoints/step-\d+ written in [\d.]+ s", line) for line in lines)
+    assert "MXNET" in "\n".join(lines) or "OMP_NUM_THREADS=1" in "\n".join(lines)
+    assert any(FIGURES.fullmatch(state) for state in states)
+
+
+def test_quiet_with_verbose_is_refused(project):
+    refused = project.run("evaluate", "run", "--quiet", "--verbose", code=2)
+    assert refused == "error: --quiet with --verbose: one contradicts the other; leave one of them out\n"
+
+
+def test_all_other_long_work_shows_a_bar_on_a_terminal(project):
+    """Each command on a text that takes longer than a bar waits, and on its way a bar, which is gone in the end."""
+    for name, times in (("train", 1500), ("valid", 1500), ("test", 1500)):
+        path = project.path / "text" / f"{name}.txt"
+        path.write_text(path.read_text() * times)
+    words = "a cat sees the tree .\n" * 40000
+    (project.path / "lines.txt").write_text(words)
+    trained = run_on_terminal(project, 120, "train", *SMALL, "--max-steps", 3, "--save", "run")
+    commands = {
+        "evaluate": ("run", "--eval-batch-size", 4),
+        "evaluate ": ("run", "--cache", "--window", 20),
+        "dynamiceval": ("run", "--max-batches", 2000),
+        "generate": ("run", "--words", 4000, "--outf", "out.txt"),
+        "score": ("run", "lines.txt", "--outf", "scores.tsv"),
+    }
+    written = {name: run_on_terminal(project, 120, name.strip(), *words) for name, words in commands.items()}
+    seen = {name: shown(text) for name, text in {"train": trained, **written}.items()}
+    for name, work in [
+        ("train", "encoding train"),
+        ("train", "validation"),
+        ("train", "test"),
+        ("evaluate", "test"),
+        ("evaluate ", "test"),
+        ("dynamiceval", "squared gradients"),
+        ("dynamiceval", "test"),
+        ("generate", "generating"),
+        ("score", "scoring"),
+    ]:
+        lines, states = seen[name]
+        assert any(re.match(rf"{work}.*: +\d+%\|", state) for state in states), (name, work, states)
+        assert not any("%|" in line for line in lines), (name, lines)
