@@ -92,7 +92,7 @@ setup(
     # The recipes are edited at the top of the tree and travel inside the package.
     packages=[*find_packages(include=["gluon_lm", "gluon_lm.*"]), "gluon_lm.configs"],
     package_dir={"gluon_lm.configs": "configs"},
-    package_data={"gluon_lm.configs": ["*.yaml"], "gluon_lm": ["py.typed", "serving/*.html"]},
+    package_data={"gluon_lm.configs": ["*.yaml"], "gluon_lm": ["py.typed", "serving/*.html", "reporting/*.html"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["gluon-lm = gluon_lm.__main__:main"]},

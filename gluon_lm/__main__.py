@@ -19,6 +19,8 @@ COMMANDS = {
     "dynamiceval": "the same of a run that learns from the text while it reads it",
     "generate": "write text with a run",
     "score": "how likely a run finds each line of a file, and each word",
+    "runs": "list runs: state, model, steps, perplexity",
+    "report": "runs as one page: curves, results, configurations, texts",
     "serve": "a model behind an address: a form, a JSON API, a page",
     "export": "write a model that runs with MXNet alone, or as ONNX",
     "download": "fetch corpora",

@@ -317,6 +317,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "patience",
         "checkpoint_every",
         "keep_checkpoints",
+        "tensorboard",
         "gen_word_len",
     }
 )

@@ -432,6 +432,9 @@ class TrainingConfig(Section):
         None, optional(integer()), "steps between checkpoints (default: at each evaluation)"
     )
     keep_checkpoints: int = option(2, integer(), "newest checkpoints to keep; the best one always stays")
+    tensorboard: bool = option(
+        False, switch(), "write metrics and configuration for TensorBoard too, to RUN/tensorboard"
+    )
     gen_word_len: int = option(0, integer(0), "words to generate when training is done")
 
 

@@ -91,6 +91,16 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def peak_memory() -> int | None:
+    """Bytes of the machine's memory that this process has held at most; None where the system cannot tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(kibibytes)
+
+
 def keep_freed_memory(up_to: int | None = None) -> bool:
     """Tell glibc to keep freed tensors for the next step instead of handing them back to the kernel.
 

@@ -14,6 +14,7 @@ _HOME = {
     "KVStoreCommunicator": "kvstore",
     "SingleDevice": "communicator",
     "create_communicator": "devices",
+    "memory_in_use": "devices",
     "resolve_devices": "devices",
     "resolve_single_device": "devices",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mxnet as mx
 
@@ -51,6 +51,12 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
                 "build, whose machine code is for compute capability 5.0 to 8.9. Use another GPU, or --cpus N"
             )
     return devices
+
+
+def memory_in_use(devices: Sequence[mx.Context]) -> int | None:
+    """Bytes in use, by any process, on the fullest of the GPUs among `devices`; None where there is none."""
+    memories = [mx.context.gpu_memory_info(device.device_id) for device in devices if device.device_type == "gpu"]
+    return max((total - free for free, total in memories), default=None)
 
 
 def _device_of_process(config: DeviceConfig) -> list[mx.Context]:

@@ -21,8 +21,8 @@ class RunFolder:
     Attributes
     ----------
     path : Path
-        ``config.yaml``, ``vocab.txt``, ``log.txt``, ``metrics.jsonl``, ``checkpoints/step-N/``, and the links ``best``
-        and ``latest`` to two of these.
+        ``config.yaml``, ``vocab.txt``, ``log.txt``, ``metrics.jsonl``, ``status.json``, ``checkpoints/step-N/``, the
+        links ``best`` and ``latest`` to two of these, and ``tensorboard/`` where it was asked for.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -31,6 +31,8 @@ class RunFolder:
         self.vocabulary = self.path / "vocab.txt"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
+        self.status = self.path / "status.json"
+        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.latest = self.path / "latest"

@@ -19,6 +19,7 @@ from ..generation.generator import generate
 from ..logs import LOGGER, RESULT, fall_silent, log_to_file
 from ..models import LanguageModel
 from ..progress import counted
+from ..tracking import require_tensorboard
 from .checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
@@ -93,6 +94,8 @@ def _join(config: Config) -> Communicator:
     communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
     if not communicator.is_primary:
         fall_silent()
+    elif config.training.tensorboard:
+        require_tensorboard()
     return communicator
 
 

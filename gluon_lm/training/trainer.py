@@ -17,7 +17,7 @@ import numpy as np
 from ..config import Config, share_problems
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows
-from ..distributed import Communicator
+from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, RESULT
@@ -27,7 +27,8 @@ from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
 from ..progress import TrainingBar
-from ..tracking import MetricsFile
+from ..runtime import peak_memory
+from ..tracking import MetricsFile, TensorBoard, write_status
 from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
@@ -113,7 +114,7 @@ class Trainer:
         if optim.asgd:
             self._start_averaging()
         self._saved_step: int | None = None
-        self._metrics: MetricsFile | None = None  # rank 0's
+        self._trackers: list[MetricsFile | TensorBoard] = []  # rank 0's
         self._agreed_signal = 0
 
     def _make_windows(self) -> TrainingWindows:
@@ -157,7 +158,7 @@ class Trainer:
         """
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
         if self._communicator.is_primary:
-            self._metrics = MetricsFile(self.run.metrics, self.state.step)
+            self._open_trackers()
         self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
         try:
             with StopRequest() as stop:
@@ -169,16 +170,31 @@ class Trainer:
                 if stop.signal != signal.SIGTERM and self._communicator.is_primary:
                     self._test_best()
                 self._communicator.gather_object("done")
+            self._note_end("finished" if stop.signal is None else "stopped")
             return stop.exit_code
+        except (Exception, KeyboardInterrupt) as error:
+            with contextlib.suppress(OSError):  # what ended the run is the error to tell
+                self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+            raise
         finally:
             self._bar.close()
-            if self._metrics is not None:
-                self._metrics.close()
+            for tracker in self._trackers:
+                tracker.close()
             self._communicator.close()
 
+    def _open_trackers(self) -> None:
+        self._trackers.append(MetricsFile(self.run.metrics, self.state.step))
+        if self.config.training.tensorboard:
+            self._trackers.append(TensorBoard(self.run.tensorboard, self.state.step, self._config_yaml))
+        write_status(self.run.status, "running")
+
+    def _note_end(self, state: str, reason: str | None = None) -> None:
+        if self._trackers:
+            write_status(self.run.status, state, reason)
+
     def _record(self, event: str, **values: Any) -> None:
-        if self._metrics is not None:
-            self._metrics.write(event, self.state.step, **values)
+        for tracker in self._trackers:
+            tracker.write(event, self.state.step, **values)
 
     def _train(self, stop: StopRequest) -> None:
         training, state = self.config.training, self.state
@@ -324,6 +340,8 @@ class Trainer:
             lr=state.lr,
             best=is_best,
             seconds=seconds,
+            peak_memory=peak_memory(),
+            device_memory=memory_in_use(self._communicator.devices),
         )
         if not is_best and optim.lr_decay is not None:
             state.lr /= optim.lr_decay

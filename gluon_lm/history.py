@@ -1,0 +1,243 @@
+"""What the folder of a run knows of it, read without MXNet, while the run is trained or after."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import Config
+from .errors import CheckpointError, ConfigError
+from .metrics import perplexity
+from .tracking import is_being_written, read_events
+from .training.run_folder import RunFolder, checkpoint_step
+
+STATES = ("running", "finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint of a run.
+
+    Attributes
+    ----------
+    step : int
+    epoch : float
+        Passes over the training text by then.
+    loss : float or None
+        On the validation text, in nats a token, where it was evaluated.
+    num_bytes : int
+    is_best, is_latest : bool
+    """
+
+    step: int
+    epoch: int
+    loss: float | None
+    num_bytes: int
+    is_best: bool
+    is_latest: bool
+
+
+class RunHistory:
+    """A run, as its folder tells.
+
+    Parameters
+    ----------
+    path : Path
+
+    Attributes
+    ----------
+    folder : RunFolder
+    config : Config
+    events : list of dict
+        The lines of ``metrics.jsonl``.
+    state : str
+        One of `STATES`: *running* while a process holds ``metrics.jsonl``; else how the last one ended. One that was
+        killed could not tell, and counts as *stopped*.
+    reason : str or None
+        Why it failed or stopped, where that is known.
+    updated : float
+        When something was last written, in seconds since 1970.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is no run, or a file in it cannot be understood.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = folder = RunFolder(path)
+        if not folder.config.is_file():
+            raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
+        try:
+            self.config = Config.from_yaml(folder.config)
+            self.events = [event for _, event in read_events(folder.metrics)] if folder.metrics.exists() else []
+            self.state, self.reason = self._read_state()
+            self.checkpoints = [self._read_checkpoint(saved) for saved in folder.saved_checkpoints()]
+        except ConfigError as error:
+            raise CheckpointError("; ".join(error.problems)) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        written = [folder.config, folder.metrics, folder.log, folder.status]
+        self.updated = max(file.stat().st_mtime for file in written if file.exists())
+
+    def _read_state(self) -> tuple[str, str | None]:
+        if is_being_written(self.folder.metrics):
+            return "running", None
+        if not self.folder.status.exists():
+            return ("finished" if self.of("test") else "stopped"), None
+        status = json.loads(self.folder.status.read_text(encoding="utf-8"))
+        if status["state"] == "running":
+            return "stopped", "killed"
+        if status["state"] not in STATES:
+            raise ValueError(f"{self.folder.status.name}: state {status['state']!r}")
+        return status["state"], status["reason"]
+
+    def _read_checkpoint(self, path: Path) -> SavedCheckpoint:
+        step = checkpoint_step(path)
+        training = json.loads((path / "state.json").read_text(encoding="utf-8"))["training"]
+        return SavedCheckpoint(
+            step,
+            training["epoch"],
+            next((event["loss"] for event in self.of("valid") if event["step"] == step), None),
+            sum(file.stat().st_size for file in path.iterdir()),
+            path.resolve() == self.folder.best.resolve(),
+            path.resolve() == self.folder.latest.resolve(),
+        )
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """All events of one kind: ``train``, ``valid``, ``test``."""
+        return [one for one in self.events if one["event"] == event]
+
+    def series(self, event: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and the finite values of one number, both float64 of shape (n,)."""
+        points = [(one["step"], one[name]) for one in self.of(event) if one.get(name) is not None]
+        steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
+
+    @property
+    def steps(self) -> int:
+        """Steps that are known to have been taken."""
+        return max([event["step"] for event in self.events] + [saved.step for saved in self.checkpoints], default=0)
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the training text that were begun."""
+        return max((event["epoch"] for event in self.events if "epoch" in event), default=0)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the lowest validation loss."""
+        evaluated = [event for event in self.of("valid") if event["loss"] is not None]
+        return min(evaluated, key=lambda event: event["loss"], default=None)
+
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """The result on the test text, where it is that of the best model."""
+        tests = self.of("test")
+        is_current = tests and (self.best is None or self.best["step"] <= tests[-1]["step"])
+        return tests[-1] if is_current else None
+
+    @property
+    def model(self) -> str:
+        """The architecture in a few words: ``lstm 200x200 tied``."""
+        config = self.config.model
+        words = [config.model, "x".join(map(str, config.layer_sizes))]
+        if config.tied:
+            words.append("tied")
+        if config.num_experts:
+            words.append(f"mixture of {config.num_experts}")
+        return " ".join(words)
+
+    @functools.cached_property
+    def corpus(self) -> str:
+        """What it is trained on: a corpus of the registry, or the user's files."""
+        for saved in reversed(self.folder.saved_checkpoints()):
+            text = json.loads((saved / "state.json").read_text(encoding="utf-8")).get("text", {})
+            if text.get("name"):
+                return str(text["name"])
+        return " ".join(Path(name).name for name in self.config.data.data)
+
+    @functools.cached_property
+    def num_parameters(self) -> int | None:
+        """Of the model, where a checkpoint is there to count them in."""
+        for saved in reversed(self.folder.saved_checkpoints()):
+            return _count_numbers(saved / "parameters.npz")
+        return None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over the intervals of the log."""
+        _, speeds = self.series("train", "tokens_per_second")
+        return float(np.median(speeds)) if len(speeds) else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time from evaluation to evaluation, without these."""
+        _, seconds = self.series("valid", "seconds")
+        return float(seconds.sum()) if len(seconds) else None
+
+    def peak_memory(self, name: str = "peak_memory") -> int | None:
+        """The most memory in bytes: ``peak_memory`` of the machine, ``device_memory`` of a GPU."""
+        _, values = self.series("valid", name)
+        return int(values.max()) if len(values) else None
+
+    def summary(self) -> dict[str, Any]:
+        """All of this in short, as plain JSON values."""
+        best, test = self.best, self.test
+        return {
+            "path": str(self.folder.path),
+            "state": self.state,
+            "reason": self.reason,
+            "model": self.model,
+            "corpus": self.corpus,
+            "steps": self.steps,
+            "epoch": self.epoch,
+            "epochs": self.config.training.epochs,
+            "best_step": None if best is None else best["step"],
+            "best_perplexity": _perplexity(best),
+            "test_perplexity": _perplexity(test),
+            "tokens_per_second": self.tokens_per_second,
+            "updated": self.updated,
+        }
+
+
+def _perplexity(result: dict[str, Any] | None) -> float | None:
+    """Of a validation or a test; None where there is none, or it is beyond a float, which JSON cannot say."""
+    value = math.inf if result is None or result["loss"] is None else perplexity(result["loss"])
+    return value if math.isfinite(value) else None
+
+
+def _count_numbers(path: Path) -> int | None:
+    """How many numbers the arrays of an ``.npz`` file have, by their headers; None where these cannot be read."""
+    count = 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, _ = headers[np.lib.format.read_magic(file)](file)
+                    count += math.prod(shape)
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
+        return None
+    return count
+
+
+def duration(seconds: float) -> str:
+    """A length of time to a digit or two: ``45 s``, ``12 min``, ``3.5 h``, ``2 d``."""
+    for unit, size, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 36 * 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def age(moment: float) -> str:
+    """How long ago a moment was."""
+    return duration(max(0.0, time.time() - moment))

@@ -1,0 +1,138 @@
+"""``python -m gluon_lm.report RUN...``: runs as one HTML page that needs no network, and as plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cli import CommandParser, DebugOptions, Section, run_command
+from .config import DeviceConfig, integer, option, optional, text
+from .errors import CheckpointError, ConfigError
+from .files import atomic_write
+from .history import RunHistory
+from .logs import LOGGER, RESULT, log_to_terminal
+from .progress import counted
+from .runtime import prepare_process
+from .training.run_folder import find_run
+
+if TYPE_CHECKING:
+    from .reporting.page import Writing
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions(Section):
+    """What is written, and where."""
+
+    output: str | None = option(
+        None,
+        optional(text("FILE")),
+        "page to write, the plots beside it (default: report.html, of one run in its folder, of several here)",
+    )
+    words: int = option(60, integer(0), "words of each text that the best checkpoints write; 0: none")
+    samples: int = option(2, integer(1, 64), "texts of each run")
+    seed: int = option(1111, integer(0, 2**31 - 1), "decides the texts")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_report, argv)
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "report",
+        "Write curves, results, configurations, texts and checkpoints of runs as one HTML page, and plots as PNG.",
+        "python -m gluon_lm.report runs/ptb runs/ptb-tied --output report.html",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: the newest run)")
+    parser.add_section(ReportOptions, "report")
+    parser.add_section(DeviceConfig, "devices (for the texts)")
+    parser.add_section(DebugOptions, "messages")
+    parsed = parser.parse(argv)
+    options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
+    folders = [find_run(name)[0].path for name in parsed.arguments.runs or [None]]
+    names = _names(folders)
+    output = _output(options.output, folders)
+    log_to_terminal(parsed.verbosity)
+    runs = [RunHistory(path) for path in folders]
+    writings = _write_texts(folders, options, device_config) if options.words else []
+    from .reporting.curves import panels_of
+    from .reporting.page import render_page
+    from .reporting.plots import can_plot, write_plots
+
+    panels = panels_of(runs)
+    page = render_page(runs, names, panels, writings)
+    with atomic_write(output) as file:
+        file.write(page.encode("utf-8"))
+    LOGGER.log(RESULT, "%s", output)
+    if not can_plot():
+        LOGGER.warning("no plots as PNG: matplotlib is not installed; pip install 'gluon_lm[plot]'")
+        return 0
+    for path in counted(write_plots(panels, names, output.with_suffix("")), len(panels), "plotting", "plot"):
+        LOGGER.info("%s", path)
+    return 0
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What each run is called: the end of its path, as much of it as tells it from the others.
+
+    Raises
+    ------
+    ConfigError
+        If a run is named twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for folder, own in zip(folders, parts):
+        if parts.count(own) > 1:
+            raise ConfigError(f"{folder}: is named twice; leave one of them out")
+    count = 1
+    while len({own[-count:] for own in parts}) < len(parts):
+        count += 1
+    return ["/".join(own[-count:]) for own in parts]
+
+
+def _output(name: str | None, folders: Sequence[Path]) -> Path:
+    """The page's file.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be one.
+    """
+    if name is None:
+        return folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    path = Path(name)
+    if path.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output {name}: must end in .html; write --output {path.stem}.html")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output {name}: must be a file in a folder that exists; name another")
+    return path
+
+
+def _write_texts(folders: Sequence[Path], options: ReportOptions, device_config: DeviceConfig) -> list[Writing]:
+    prepare_process(own_layers=True)
+    from .data.vocabulary import EOS
+    from .distributed import resolve_single_device
+    from .generation.generator import generate
+    from .prediction import load_predictor
+    from .reporting.page import Writing
+
+    device = resolve_single_device(device_config)
+    writings = []
+    for folder in counted(folders, len(folders), "writing texts", "run"):
+        try:
+            predictor = load_predictor(folder, device)
+        except CheckpointError as error:
+            writings.append(Writing([], f"No text: {error}"))
+            continue
+        steps = generate(predictor, options.words, num_samples=options.samples, seed=options.seed)
+        texts = [" ".join(str(word) for word in words).replace(f" {EOS} ", "\n") for words in zip(*steps)]
+        writings.append(Writing(texts, f"Written by the best checkpoint, seed {options.seed}, temperature 1."))
+    return writings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

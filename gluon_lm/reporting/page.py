@@ -1,0 +1,344 @@
+"""A report as one HTML page that asks the network for nothing. Every text of a user's is escaped on its way into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..config import SECTIONS, Config, get, resolve, show
+from ..history import RunHistory, duration
+from .curves import COLOURS, DARK_COLOURS, DASHES, Curve, Panel, linear_ticks, thinned, tick_label
+
+_SIDE = 1000  # of a plot's coordinates, which are stretched over the room that there is
+_EMPTY = "–"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Texts that a run's best checkpoint wrote.
+
+    Attributes
+    ----------
+    texts : list of str
+    how : str
+        From what, and under which seed; or why there are none.
+    """
+
+    texts: list[str]
+    how: str
+
+
+def render_page(
+    runs: Sequence[RunHistory], names: Sequence[str], panels: Sequence[Panel], writings: Sequence[Writing] = ()
+) -> str:
+    """The whole page.
+
+    Parameters
+    ----------
+    runs : sequence of RunHistory
+    names : sequence of str
+        How each run is called, all different.
+    panels : sequence of Panel
+    writings : sequence of Writing, optional
+        One for each run.
+    """
+    title = f"Report on {names[0]}" if len(runs) == 1 else f"Report on {len(runs)} runs"
+    sections = {
+        "Results": _results(runs, names),
+        "Curves": _curves(panels, names),
+        "Texts": _texts(names, writings),
+        "Configuration": _configuration(runs, names),
+        "Checkpoints": _checkpoints(runs, names),
+    }
+    sections = {heading: content for heading, content in sections.items() if content}
+    values = {
+        "title": escape(title),
+        "subtitle": escape(", ".join(dict.fromkeys(f"{run.corpus}: {run.model}" for run in runs))),
+        "colours": _colours(),
+        "navigation": "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
+        "sections": "\n".join(
+            f'<section aria-labelledby="{name.lower()}">\n<h2 id="{name.lower()}">{name}</h2>\n{content}\n</section>'
+            for name, content in sections.items()
+        ),
+        "footer": f"Made by gluon_lm {__version__} on {time.strftime('%Y-%m-%d %H:%M')}.",
+    }
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found.group(1)], template)
+
+
+def _colours() -> str:
+    light = "".join(f" --run-{i}: {colour};" for i, colour in enumerate(COLOURS))
+    dark = "".join(f" --run-{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
+    return f":root {{{light} }}\n@media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
+
+
+def _colour(run: int) -> str:
+    return f"var(--run-{run % len(COLOURS)})"
+
+
+def _stroke(run: int) -> str:
+    dashes = " ".join(map(str, DASHES[run % len(DASHES)]))
+    return f'stroke="{_colour(run)}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
+
+
+def _swatch(run: int) -> str:
+    line = f'<line x1="0" y1="6" x2="36" y2="6" {_stroke(run)}/>'
+    return f'<svg class="swatch" viewBox="0 0 36 12" aria-hidden="true">{line}</svg>'
+
+
+# ---------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What stands in a table, as HTML; numbers are aligned on the right."""
+
+    html: str
+    is_number: bool = False
+
+
+def _text(value: Any) -> _Cell:
+    return _Cell(_EMPTY if value is None else escape(str(value)))
+
+
+def _number(value: float | None, form: str = ",", unit: str = "") -> _Cell:
+    return _Cell(_EMPTY if value is None else escape(f"{value:{form}}{unit}"), is_number=True)
+
+
+def _table(caption: str | None, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
+    """A table whose rows have a heading each, given as HTML; on a narrow screen a row is a list of its own."""
+    first = rows[0][1]
+    numbers = [False, *(cell.is_number for cell in first)]
+    heads = "".join(
+        f'<th role="columnheader" scope="col"{_aligned(is_number)}>{escape(name)}</th>'
+        for name, is_number in zip(columns, numbers)
+    )
+    body = []
+    for heading, cells in rows:
+        row = "".join(
+            f'<td role="cell" data-label="{escape(name)}"{_aligned(cell.is_number)}><span>{cell.html}</span></td>'
+            for name, cell in zip(columns[1:], cells)
+        )
+        body.append(f'<tr role="row"><th role="rowheader" scope="row">{heading}</th>{row}</tr>')
+    told = f"<caption>{escape(caption)}</caption>" if caption else ""
+    label = escape(caption or columns[0])
+    return (
+        f'<div class="sheet scroller" tabindex="0" role="region" aria-label="{label}"><table role="table">{told}'
+        f'<thead role="rowgroup"><tr role="row">{heads}</tr></thead>\n<tbody role="rowgroup">\n'
+        + "\n".join(body)
+        + "\n</tbody></table></div>"
+    )
+
+
+def _aligned(is_number: bool) -> str:
+    return ' class="number"' if is_number else ""
+
+
+def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
+    columns = (
+        "Run",
+        "State",
+        "Model",
+        "Corpus",
+        "Parameters",
+        "Steps",
+        "Epochs",
+        "Validation perplexity",
+        "Test perplexity",
+        "Tokens per second",
+        "Training time",
+        "Peak memory",
+    )
+    summaries = [run.summary() for run in runs]
+    leads = {}
+    for key in ("best_perplexity", "test_perplexity"):
+        known = [summary[key] for summary in summaries if summary[key] is not None]
+        leads[key] = min(known) if len(known) > 1 else None
+    rows = []
+    for run, name, summary in zip(runs, names, summaries):
+        seconds, memory = run.training_seconds, run.peak_memory("device_memory") or run.peak_memory()
+        cells = [
+            _state(run),
+            _text(run.model),
+            _text(run.corpus),
+            _number(run.num_parameters),
+            _number(run.steps),
+            _Cell(f"{run.epoch} of {run.config.training.epochs}", is_number=True),
+            _perplexity(summary, "best_perplexity", leads),
+            _perplexity(summary, "test_perplexity", leads),
+            _number(run.tokens_per_second, ",.0f"),
+            _Cell(_EMPTY if seconds is None else duration(seconds), is_number=True),
+            _number(None if memory is None else memory / 1e6, ",.0f", " MB"),
+        ]
+        rows.append((escape(name), cells))
+    note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."
+    return f'{_table(None, columns, rows)}\n<p class="quiet">{note}</p>'
+
+
+def _state(run: RunHistory) -> _Cell:
+    reason = f" ({run.reason})" if run.reason else ""
+    return _Cell(f'<span class="state {run.state}">{run.state}</span>{escape(reason)}')
+
+
+def _perplexity(summary: Mapping[str, Any], key: str, leads: Mapping[str, float | None]) -> _Cell:
+    cell = _number(summary[key], ",.2f")
+    is_lead = summary[key] is not None and summary[key] == leads[key]
+    return dataclasses.replace(cell, html=f'<strong class="lead">{cell.html}</strong>') if is_lead else cell
+
+
+def _checkpoints(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
+    tables = []
+    for run, name in zip(runs, names):
+        rows = []
+        for saved in run.checkpoints:
+            marks = [word for word, holds in (("best", saved.is_best), ("latest", saved.is_latest)) if holds]
+            loss = next((e["perplexity"] for e in run.of("valid") if e["step"] == saved.step), None)
+            cells = [
+                _number(saved.epoch),
+                _number(loss, ",.2f"),
+                _number(saved.num_bytes / 1e6, ",.1f", " MB"),
+                _text(", ".join(marks) or None),
+            ]
+            rows.append((f"step {saved.step:,}", cells))
+        if rows:
+            columns = ("Checkpoint", "Epochs done", "Validation perplexity", "Size", "Which is")
+            tables.append(_table(name, columns, rows))
+    return f'<div class="tables">{"".join(tables)}</div>' if tables else ""
+
+
+def _configuration(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
+    fields = [field.name for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    configs: list[Config] = [run.config for run in runs]
+    if len(runs) > 1:
+        differing = [name for name in fields if len({show(get(config, name)) for config in configs}) > 1]
+        caption, columns = "What differs between the runs", ("Setting", *names)
+    else:
+        resolved = resolve(config_file=runs[0].folder.config, default_recipe=None)
+        base = resolve(recipe=resolved.recipe, default_recipe=None).config
+        configs = [base, *configs]
+        differing = [name for name in fields if get(base, name) != get(configs[1], name)]
+        recipe = f"recipe {resolved.recipe}" if resolved.recipe else "the defaults"
+        caption, columns = f"What differs from {recipe}", ("Setting", recipe, names[0])
+    rows = [(escape(name), [_text(show(get(config, name))) for config in configs]) for name in differing]
+    told = _table(caption, columns, rows) if rows else f"<p>{escape(caption)}: nothing.</p>"
+    whole = "".join(
+        f'<details class="sheet"><summary>All of {escape(name)}</summary>'
+        f'<pre tabindex="0">{escape(run.folder.config.read_text(encoding="utf-8"))}</pre></details>'
+        for run, name in zip(runs, names)
+    )
+    return told + whole
+
+
+# ---------------------------------------------------------------- curves
+
+
+def _curves(panels: Sequence[Panel], names: Sequence[str]) -> str:
+    if not panels:
+        return "<p>Nothing is logged yet.</p>"
+    shown = sorted({curve.run for panel in panels for curve in panel.curves})
+    boxes = "".join(
+        f'<label><input type="checkbox" value="{run}" checked{"" if run in shown else " disabled"}>{_swatch(run)}'
+        f"<span>{escape(name)}</span></label>"
+        for run, name in enumerate(names)
+    )
+    legend = f'<fieldset class="legend"><legend>Runs that are shown</legend>{boxes}</fieldset>'
+    figures = "\n".join(_figure(panel, names) for panel in panels)
+    return f'{legend}\n<p class="quiet">Everything over the steps of training.</p>\n<div class="charts">{figures}</div>'
+
+
+def _figure(panel: Panel, names: Sequence[str]) -> str:
+    marks, lines, dots = [], [], []
+    for tick in panel.ticks():
+        (height,) = panel.height(np.array([tick]))
+        lines.append(f'<line class="grid" x1="0" x2="{_SIDE}" y1="{_y(height)}" y2="{_y(height)}"/>')
+        marks.append(f'<span class="y tick" style="bottom: {100 * height:.2f}%">{tick_label(tick)}</span>')
+    for tick in linear_ticks(0, panel.last_step):
+        place = tick / panel.last_step
+        marks.append(f'<span class="x tick" style="left: {100 * place:.2f}%">{tick_label(tick)}</span>')
+    for curve in panel.curves:
+        if curve.is_smoothed:
+            path = _path(panel, curve.steps, curve.values)
+            lines.append(f'<path class="raw" data-run="{curve.run}" stroke="{_colour(curve.run)}" d="{path}"/>')
+        path = _path(panel, curve.steps, curve.smooth)
+        lines.append(f'<path class="curve" data-run="{curve.run}" {_stroke(curve.run)} d="{path}"/>')
+        if panel.best == "lowest" or len(curve.steps) == 1:
+            at = int(curve.smooth.argmin())
+            left, height = 100 * curve.steps[at] / panel.last_step, 100 * panel.height(curve.smooth)[at]
+            style = f"left: {left:.2f}%; bottom: {height:.2f}%; background: {_colour(curve.run)}"
+            dots.append(f'<span class="dot" data-run="{curve.run}" style="{style}"></span>')
+    told = ". ".join(_describe(panel, curve, names[curve.run]) for curve in panel.curves)
+    smoothing = "Bold is smoothed, faint is as logged. " if any(curve.is_smoothed for curve in panel.curves) else ""
+    title = escape(panel.title)
+    return (
+        f'<figure class="sheet"><figcaption><h3>{title}</h3></figcaption>\n'
+        f'<div class="plot" tabindex="0" role="group" aria-label="{title}: the arrow keys read values">\n'
+        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{title} over steps. {escape(told)}.">\n' + "\n".join(lines) + "</svg>\n"
+        f'<div aria-hidden="true">{"".join(marks)}{"".join(dots)}<div class="cursor" hidden></div></div></div>\n'
+        f'<output class="reading">{smoothing}{escape(_remarkable(panel, names))}</output>\n'
+        f'<script type="application/json">{_data(panel)}</script></figure>'
+    )
+
+
+def _y(height: float) -> str:
+    return f"{_SIDE * (1 - height):.1f}"
+
+
+def _path(panel: Panel, steps: np.ndarray, values: np.ndarray) -> str:
+    steps, heights = thinned(steps, panel.height(values))
+    points = [f"{_SIDE * step / panel.last_step:.1f} {_y(height)}" for step, height in zip(steps, heights)]
+    return "M" + "L".join(points)
+
+
+def _describe(panel: Panel, curve: Curve, name: str) -> str:
+    """A curve in words."""
+    first, last = (f"{value:{panel.form}}" for value in (curve.values[0], curve.values[-1]))
+    words = f"{name}: from {first} to {last} at step {curve.steps[-1]:,.0f}"
+    if panel.best:
+        at = curve.values.argmin() if panel.best == "lowest" else curve.values.argmax()
+        words += f", {panel.best} {curve.values[at]:{panel.form}} at step {curve.steps[at]:,.0f}"
+    return words
+
+
+def _remarkable(panel: Panel, names: Sequence[str]) -> str:
+    """What is said below a plot until a value is read off."""
+    if panel.best != "lowest":
+        told = [f"{names[curve.run]} {curve.smooth[-1]:{panel.form}}" for curve in panel.curves]
+        return "At the end: " + ", ".join(told)
+    told = [
+        f"{names[curve.run]} {curve.smooth.min():{panel.form}} at step {curve.steps[curve.smooth.argmin()]:,.0f}"
+        for curve in panel.curves
+    ]
+    return "Lowest: " + ", ".join(told)
+
+
+def _data(panel: Panel) -> str:
+    """The points of a panel as JSON, for the reading off of values; numbers only."""
+    curves = []
+    for curve in panel.curves:
+        steps, values = thinned(curve.steps, curve.smooth)
+        shown = [f"{value:{panel.form}}" for value in values]
+        curves.append({"run": curve.run, "steps": [int(step) for step in steps], "values": shown})
+    return json.dumps({"last": panel.last_step, "curves": curves}, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _texts(names: Sequence[str], writings: Sequence[Writing]) -> str:
+    articles = []
+    for name, writing in zip(names, writings):
+        quotes = "".join(f"<blockquote>{escape(text)}</blockquote>" for text in writing.texts)
+        head = f'<h3>{escape(name)}</h3><p class="quiet">{escape(writing.how)}</p>'
+        articles.append(f'<article class="sheet">{head}{quotes}</article>')
+    return f'<div class="texts">{"".join(articles)}</div>' if articles else ""

@@ -1,0 +1,115 @@
+"""``python -m gluon_lm.runs DIR``: the runs in a folder, how far they are and how good."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cli import CommandParser, DebugOptions, Section, run_command
+from .config import option, show, switch
+from .errors import CheckpointError, ConfigError
+from .finetune import FOLDER as FINETUNED
+from .history import RunHistory, age
+from .logs import LOGGER, log_to_terminal
+
+_COLUMNS = ("run", "state", "model", "corpus", "steps", "epoch", "valid ppl", "test ppl", "written")
+_NUMBERS = {"steps", "epoch", "valid ppl", "test ppl", "written"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsOptions(Section):
+    """How they are listed."""
+
+    json: bool = option(False, switch(), "one JSON object for all of it, instead of a table")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run_command(_runs, argv)
+
+
+def _runs(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "runs",
+        "List the runs in a folder: state, model, corpus, steps, best validation and test perplexity, age.",
+        "python -m gluon_lm.runs runs --json",
+    )
+    parser.add_argument("folder", nargs="?", metavar="DIR", default="runs", help="folder of runs (default: runs)")
+    parser.add_section(RunsOptions, "output")
+    parser.add_section(DebugOptions, "messages")
+    parsed = parser.parse(argv)
+    folder = Path(parsed.arguments.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is no folder; name one that has runs in it")
+    log_to_terminal(parsed.verbosity)
+    runs, broken = [], []
+    for path in _run_folders(folder):
+        name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
+        LOGGER.debug("reading %s", path)
+        try:
+            runs.append({"name": name, **RunHistory(path).summary()})
+        except CheckpointError as error:
+            broken.append({"name": name, "path": str(path), "problem": str(error)})
+    runs.sort(key=lambda run: run["updated"], reverse=True)
+    if parsed.build(RunsOptions).json:
+        print(json.dumps({"runs": runs, "broken": broken}, indent=1))
+        return 0
+    for line in _table(runs) if runs else [f"no runs in {folder}"]:
+        print(line)
+    for run in broken:
+        print(f"{show(run['name'])}: broken ({run['problem']})")
+    return 0
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned one."""
+    if _looks_like_a_run(folder):
+        found = [folder]
+    else:
+        inside = (path for path in sorted(folder.iterdir()) if not (path.is_symlink() or path.name.startswith(".")))
+        found = [path for path in inside if path.is_dir() and _looks_like_a_run(path)]
+    for path in found:
+        yield path
+        if (path / FINETUNED).is_dir():
+            yield path / FINETUNED
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+
+
+def _table(runs: list[dict[str, Any]]) -> list[str]:
+    rows = [_row(run) for run in runs]
+    widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
+    return [
+        "  ".join(
+            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, row, widths)
+        ).rstrip()
+        for row in [_COLUMNS, *rows]
+    ]
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    return (
+        show(run["name"]),
+        run["state"] + (" (killed)" if run["reason"] == "killed" else ""),
+        run["model"],
+        run["corpus"],
+        f"{run['steps']:,}",
+        f"{run['epoch']}/{run['epochs']}",
+        figure(run["best_perplexity"]),
+        figure(run["test_perplexity"]),
+        f"{age(run['updated'])} ago",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
