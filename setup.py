@@ -36,6 +36,8 @@ CUDA_11 = [
 
 SERVE = ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1", "pydantic>=2,<3"]
 ONNX = ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"]
+TENSORBOARD = ["tensorboardX>=2.6,<3"]
+PLOT = ["matplotlib>=3.7,<4"]
 
 EXTRAS = {
     # Exactly one of these three.
@@ -46,8 +48,8 @@ EXTRAS = {
     "horovod": ["horovod==0.28.1"],
     "serve": SERVE,
     "onnx": ONNX,
-    "tensorboard": ["tensorboardX>=2.6,<3"],
-    "plot": ["matplotlib>=3.7,<4"],
+    "tensorboard": TENSORBOARD,
+    "plot": PLOT,
     "test": [
         "pytest>=7.4,<10",
         "pytest-timeout>=2.2,<3",
@@ -57,6 +59,9 @@ EXTRAS = {
         "types-PyYAML",
         *ONNX,
         *SERVE,
+        *TENSORBOARD,
+        "tensorboard>=2.12,<3",  # reads back what tensorboardX wrote
+        *PLOT,
         "schemathesis>=4,<5",
         "playwright>=1.40,<2",
     ],

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 
 import pytest
+from browser import EXECUTABLE, contrasts, open_browser
 from serving import PATIENCE, Server, train_tiny_run, until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="there is no Chromium here")
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -136,26 +133,6 @@ def test_without_scripts_the_form_still_works(open_page):
     assert len(page.locator("body").inner_text().split()) == 25
 
 
-CONTRASTS = """() => {
-  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
-    const [r, g, b] = parse(colour).slice(0, 3).map((c) => c / 255)
-      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const ground = (element) => {
-    const colour = getComputedStyle(element).backgroundColor;
-    const [, , , alpha = 1] = parse(colour);
-    return alpha === 0 ? ground(element.parentElement) : colour;
-  };
-  return [...document.querySelectorAll("h1, p, a, label, input, textarea, button, #text, #text .given")]
-    .map((element) => {
-      const [low, high] = [light(getComputedStyle(element).color), light(ground(element))].sort((a, b) => a - b);
-      return [element.id || element.textContent, (high + 0.05) / (low + 0.05)];
-    });
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_small_screen_and_can_be_read(open_page, scheme):
     page = open_page(viewport={"width": 360, "height": 640}, color_scheme=scheme, has_touch=True)
@@ -168,8 +145,8 @@ def test_it_fits_a_small_screen_and_can_be_read(open_page, scheme):
         "show('x'.repeat(200)); for (const button of document.querySelectorAll('button')) button.disabled = false"
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    contrasts = page.evaluate(CONTRASTS)
-    assert len(contrasts) > 15 and [entry for entry in contrasts if entry[1] < 4.5] == []
+    found = contrasts(page, "h1, p, a, label, input, textarea, button, #text, #text .given")
+    assert len(found) > 15 and [entry for entry in found if entry[1] < 4.5] == []
     is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"
     assert is_dark == (scheme == "dark")
     for box in [page.get_by_role("button", name=name).bounding_box() for name in ("Generate", "Stop")]:

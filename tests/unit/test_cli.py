@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 import gluon_lm
 from gluon_lm.__main__ import COMMANDS
+from gluon_lm.__main__ import main as package_main
 from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError
@@ -623,6 +626,51 @@ def test_help_has_every_flag_with_its_default(capsys):
     assert "--locked, --no-locked" in text and "--wdrop, --weight-dropout X" in text
     assert "example:\n  python -m gluon_lm.train" in text
     assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_groups_defaults_and_an_example_that_is_read(command, capsys, monkeypatch):
+    main = importlib.import_module(f"gluon_lm.{command}").main
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    usage, *_, example = shown.rstrip().splitlines()
+    assert usage.startswith(f"usage: python -m gluon_lm.{command} ")
+    assert "\nmessages:\n" in shown and "--quiet" in shown and "--verbose" in shown
+    assert max(map(len, shown.splitlines())) <= 110
+    for flag in re.split(r"\n(?=  -)", shown.partition("\nexample:")[0])[1:]:
+        has_value = re.match(r"  (--[\w-]+(, )?)+ [^-\s]", flag)  # a switch has two spaces before its help
+        assert not has_value or "(default: " in " ".join(flag.split()), flag
+
+    read = []
+    parse_words = CommandParser.parse
+
+    def note(self, argv=None, postponed=None):
+        read.append(parse_words(self, argv, postponed))
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(CommandParser, "parse", note)
+    python, _, module, *words = shlex.split(example)
+    assert (python, module) == ("python", f"gluon_lm.{command}")
+    assert main(words) == 2 and len(read) == 1 and (words == [] or read[0].settings or vars(read[0].arguments))
+    assert capsys.readouterr().err == "error: that is enough\n"
+    if "--" in words:
+        with pytest.raises(ConfigError, match="that is enough"):
+            parse_train(words[words.index("--") + 1 :])
+
+
+def test_the_commands_are_listed_with_a_line_each(capsys):
+    for words in ([], ["--help"]):
+        assert package_main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        for command, what in COMMANDS.items():
+            assert len([line for line in lines if line.split() == [command, *what.split()]]) == 1
+            assert importlib.import_module(f"gluon_lm.{command}").__doc__.startswith(f"``python -m gluon_lm.{command}")
+    assert package_main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gluon_lm {gluon_lm.__version__}\n"
+    modules = {path.stem for path in Path(gluon_lm.__file__).parent.glob("*.py") if "\ndef main(" in path.read_text()}
+    assert modules - {"__main__"} == COMMANDS.keys()
 
 
 def test_a_command_of_its_own_with_the_device_flags():

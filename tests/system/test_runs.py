@@ -1,0 +1,143 @@
+"""What the folder of a run knows: how it ended, for the list of runs, and its numbers, for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+
+def wait_for(condition, process, seconds=60):
+    """Wait until `condition()` holds while a process works."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def listed(project, *flags):
+    answer = json.loads(project.run("runs", "all", "--json", *flags))
+    return {run["name"]: run for run in answer["runs"]}, {run["name"]: run["problem"] for run in answer["broken"]}
+
+
+def test_the_state_of_every_run_is_what_happened_to_it(project):
+    (project.path / "all").mkdir()
+    project.train("all/done")
+    diverged = project.train("all/diverged", "--lr", 1e30, "--clip", "none", "--lr-decay", "none", code=2)
+    assert "must be finite" in diverged
+    process = project.start_training("all/open", "--epochs", 100000, "--checkpoint-every", 20)
+    try:
+        wait_for((project.path / "all/open/latest").exists, process)
+        assert listed(project)[0]["open"]["state"] == "running"
+        refused = project.run("train", "--resume", "all/open", code=2)
+        assert "is being trained by another process" in refused
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        stopped = listed(project)[0]["open"]
+        process = project.start("train", "--resume", "all/open")
+        wait_for(lambda: listed(project)[0]["open"]["state"] == "running", process)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    runs, broken = listed(project)
+    killed = runs["open"]
+    assert (stopped["state"], stopped["reason"], stopped["test_perplexity"]) == ("stopped", None, None)
+    assert (killed["state"], killed["reason"]) == ("stopped", "killed")
+    assert (runs["diverged"]["state"], broken) == ("failed", {})
+    assert "must be finite" in runs["diverged"]["reason"]
+
+    done, events = runs["done"], project.events("all/done")
+    assert (done["state"], done["reason"], done["model"], done["corpus"]) == ("finished", None, "lstm 8x8", "text")
+    valid = [event for event in events if event["event"] == "valid"]
+    best = min(valid, key=lambda event: event["loss"])
+    assert (done["best_step"], done["best_perplexity"]) == (best["step"], pytest.approx(math.exp(best["loss"])))
+    assert done["test_perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
+    assert (done["steps"], done["epoch"], done["epochs"]) == (events[-1]["step"], 2, 2)
+    assert abs(time.time() - done["updated"]) < 600
+
+    header, *rows = project.run("runs", "all").splitlines()
+    assert header.split() == "run state model corpus steps epoch valid ppl test ppl written".split()
+    assert [row.split()[:2] for row in sorted(rows)] == [
+        ["diverged", "failed"],
+        ["done", "finished"],
+        ["open", "stopped"],
+    ]
+    assert any(f"{done['best_perplexity']:.2f}  " in row and "(killed)" not in row for row in rows)
+
+
+def test_broken_folders_are_named_and_finetuned_runs_listed(project):
+    (project.path / "all").mkdir()
+    project.train("all/good")
+    project.run("finetune", "all/good", "--max-steps", 2)
+    for name, file, content in [
+        ("cut", "metrics.jsonl", '{"event": "train", "st\n'),
+        ("listy", "metrics.jsonl", "[1]\n"),
+        ("unknown", "config.yaml", "nhidden: 5\n"),
+        ("odd", "status.json", '{"state": "flying", "reason": null}\n'),
+    ]:
+        os.system(f"cp -a all/good all/{name} && rm -r all/{name}/finetune_model")
+        (project.path / "all" / name / file).write_text(content)
+    os.system("mkdir all/bare all/notes && mkdir all/bare/checkpoints && ln -s good all/latest")
+    runs, broken = listed(project)
+    assert runs.keys() == {"good", "good/finetune_model"}
+    assert broken.keys() == {"cut", "listy", "unknown", "odd", "bare"}
+    assert "nhidden" in broken["unknown"] and "no config.yaml" in broken["bare"]
+    printed = project.run("runs", "all").splitlines()
+    assert len(printed) == 1 + 2 + 5 and any(line.startswith("cut: broken (") for line in printed)
+    (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
+    assert "finished" in row
+    assert project.run("runs", "all/notes") == "no runs in all/notes\n"
+    assert project.run("runs", "nowhere", code=2).startswith("error: nowhere: is no folder")
+
+
+def test_the_last_line_of_a_running_run_may_be_half_written(project):
+    (project.path / "all").mkdir()
+    project.train("all/run")
+    before = listed(project)[0]["run"]
+    with open("all/run/metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 9999')
+    assert listed(project)[0]["run"]["steps"] == before["steps"]
+
+
+def test_tensorboard_has_the_numbers_of_the_log_once_each(project):
+    """Read back by TensorBoard's own reader, after a stop and a continuation."""
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    project.train("run", "--tensorboard", "--epochs", 1)
+    project.run("train", "--resume", "run", "--epochs", 2)
+    reader = accumulator.EventAccumulator(str(project.path / "run/tensorboard"), {accumulator.SCALARS: 0})
+    reader.Reload()
+    found = {tag: [(one.step, one.value) for one in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    events = project.events("run")
+    for tag in (
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "valid/perplexity",
+        "test/loss",
+    ):
+        kind, _, name = tag.partition("/")
+        expected = [(event["step"], event[name]) for event in events if event["event"] == kind]
+        assert [step for step, _ in found[tag]] == [step for step, _ in expected]
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in expected], rel=1e-6)
+    (text, *_) = reader.Tensors("configuration/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert "    hidden_size: 8" in shown and "    tensorboard: true" in shown
+
+
+def test_tensorboard_without_its_package_is_refused_before_anything_is_done(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    refused = project.train("run", "--tensorboard", code=2)
+    expected = "needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or leave it out"
+    assert refused.splitlines()[-1] == f"error: --tensorboard: {expected}"
+    assert not (project.path / "run").exists()
