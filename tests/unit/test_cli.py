@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gluon_lm
+from gluon_lm import launch
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
 from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
@@ -658,6 +659,17 @@ def test_the_help_of_every_command_has_groups_defaults_and_an_example_that_is_re
     if "--" in words:
         with pytest.raises(ConfigError, match="that is enough"):
             parse_train(words[words.index("--") + 1 :])
+
+
+def test_the_launcher_has_its_workers_say_as_much_as_it_is_told(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch, "parameter_server", lambda hosts, workers, servers, words: started.append(words))
+    monkeypatch.setattr(launch.Supervisor, "__init__", lambda *arguments: None)
+    monkeypatch.setattr(launch.Supervisor, "run", lambda self: 0)
+    for flag in ("--quiet", "--verbose"):
+        assert launch.main([flag, "--", "--data", "ptb"]) == 0
+        assert flag in started[-1]
+    assert launch.main(["--quiet", "--", "--verbose"]) == 2
 
 
 def test_the_commands_are_listed_with_a_line_each(capsys):

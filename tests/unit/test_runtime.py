@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import mxnet as mx
 import pytest
 
 from gluon_lm import runtime
 from gluon_lm.config import recipe_names, resolve
+from gluon_lm.distributed import memory_in_use
 
 
 @pytest.fixture
@@ -47,3 +49,22 @@ def test_what_the_user_has_set_stays(environment):
 def test_the_c_library_takes_the_setting(limit):
     code = f"from gluon_lm.runtime import keep_freed_memory; raise SystemExit(not keep_freed_memory({limit}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_the_peak_of_memory_is_what_was_held_at_most():
+    code = """
+from gluon_lm.runtime import peak_memory
+before, size = peak_memory(), 200 << 20
+held = bytearray(size)
+held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # a page is only taken when it is written to
+del held
+assert size < peak_memory() < before + size + (8 << 20), (before, peak_memory())
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_memory_of_gpus_is_that_of_the_fullest(monkeypatch):
+    free = {0: 6 << 30, 3: 2 << 30}
+    monkeypatch.setattr(mx.context, "gpu_memory_info", lambda number: (free[number], 8 << 30))
+    assert memory_in_use([mx.gpu(0), mx.gpu(3)]) == 6 << 30
+    assert memory_in_use([mx.cpu(0)]) is None
