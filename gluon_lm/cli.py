@@ -7,6 +7,7 @@ inside that work, so that ``--help`` is quick and a machine without MXNet gets a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import os
@@ -40,12 +41,18 @@ from gluon_lm.config import (
     text,
     validate,
 )
-from gluon_lm.errors import ConfigError, GluonLMError
+from gluon_lm.errors import ConfigError, GluonLMError, reason
 from gluon_lm.logs import LOGGER, Verbosity
 
 _Section = TypeVar("_Section", bound=Section)
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+# What MXNet and oneDNN say where an array or a thread finds no memory.
+_NO_MEMORY = re.compile(
+    r"Failed to allocate|bad_alloc|out of memory|could not create a (primitive|memory object)|"
+    "Resource temporarily unavailable",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -587,7 +594,7 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         # Python flushes stdout once more at exit, which would complain about the same pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (GluonLMError, ImportError, OSError) as error:
+    except (GluonLMError, ImportError, OSError, MemoryError, RuntimeError) as error:
         lines = _explain(error)
         if debug or not lines:
             raise
@@ -596,16 +603,27 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     return 2
 
 
-def _explain(error: GluonLMError | ImportError | OSError) -> list[str]:
+def _explain(error: Exception) -> list[str]:
     """The lines that tell a user what to mend; empty where the error is a bug of ours."""
     if isinstance(error, ConfigError):
         return [" ".join(problem.split()) for problem in error.problems]
     if isinstance(error, GluonLMError):
         return [" ".join(str(error).split())]
+    if isinstance(error, (MemoryError, RuntimeError)):
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            return []
+        with contextlib.suppress(Exception):
+            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
+        return [
+            f"memory is short ({reason(error)}): lower --batch-size, --bptt or the sizes of the model, end other "
+            "processes, or allow this one more (ulimit -v)"
+        ]
     if isinstance(error, ImportError):
         if error.name != "mxnet":
             return []
         return ["MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for CUDA 11.2 GPUs"]
+    if not isinstance(error, OSError):
+        return []
     if error.errno is None and "cannot open shared object file" in str(error):
         return [
             f"MXNet's library does not load ({' '.join(str(error).split())}): install what is missing, "
@@ -614,6 +632,6 @@ def _explain(error: GluonLMError | ImportError | OSError) -> list[str]:
     where = "" if error.filename is None else f"{error.filename}: "
     if isinstance(error, PermissionError):
         return [f"{where}no permission; choose another folder, or change its permissions"]
-    if error.errno in _NO_SPACE:
-        return [f"{where}cannot be written ({error.strerror}); free some space, or choose another folder"]
+    if error.errno in _NOT_WRITTEN:
+        return [f"{where}cannot be written ({error.strerror}); mend that, or choose another folder"]
     return []

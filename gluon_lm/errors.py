@@ -44,3 +44,11 @@ class TrainingDiverged(GluonLMError):
 
 class MissingDependency(GluonLMError):
     """An optional package is needed and not installed."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # MXNet's messages begin with where in its library they come from.
+    line = lines[-1] if lines[0].startswith("Traceback ") else lines[0]
+    return " ".join(line.removeprefix("MXNetError: ").split())

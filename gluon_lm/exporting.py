@@ -22,9 +22,10 @@ import numpy as np
 from mxnet import gluon
 
 from . import __version__
-from .config import Config, ModelConfig
+from .config import Config, ModelConfig, show
 from .data import Vocabulary
-from .errors import CheckpointError, ConfigError
+from .data.tokenizers import TOKENIZERS
+from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import exchange, file_hash, synchronise
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
@@ -303,8 +304,24 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         for name in (SYMBOL, PARAMETERS, VOCABULARY):
             if file_hash(folder / name) != manifest["sha256"][name]:
                 raise CheckpointError(f"{folder}: {name} is not the file that the manifest names; export the run again")
-        return ExportedPredictor(folder, manifest, device or mx.cpu())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        predictor = ExportedPredictor(folder, manifest, device or mx.cpu())
+        _try_out(predictor)
+        return predictor
+    except GluonLMError:
+        raise
+    except Exception as error:  # what MXNet raises for a graph that it cannot read or run has no common base
         raise CheckpointError(
-            f"{folder}: is no whole export, by its {MANIFEST} ({error}); export the run again"
+            f"{folder}: is no whole export, by its {MANIFEST} ({reason(error)}); export the run again"
         ) from error
+
+
+def _try_out(predictor: ExportedPredictor) -> None:
+    """Predict a word, so that files which fit each other and make no model are refused before they are used."""
+    if predictor.tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer {show(predictor.tokenizer)} is unknown")
+    before = predictor.begin_state(1)
+    log_probs_TNV, after = predictor.log_probs(mx.nd.zeros((1, 1), ctx=predictor.device, dtype="int32"), before)
+    shapes = [array.shape for array in (log_probs_TNV, *after)]
+    if shapes != [(1, 1, len(predictor.vocabulary)), *(array.shape for array in before)]:
+        raise ValueError(f"the graph's outputs are of shapes {shapes}")
+    log_probs_TNV.wait_to_read()

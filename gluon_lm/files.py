@@ -7,15 +7,19 @@ import ctypes
 import fcntl
 import hashlib
 import io
+import logging
 import os
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from .errors import ConfigError
-from .logs import LOGGER
+import numpy as np
 
+from .errors import ConfigError, reason
+
+LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
 
 
@@ -47,10 +51,75 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-    except BaseException:
+    except BaseException as error:
         fresh.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk is not told by name
         raise
     synchronise(path.parent)
+
+
+class AppendedText:
+    """A UTF-8 text file that grows by whole pieces: one that finds the disk full leaves nothing of itself.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Append `text`; `OSError`, which names the file, where that fails."""
+        rest = text.encode("utf-8")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what `error` says matters more
+                self._file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def flush(self) -> None:
+        """Nothing waits to be written; a stream of `logging` must have this."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def write_arrays(path: Path | BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as an ``.npz`` file, uncompressed.
+
+    `numpy.savez` takes no array named ``file``, and on a full disk leaves a writer that complains once more.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
+def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and arrays of an ``.npz`` file, one after the other; nothing in it is unpickled.
+
+    Raises
+    ------
+    ValueError
+        With the reason, on one line, where the file is not one or cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                array = arrays[name]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{name} is no array")
+                yield name, array
+    except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
+        raise ValueError(reason(error)) from error
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -96,6 +165,32 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
             yield text
             text.detach()
+
+
+@contextlib.contextmanager
+def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
+    """Hold the lock file `path`, which is made if need be and stays; raise `refusal` where another process holds it.
+
+    The kernel frees it when its holder dies.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process, which is alive, has the `sole_use` of `path`."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 @contextlib.contextmanager

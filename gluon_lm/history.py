@@ -16,7 +16,7 @@ import numpy as np
 from .config import Config
 from .errors import CheckpointError, ConfigError
 from .metrics import perplexity
-from .tracking import is_being_written, read_events
+from .tracking import read_events
 from .training.run_folder import RunFolder, checkpoint_step
 
 STATES = ("running", "finished", "stopped", "failed")
@@ -89,7 +89,7 @@ class RunHistory:
         self.updated = max(file.stat().st_mtime for file in written if file.exists())
 
     def _read_state(self) -> tuple[str, str | None]:
-        if is_being_written(self.folder.metrics):
+        if self.folder.is_held:
             return "running", None
         if not self.folder.status.exists():
             return ("finished" if self.of("test") else "stopped"), None

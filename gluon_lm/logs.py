@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from .files import AppendedText
+
 LOGGER = logging.getLogger("gluon_lm")
 
 # Between logging's own levels of 10, 20 and 30.
@@ -26,7 +28,14 @@ class Verbosity(enum.Enum):
     VERBOSE = enum.auto()
 
 
-class _Terminal(logging.StreamHandler):
+class _Handler(logging.StreamHandler):
+    """Raises what keeps a line from being written, where `logging` shows a traceback and goes on without the line."""
+
+    def handleError(self, record):
+        raise
+
+
+class _Terminal(_Handler):
     """Standard output, with progress bars out of the way of each line."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -85,7 +94,8 @@ def is_terminal(stream: object) -> bool:
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Append the package's log lines to a file, with the time before each, beginning with those that were held."""
-    file = logging.FileHandler(path, encoding="utf-8")
+    text = AppendedText(path)
+    file = _Handler(text)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     for held in [h for h in LOGGER.handlers if isinstance(h, logging.handlers.MemoryHandler)]:
         held.setTarget(file)
@@ -96,4 +106,4 @@ def log_to_file(path: Path) -> Iterator[None]:
         yield
     finally:
         LOGGER.removeHandler(file)
-        file.close()
+        text.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1
 _RECURRENT_FLOATS = 20
 _LEAN_ABOVE_BYTES = 192 << 20
 _GIVEN_BACK_BYTES = 16 << 20
+_LIBRARY_BYTES = 600 << 20  # of address space; with less MXNet's library crashes while it is loaded
 
 
 def prepare_training(config: Config) -> None:
@@ -50,7 +52,15 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         Compute recurrent layers by MXNet's own code and not by oneDNN, which keeps much more. At 3 x 1150 units and
         5,600 tokens a window, both settings together take 1.9 GB in place of 3.4, and a tenth of the speed. Word by
         word, as text is generated, it is the faster way.
+
+    Raises
+    ------
+    MemoryError
+        If the process may not have as much memory as MXNet's library takes.
     """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY and allowed < _LIBRARY_BYTES:
+        raise MemoryError(f"{allowed >> 20} MB are allowed, and MXNet alone takes {_LIBRARY_BYTES >> 20}")
     if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))

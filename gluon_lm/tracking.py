@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -13,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, MissingDependency
-from .files import atomic_write
+from .files import AppendedText, atomic_write
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a line, each with ``event`` and ``step``.
-
-    The file is locked as long as it is written to, which tells others that the run is being trained.
 
     Parameters
     ----------
@@ -31,20 +28,15 @@ class MetricsFile:
     Raises
     ------
     CheckpointError
-        If another process is writing to it.
+        If the file has a line that is no event.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         if path.exists():
-            if is_being_written(path):
-                raise _being_trained(path)
             kept = [line for line, event in read_events(path) if event["step"] <= after_step]
             with atomic_write(path) as file:
-                file.write("".join(kept).encode("utf-8"))
-        self._file = open(path, "a", encoding="utf-8")
-        if _is_locked(self._file.fileno(), fcntl.LOCK_EX):
-            self._file.close()
-            raise _being_trained(path)
+                file.writelines(kept)
+        self._file = AppendedText(path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one event; numbers that are not finite are written as null, for JSON has none."""
@@ -53,53 +45,31 @@ class MetricsFile:
             for name, value in values.items()
         }
         self._file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of a ``metrics.jsonl`` and their events; a last line that is being written is left out.
 
     Raises
     ------
-    ValueError
+    CheckpointError
         For a line that is no event.
     """
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
             event = json.loads(line)
-            if not (isinstance(event, dict) and isinstance(event.get("step"), int) and "event" in event):
-                raise ValueError(f"{line[:40]!r} is no event")
-            yield line, event
-
-
-def is_being_written(path: Path) -> bool:
-    """Whether a process, which is alive, has a `MetricsFile` open."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return _is_locked(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def _is_locked(descriptor: int, kind: int) -> bool:
-    """Whether another process holds the lock of an open file; else this one does, until it closes the file."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # some network file systems have no locks
-    return False
-
-
-def _being_trained(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path.parent}: is being trained by another process; stop that one, or name another run")
+            if not isinstance(event["step"], int) or "event" not in event:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} line {number}: is no event of a run; remove the line, and resume again"
+            ) from error
+        yield line, event
 
 
 class TensorBoard:

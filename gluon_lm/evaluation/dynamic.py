@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ import mxnet as mx
 import numpy as np
 
 from ..data.windows import Streams, Window
-from ..errors import DataError, TrainingDiverged
-from ..files import atomic_write
+from ..errors import DataError, TrainingDiverged, reason
+from ..files import atomic_write, read_arrays, write_arrays
 from ..logs import LOGGER
 from ..losses import backward_through_model
 from ..models import LanguageModel
@@ -301,14 +300,16 @@ def _key(model: LanguageModel, ids: np.ndarray, eos: int, *how: int | None) -> s
 def _load(path: Path, model: LanguageModel) -> GradientStatistics | None:
     """What `_save` wrote, None where there is no such file or it is damaged."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters().items()}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # which compares every array with its CRC
-            num_windows = int(arrays[_NUM_WINDOWS])
-            statistics = GradientStatistics({name: arrays[name] for name in shapes}, num_windows)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        LOGGER.info("%s: is damaged (%s); it is made anew", path, " ".join(str(error).split()) or type(error).__name__)
+    try:
+        arrays = dict(read_arrays(path))  # which compares every array with its CRC
+        num_windows = int(arrays.pop(_NUM_WINDOWS))
+        if {name: array.shape for name, array in arrays.items()} != shapes:
+            raise ValueError("it is of another model")
+        statistics = GradientStatistics(arrays, num_windows)
+    except (ValueError, TypeError, KeyError) as error:
+        LOGGER.info("%s: is damaged (%s); it is made anew", path, reason(error))
         return None
     LOGGER.info("squared gradients of the training text (windows: %s) from %s", f"{num_windows:,}", path)
     return statistics
@@ -318,7 +319,7 @@ def _save(path: Path, statistics: GradientStatistics) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as file:
-            np.savez(file, **{_NUM_WINDOWS: np.array(statistics.num_windows)}, **statistics.square_sums)
+            write_arrays(file, {_NUM_WINDOWS: np.array(statistics.num_windows), **statistics.square_sums})
     except OSError as error:
         LOGGER.info("%s: cannot be written (%s); the next time they are computed again", path, error.strerror)
     else:

@@ -5,7 +5,7 @@ unaveraged.npz      then the weights that training goes on from
 optimizer.npz       optimiser state, by parameter name
 residuals.npz       what 2-bit compression has not sent yet, where it can be kept
 carried.npz         recurrent state between two windows, all streams side by side
-state.json          counters, decisions, the communicator's state, and the sha256 of every other file
+state.json          counters, decisions, the communicator's state, the sha256 of every other file, a digest of itself
 config.yaml, vocab.txt
 """
 
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,10 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..config import Config
+from ..config import Config, show
 from ..data import Vocabulary
-from ..errors import CheckpointError
-from ..files import exchange, file_hash, synchronise
+from ..errors import CheckpointError, reason
+from ..files import exchange, file_hash, read_arrays, synchronise, write_arrays
 from ..logs import LOGGER
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
@@ -38,6 +38,8 @@ from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run,
 PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
 OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
 STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
+_ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
+_SOMETIMES = {UNAVERAGED, RESIDUALS}
 _FORMAT = 2
 
 
@@ -158,6 +160,7 @@ def save_checkpoint(
             "num_devices": checkpoint.num_devices,
             "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
         }
+        state["digest"] = _digest(json.loads(json.dumps(state)))
         (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in [*fresh.iterdir(), fresh]:
             synchronise(path)
@@ -165,19 +168,19 @@ def save_checkpoint(
             exchange(fresh, final)
         else:
             fresh.rename(final)
+        synchronise(run.checkpoints)
+        if is_best:
+            point(run.best, final)
+        point(run.latest, final)
+        synchronise(run.path)
+        _remove_old(run, keep)
     except OSError as error:
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror}); mend that, and continue from the checkpoint before with "
-            f"--resume {run.path}"
+            f"{final}: cannot be written ({error.strerror or error}); mend that, and continue from the newest "
+            f"checkpoint with --resume {run.path}"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    synchronise(run.checkpoints)
-    if is_best:
-        point(run.best, final)
-    point(run.latest, final)
-    synchronise(run.path)
-    _remove_old(run, keep)
     LOGGER.debug("%s written in %.2f s", final, time.perf_counter() - started)
     return final
 
@@ -197,16 +200,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
             parameters=_load_arrays(path / PARAMETERS),
             optimizer=_load_arrays(path / OPTIMIZER),
             carried=[carried[str(i)] for i in range(len(carried))],
-            training=TrainingState(**state["training"]),
-            communicator=state["communicator"],
+            training=_read_training(state["training"]),
+            communicator=dict(state["communicator"]),
             corpus=state["corpus"],
-            text=state["text"],
-            num_devices=state["num_devices"],
+            text=dict(state["text"]),
+            num_devices=int(state["num_devices"]),
             unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
             residuals=_load_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+
+
+def _read_training(values: Mapping[str, Any]) -> TrainingState:
+    """From JSON; `TypeError` where a value is none of its field."""
+    nothing = type(None)
+    types: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "int | None": (int, nothing),
+        "float | None": (int, float, nothing),
+        "list[float]": (list,),
+    }
+    for declared in dataclasses.fields(TrainingState):
+        value = values.get(declared.name)
+        if not isinstance(value, types[str(declared.type)]):
+            raise TypeError(f"{declared.name} is {show(value)}")
+    return TrainingState(**values)
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    """Hash of all else in ``state.json``."""
+    content = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -218,17 +244,23 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        # The first checkpoints had no digest.
+        if state.get("digest") not in (None, _digest(state)):
+            raise ValueError(f"{STATE} is not as it was written")
         if state["format"] != _FORMAT:
             raise CheckpointError(
                 f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
                 f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}"
             )
-        for name, digest in state["sha256"].items():
-            if file_hash(path / name) != digest:
-                raise CheckpointError(f"{path}: is damaged ({name} is not as it was written){_others(path)}")
+        hashes = state["sha256"]
+        if not _ALWAYS <= hashes.keys() <= _ALWAYS | _SOMETIMES:
+            raise ValueError(f"{STATE} names other files than a checkpoint has")
+        for name, digest in hashes.items():
+            if not (path / name).is_file() or file_hash(path / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
         return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({_first_line(error)}){_others(path)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
 
 
 def newest_checkpoint(run: RunFolder) -> Path:
@@ -264,13 +296,17 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
     for path, new in zip(newer, aside):
         shutil.rmtree(new, ignore_errors=True)
         path.rename(new)
-    if newer:
-        best = run.checkpoints / f"{CHECKPOINT_PREFIX}{training.best_step}"
-        if best.is_dir():
-            point(run.best, best)
-        elif not run.best.exists():
-            run.best.unlink(missing_ok=True)
     return [(path.name, new.name) for path, new in zip(newer, aside)]
+
+
+def mend_links(run: RunFolder, training: TrainingState) -> None:
+    """Let ``best`` and ``latest`` name what a run goes on with: a kill may have come before they did."""
+    for link, step in ((run.best, training.best_step), (run.latest, training.step)):
+        checkpoint = run.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
+        if checkpoint.is_dir():
+            point(link, checkpoint)
+        elif not link.exists():
+            link.unlink(missing_ok=True)
 
 
 def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:
@@ -328,7 +364,7 @@ def _remove_old(run: RunFolder, keep: int) -> None:
     best = run.best.resolve() if run.best.exists() else None
     for path in run.saved_checkpoints()[:-keep]:
         if path.resolve() != best:
-            shutil.rmtree(path)
+            path.rename(path.with_name(f".{path.name}.old"))  # so that no kill leaves a part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)
 
@@ -351,16 +387,11 @@ def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
 def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
     # Not MXNet's own format: it remembers the device, which may not be there when it is read, and its writer does not
     # notice when the last block of a file finds the disk full.
-    np.savez(path, **{name: array.asnumpy() for name, array in arrays.items()})
+    write_arrays(path, {name: array.asnumpy() for name, array in arrays.items()})
 
 
 def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: mx.nd.array(arrays[name], ctx=mx.cpu(), dtype=arrays[name].dtype) for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)}){_others(path.parent)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return {name: mx.nd.array(array, ctx=mx.cpu(), dtype=array.dtype) for name, array in read_arrays(path)}
+    except (ValueError, TypeError, KeyError, mx.MXNetError) as error:  # the last three for types that MXNet has not
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}){_others(path.parent)}") from error

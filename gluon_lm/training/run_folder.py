@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, exchange
+from ..files import atomic_write, exchange, is_in_use, sole_use
 
 CHECKPOINT_PREFIX = "step-"
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
@@ -62,22 +64,69 @@ class RunFolder:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ConfigError(f"--save {self.path}: no permission to write in {parent}; name another folder")
 
-    def create(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> None:
-        """Make the folder, configuration and vocabulary in it, in one rename; an old one makes way if it may."""
+    @contextlib.contextmanager
+    def created(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> Iterator[None]:
+        """Make the folder, configuration and vocabulary in it, in one rename, and hold it as `held` does.
+
+        Raises
+        ------
+        ConfigError
+            If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
+        """
         self.check_free(overwrite)
-        fresh = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
-        shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
+        place = self.path.resolve()  # a link to a run stays one
+        fresh = RunFolder(place.with_name(f".{place.name}.new-{os.getpid()}"))
+        shutil.rmtree(fresh.path, ignore_errors=True)  # of a killed process that had the same number
+        with contextlib.ExitStack() as stack:
+            try:
+                fresh.checkpoints.mkdir(parents=True)
+                stack.enter_context(fresh.held())  # before others can find it
+                fresh.config.write_text(config_yaml, encoding="utf-8")
+                vocabulary.save(fresh.vocabulary)
+                self._give_way(place, fresh.path)
+            except OSError as error:
+                raise ConfigError(
+                    f"--save {self.path}: cannot be made ({error.strerror}); mend that, or name another folder"
+                ) from error
+            finally:
+                shutil.rmtree(fresh.path, ignore_errors=True)
+            yield
+
+    def _give_way(self, place: Path, fresh: Path) -> None:
+        """Put the folder `fresh` at `place`, where this run is or will be."""
+        if place.exists():
+            with self.held():
+                exchange(fresh, place)
+            return
         try:
-            (fresh / self.checkpoints.name).mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"--save {self.path}: cannot be made ({error.strerror}); name another folder") from error
-        (fresh / self.config.name).write_text(config_yaml, encoding="utf-8")
-        vocabulary.save(fresh / self.vocabulary.name)
-        if self.path.exists():
-            exchange(fresh, self.path)
-            shutil.rmtree(fresh)
-        else:
-            fresh.rename(self.path)
+            fresh.rename(place)
+        except OSError:
+            self.check_free(overwrite=False)  # another process may have made it in the meantime
+            raise
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that writes the run.
+
+        Raises
+        ------
+        ConfigError
+            If another process does.
+        """
+        refusal = ConfigError(
+            f"{self.path}: another process is training this run; wait until that has ended, or name another folder"
+        )
+        with sole_use(self._lock, refusal):
+            yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process is writing the run."""
+        return is_in_use(self._lock)
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
 
     def update_config(self, config_yaml: str) -> None:
         """Replace ``config.yaml``, when a run goes on with other flags."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -20,7 +21,7 @@ from ..logs import LOGGER, RESULT, fall_silent, log_to_file
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
-from .checkpoint import VOCABULARY, load_checkpoint, newest_checkpoint, set_aside_after
+from .checkpoint import VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
 
@@ -62,31 +63,36 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
         return 0
-    if communicator.is_primary:
-        run.create(command.describe(), corpus.vocabulary, command.overwrite)
-    return _fit(trainer, run, communicator)
+    if not communicator.is_primary:
+        return trainer.fit()
+    with run.created(command.describe(), corpus.vocabulary, command.overwrite):
+        return _fit_and_tell(trainer, run)
 
 
 def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     """Continue a run from `path`, or from its newest checkpoint; otherwise as `start_run`."""
     communicator = _join(command.config)
-    path = path or newest_checkpoint(run)
-    checkpoint = load_checkpoint(path)
-    corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
-    trainer = _build(command, corpus, communicator, run)
-    trainer.restore(checkpoint)
-    if "lr" in command.settings:
-        trainer.state.lr = command.config.optim.lr
-    LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
-    if command.dry_run:
-        LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
-        return 0
-    communicator.gather_object("checkpoint read")
-    if communicator.is_primary:
+    is_writer = communicator.is_primary and not command.dry_run
+    with run.held() if is_writer else contextlib.nullcontext():
+        path = path or newest_checkpoint(run)
+        checkpoint = load_checkpoint(path)
+        corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
+        trainer = _build(command, corpus, communicator, run)
+        trainer.restore(checkpoint)
+        if "lr" in command.settings:
+            trainer.state.lr = command.config.optim.lr
+        LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
+        if command.dry_run:
+            LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
+            return 0
+        communicator.gather_object("checkpoint read")
+        if not communicator.is_primary:
+            return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
             LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
+        mend_links(run, checkpoint.training)
         run.update_config(command.describe())
-    return _fit(trainer, run, communicator)
+        return _fit_and_tell(trainer, run)
 
 
 def _join(config: Config) -> Communicator:
@@ -149,9 +155,8 @@ def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> 
             )
 
 
-def _fit(trainer: Trainer, run: RunFolder, communicator: Communicator) -> int:
-    if not communicator.is_primary:
-        return trainer.fit()
+def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
+    """What the first worker does: train, with a log in the folder of the run, and maybe write a text in the end."""
     with log_to_file(run.log):
         if run.path.parent.name == "runs":
             point(run.path.parent / "latest", run.path)

@@ -36,7 +36,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
         wait_for((project.path / "all/open/latest").exists, process)
         assert listed(project)[0]["open"]["state"] == "running"
         refused = project.run("train", "--resume", "all/open", code=2)
-        assert "is being trained by another process" in refused
+        assert "another process is training this run" in refused
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

@@ -762,7 +762,7 @@ def raising(error):
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "error: cannot be written (No space left on device); free some space, or choose another folder",
+            "error: cannot be written (No space left on device); mend that, or choose another folder",
         ),
         (
             OSError("libcuda.so.1: cannot open shared object file: No such file or directory"),

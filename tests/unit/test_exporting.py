@@ -65,8 +65,8 @@ def save_run(path, averaged=False, evaluated=True, **model):
         text={"name": "tales", "licence": "CC-BY-4.0"},
     )
     run = RunFolder(path)
-    run.create(config.to_yaml(), VOCABULARY)
-    save_checkpoint(run, checkpoint, config.to_yaml(), VOCABULARY, keep=1, is_best=evaluated)
+    with run.created(config.to_yaml(), VOCABULARY):
+        save_checkpoint(run, checkpoint, config.to_yaml(), VOCABULARY, keep=1, is_best=evaluated)
     return path
 
 
