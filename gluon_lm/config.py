@@ -625,13 +625,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+class _FlatLoader(yaml.SafeLoader):
+    """Knows no aliases of lists and mappings: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            mark = node.start_mark if node else None
+            raise yaml.composer.ComposerError(None, None, "an alias may stand for a single value only", mark)
+        return node
+
+
 def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
     """The settings of a flat YAML file and the recipe that it names."""
     layer: Layer = {}
     recipe: str | None = None
     try:
         content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
-        loader = yaml.SafeLoader(content)
+        loader = _FlatLoader(content)
         node = loader.get_single_node()
         if node is None:
             return layer, recipe

@@ -86,6 +86,8 @@ def load_optimizer_state(
             for k, array in enumerate(_as_tuple(state)):
                 expected.add(f"{name}/{k}")
                 if num_updates and f"{name}/{k}" in arrays:
+                    if arrays[f"{name}/{k}"].shape != array.shape:
+                        raise CheckpointError(f"optimizer state {name}/{k} has the shape of another model's")
                     arrays[f"{name}/{k}"].copyto(array)
             updater.states[index], updater.states_synced[index] = state, True
     if num_updates and expected != set(arrays):

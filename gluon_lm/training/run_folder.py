@@ -83,7 +83,7 @@ class RunFolder:
                 stack.enter_context(fresh.held())  # before others can find it
                 fresh.config.write_text(config_yaml, encoding="utf-8")
                 vocabulary.save(fresh.vocabulary)
-                self._give_way(place, fresh.path)
+                self._move_in(place, fresh.path)
             except OSError as error:
                 raise ConfigError(
                     f"--save {self.path}: cannot be made ({error.strerror}); mend that, or name another folder"
@@ -92,7 +92,7 @@ class RunFolder:
                 shutil.rmtree(fresh.path, ignore_errors=True)
             yield
 
-    def _give_way(self, place: Path, fresh: Path) -> None:
+    def _move_in(self, place: Path, fresh: Path) -> None:
         """Put the folder `fresh` at `place`, where this run is or will be."""
         if place.exists():
             with self.held():

@@ -548,11 +548,14 @@ class Trainer:
             self._average.load(checkpoint.parameters, self.state.step - self.state.averaging_since)
         self._saved_step = self.state.step
         if checkpoint.carried:
-            if checkpoint.carried[0].shape[1] != self.config.training.batch_size:
+            if checkpoint.carried[0].shape[1:2] != (self.config.training.batch_size,):
                 raise CheckpointError(
-                    f"{self.run.path}: carries {checkpoint.carried[0].shape[1]} streams; --batch-size must "
+                    f"{self.run.path}: carries a state of shape {checkpoint.carried[0].shape}; --batch-size must "
                     "stay as it was"
                 )
+            expected = [array.shape for array in self.model.begin_state(self.config.training.batch_size, mx.cpu())]
+            if [array.shape for array in checkpoint.carried] != expected:
+                raise CheckpointError(f"{self.run.path}: carries a recurrent state of another shape than the model's")
             width = self.config.training.batch_size // (len(devices) * self._communicator.size)
             starts = [(self._communicator.rank * len(devices) + i) * width for i in range(len(devices))]
             self._step.states = [

@@ -18,8 +18,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# A very small model on the corpus.
+SMALL = (
+    "--data",
+    "text",
+    "--model",
+    "lstm",
+    "--emsize",
+    8,
+    "--nhid",
+    8,
+    "--batch-size",
+    4,
+    "--bptt",
+    5,
+    "--epochs",
+    2,
+    "--lr",
+    1,
+    "--log-interval",
+    10,
+)
+
+
 class Project:
     """A folder with a corpus in it, and ways to run commands there."""
+
+    training_flags = SMALL
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,6 +70,13 @@ class Project:
         assert returned == code, printed.getvalue()
         return printed.getvalue()
 
+    def refused(self, command: str, *flags: object) -> str:
+        """Run a command that must end with exit code 2 and one line, and return the line."""
+        output = self.run(command, *flags, code=2)
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in output and "Exception ignored" not in output, output
+        return errors[0]
+
     def train(self, run: str, *flags: object, code: int = 0) -> str:
         """Train a very small model on the corpus."""
         return self.run("train", *SMALL, "--save", run, *flags, code=code)
@@ -55,31 +87,13 @@ class Project:
     def events(self, run: str) -> list[dict]:
         return [json.loads(line) for line in (self.path / run / "metrics.jsonl").read_text().splitlines()]
 
+    def results(self, run: str) -> list[tuple]:
+        """What a run found out: every validation and test result."""
+        return [(e["event"], e["step"], e["loss"]) for e in self.events(run) if e["event"] in ("valid", "test")]
+
     def parameters(self, run: str, link: str = "latest") -> dict[str, bytes]:
         with np.load(self.path / run / link / "parameters.npz") as arrays:
             return {name: arrays[name].tobytes() for name in arrays.files}
-
-
-SMALL = (
-    "--data",
-    "text",
-    "--model",
-    "lstm",
-    "--emsize",
-    8,
-    "--nhid",
-    8,
-    "--batch-size",
-    4,
-    "--bptt",
-    5,
-    "--epochs",
-    2,
-    "--lr",
-    1,
-    "--log-interval",
-    10,
-)
 
 
 def write_corpus(folder: Path, num_lines: int = 120) -> None:

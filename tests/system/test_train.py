@@ -21,11 +21,6 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.01)
 
 
-def numbers(project, run):
-    """What a run found out: every validation and test result."""
-    return [(e["event"], e["step"], e["loss"]) for e in project.events(run) if e["event"] in ("valid", "test")]
-
-
 def test_training_learns_and_the_commands_agree(project):
     output = project.train("run", "--epochs", 8, "--lr", 10)
     valid = [e["loss"] for e in project.events("run") if e["event"] == "valid"]
@@ -55,7 +50,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(project):
     for run, seed in (("one", 5), ("two", 5), ("three", 6)):
         project.train(run, "--seed", seed, "--dropout", 0.4)
     assert project.parameters("one") == project.parameters("two")
-    assert numbers(project, "one") == numbers(project, "two")
+    assert project.results("one") == project.results("two")
     assert project.parameters("one") != project.parameters("three")
 
 
@@ -78,7 +73,7 @@ def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project,
     assert process.returncode == 0, output
     assert "resuming at step" in output
     assert project.parameters("killed") == project.parameters("whole")
-    assert numbers(project, "killed") == numbers(project, "whole")
+    assert project.results("killed") == project.results("whole")
     steps = [e["step"] for e in project.events("killed") if e["event"] == "train"]
     assert steps == sorted(set(steps))
 
@@ -88,14 +83,14 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
     project.train("grown", "--epochs", 1, "--dropout", 0.3)
     project.run("train", "--resume", "grown", "--epochs", 3)
     assert project.parameters("grown") == project.parameters("whole")
-    assert numbers(project, "grown")[-1] == numbers(project, "whole")[-1]
+    assert project.results("grown")[-1] == project.results("whole")[-1]
 
 
 def test_a_checkpoint_goes_on_with_other_devices(project):
     project.train("run", "--epochs", 1, "--dropout", 0)
     project.train("whole", "--epochs", 2, "--dropout", 0)
     project.run("train", "--resume", "run", "--cpus", 4, "--epochs", 2)
-    for (_, _, mine), (_, _, other) in zip(numbers(project, "run")[-1:], numbers(project, "whole")[-1:]):
+    for (_, _, mine), (_, _, other) in zip(project.results("run")[-1:], project.results("whole")[-1:]):
         assert mine == pytest.approx(other, rel=1e-5)
 
 
@@ -184,10 +179,10 @@ def test_another_architecture_is_refused(project):
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
     flags = ("--dropout", 0.3, "--checkpoint-every", 7, "--keep-checkpoints", 100)
     project.train("run", *flags)
-    whole, results = project.parameters("run"), numbers(project, "run")
+    whole, results = project.parameters("run"), project.results("run")
     output = project.run("train", "--resume", "run/checkpoints/step-7")
     assert "step-14 is newer than the checkpoint that was named; it is set aside as abandoned-step-14" in output
-    assert project.parameters("run") == whole and numbers(project, "run") == results
+    assert project.parameters("run") == whole and project.results("run") == results
     assert project.parameters("run", "checkpoints/abandoned-step-14") == project.parameters(
         "run", "checkpoints/step-14"
     )
@@ -304,5 +299,5 @@ def test_mxnets_own_recurrent_layers_train_as_onednns_do(project, monkeypatch, m
         process = project.start_training(run, "--model", model, "--dropout", 0)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        losses.append([loss for _, _, loss in numbers(project, run)])
+        losses.append([loss for _, _, loss in project.results(run)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
