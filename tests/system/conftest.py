@@ -49,13 +49,19 @@ class Project:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def command(self, command: str, *flags: object) -> list[str]:
+        return [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(ROOT)}
+
     def start(self, command: str, *flags: object) -> subprocess.Popen:
         """Start ``python -m gluon_lm.<command>`` in a process of its own; its output is one text stream."""
         return subprocess.Popen(
-            [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)],
+            self.command(command, *flags),
             cwd=self.path,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

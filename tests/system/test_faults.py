@@ -1,0 +1,470 @@
+"""What goes wrong around a command: full disks, read-only ones, short memory, another process, bad files.
+
+Each is answered with one line and exit code 2, and costs nothing that was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gluon_lm import exporting
+from gluon_lm.training import checkpoint
+
+pytestmark = pytest.mark.timeout(300)
+PAGE = 4096  # what a tmpfs gives out at a time
+
+
+class Disk:
+    """A small file system, in memory, that can be filled up."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path = path
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(path)]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("no file system can be mounted here, which takes root")
+        self._ballast = path / "ballast"
+
+    def leave(self, num_bytes: int) -> None:
+        """Fill it up but for so many bytes."""
+        self.free()
+        space = os.statvfs(self.path)
+        with open(self._ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - num_bytes)
+
+    def free(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def forbid_writing(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", str(self.path)], check=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.path)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    mounted = Disk(tmp_path / "disk", 8 << 20)
+    yield mounted
+    mounted.close()
+
+
+def without_ballast(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"ballast"}
+
+
+# ---------------------------------------------------------------- full disks
+
+
+def test_training_on_a_full_disk_says_so_and_goes_on_when_there_is_room(project, disk, monkeypatch):
+    # Space is checked before a checkpoint is written; without that check each of its files finds the disk full in turn.
+    monkeypatch.setattr(checkpoint, "_check_space", lambda *arguments: None)
+    project.train("whole")
+    run = Path("disk/run")
+    outcomes = set()
+    for pages in (0, 1, 2, 3, 4, 6, 8, 10, 12, 14):
+        disk.leave(pages * PAGE)
+        error = project.refused("train", *project.training_flags, "--save", run)
+        assert "No space left on device" in error and "disk" in error
+        outcomes.add(error.partition(": cannot")[0])
+        if pages <= 1:  # not even the configuration and the vocabulary find room
+            assert without_ballast(disk.path) == set()
+        if pages >= 8:
+            disk.free()
+            begun = (run / "checkpoints/step-42").exists()
+            again = ("--resume", run) if begun else (*project.training_flags, "--save", run, "--overwrite")
+            project.run("train", *again)
+            assert project.parameters(run) == project.parameters("whole")
+            assert project.results(run) == project.results("whole")
+        shutil.rmtree(run, ignore_errors=True)
+    assert len(outcomes) >= 4  # folder, log, metrics, checkpoint
+
+
+def test_a_checkpoint_that_would_not_fit_is_not_begun(project, disk):
+    disk.leave(1 << 20)
+    error = project.refused("train", *project.training_flags, "--save", "disk/run")
+    assert "step-42: cannot be written (it needs 1 MB, more than the disk has left)" in error
+    disk.free()
+    project.run("train", *project.training_flags, "--save", "disk/run", "--overwrite")
+
+
+def test_a_full_cache_is_done_without_and_said(project, disk, monkeypatch):
+    monkeypatch.setenv("GLUON_LM_CACHE", str(disk.path / "cache"))
+    disk.leave(PAGE)
+    output = project.train("run")
+    assert "the cache" in output and "No space left on device" in output and "test ppl" in output
+    (project.path / "no").write_text("")
+    monkeypatch.setattr("tempfile.tempdir", str(project.path / "no"))
+    assert "set GLUON_LM_CACHE" in project.refused("train", *project.training_flags, "--save", "another")
+
+
+@pytest.mark.parametrize("kind", ["symbol", "onnx"])
+def test_an_export_on_a_full_disk_leaves_the_old_one(project, disk, kind):
+    project.train("run")
+    flags = ("run", "--format", kind, "--output", "disk/exported")
+    project.run("export", *flags)
+    old = {path.name: path.read_bytes() for path in (disk.path / "exported").iterdir()}
+    for pages in (0, 1, 2):
+        disk.leave(pages * PAGE)
+        assert "disk/exported: cannot be written (" in project.refused("export", *flags)
+        assert without_ballast(disk.path) == {"exported"}
+        assert {path.name: path.read_bytes() for path in (disk.path / "exported").iterdir()} == old
+
+
+def test_an_output_file_on_a_full_disk_keeps_its_old_content(project, disk):
+    project.train("run")
+    (disk.path / "out.txt").write_text("old")
+    for command in (("generate", "run", "--words", 2000), ("score", "run", "text/train.txt")):
+        disk.leave(PAGE)
+        error = project.refused(*command, "--outf", "disk/out.txt")
+        assert "disk/out.txt: cannot be written (No space left on device)" in error
+        assert (disk.path / "out.txt").read_text() == "old" and without_ballast(disk.path) == {"out.txt"}
+
+
+# ---------------------------------------------------------------- no writing at all
+
+
+def test_a_run_that_may_not_be_written_is_read_and_not_trained(project, disk):
+    project.run("train", *project.training_flags, "--save", "disk/run")
+    disk.forbid_writing()
+    for flags in (("--resume", "disk/run", "--epochs", 3), (*project.training_flags, "--save", "disk/another")):
+        error = project.refused("train", *flags)
+        assert "disk" in error and ("Read-only file system" in error or "no permission" in error)
+    assert "test loss" in project.run("evaluate", "disk/run")
+    assert "cannot be written" in project.run("dynamiceval", "disk/run", "--bptt", 5, "--batch-size", 4)
+    project.run("generate", "disk/run", "--words", 3)
+    project.run("export", "disk/run", "--output", "exported")
+    assert "disk/run" in project.refused("finetune", "disk/run")
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "size"), [(300, 8), (900, 3000)], ids=["too little for MXNet", "too little for the model"]
+)
+def test_short_memory_is_said_in_one_line(project, megabytes, size):
+    limit = megabytes << 20
+    process = subprocess.Popen(
+        project.command("train", *project.training_flags, "--nhid", size, "--emsize", size, "--save", "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=project.environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    (line,) = errors.splitlines()
+    assert line.startswith("error: memory is short (") and "ulimit -v" in line
+
+
+# ---------------------------------------------------------------- two processes, one folder
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_being_trained_is_neither_continued_nor_replaced(project):
+    process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
+    try:
+        wait_for(project.path / "run/latest", process)
+        for flags in (("--resume", "run"), (*project.training_flags, "--save", "run", "--overwrite")):
+            assert "run: another process is training this run" in project.refused("train", *flags)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    project.run("train", "--resume", "run", "--max-steps", 1)  # a killed process holds nothing
+
+
+def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):
+    processes = [project.start_training("run", "--seed", seed) for seed in (1, 2)]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 2], outputs
+    refused = outputs[codes.index(2)]
+    assert "exists already" in refused or "another process is training this run" in refused
+    project.train("alone", "--seed", codes.index(0) + 1)
+    assert project.parameters("run") == project.parameters("alone")
+    assert {path.name for path in project.path.iterdir()} == {"text", "cache", "run", "alone"}
+
+
+# ---------------------------------------------------------------- another text
+
+
+def append(path: Path) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("the cat sees a river .\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: append(text / "train.txt"), "another text"),
+        (lambda text: append(text / "valid.txt"), "another text"),
+        (lambda text: append(text / "test.txt"), "another text"),
+        (lambda text: (text / "valid.txt").unlink(), "has no valid text"),
+        (lambda text: (text / "test.txt").write_bytes(b"caf\xe9\n"), "is not UTF-8"),
+        (shutil.rmtree, "must be a corpus"),
+    ],
+    ids=["train", "valid", "test", "missing", "binary", "gone"],
+)
+def test_a_text_that_changes_between_stop_and_resume_is_refused(project, change, said):
+    project.train("run", "--epochs", 1)
+    shutil.copytree("text", "kept")
+    change(project.path / "text")
+    assert said in project.refused("train", "--resume", "run", "--epochs", 2)
+    shutil.rmtree("text", ignore_errors=True)
+    shutil.move("kept", "text")
+    project.run("train", "--resume", "run", "--epochs", 2)
+
+
+# ---------------------------------------------------------------- bad files
+
+
+class Marks:
+    """Unpickling it makes the file ``unpickled``."""
+
+    def __reduce__(self):
+        return (open, ("unpickled", "w"))
+
+
+def npz(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/").replace("UP", ".."), content)
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+BAD_ARRAYS = {
+    "empty": b"",
+    "text": b"no archive at all",
+    "pickle": pickle.dumps(Marks()),
+    "pickled array": npy(np.array([Marks()], dtype=object)),
+    "pickled member": npz(**{"encoder.embedding.weight.npy": npy(np.array([Marks()], dtype=object))}),
+    "bare array": npy(np.zeros(3, np.float32)),
+    "no arrays": npz(),
+    "no array": npz(**{"encoder.embedding.weight": b"words"}),
+    "climbs out": npz(**{"UP__UP__evil.npy": npy(np.zeros(3, np.float32))}),
+    "endless": npz(**{"a.npy": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,)}")}),
+    "negative": npz(**{"a.npy": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-3,)}")}),
+    "no header": npz(**{"a.npy": npy_header("{'descr': __import__('os').system('touch unpickled')}")}),
+    "unfinished header": npz(**{"a.npy": npy_header("{'descr': '''")}),
+    "deep header": npz(**{"a.npy": npy_header("(" * 5000)}),
+    "complex": npz(**{"a.npy": npy(np.zeros(3, np.complex64))}),
+    "words": npz(**{"a.npy": npy(np.array(["a", "b"]))}),
+}  # fmt: skip
+
+
+def forge(run: Path, name: str, content: bytes) -> None:
+    """Put other content in a checkpoint, as one would who knows how it is checked."""
+    folder = run / "latest"
+    (folder / name).write_bytes(content)
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"][name] = hashlib.sha256(content).hexdigest()
+    state["digest"] = checkpoint._digest(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def each_forged(project, name: str, contents: dict):
+    """Forge a file of the newest checkpoint in each way in turn; yields how. Nothing may be unpickled on the way."""
+    shutil.copytree("run", "whole", symlinks=True)
+    for how, content in contents.items():
+        forge(project.path / "run", name, content)
+        yield how
+        assert not (project.path / "unpickled").exists(), how
+        assert not list(project.path.parent.rglob("evil*")), how
+        shutil.rmtree("run")
+        shutil.copytree("whole", "run", symlinks=True)
+
+
+def test_parameters_that_are_none_are_refused(project):
+    project.train("run")
+    for how in each_forged(project, "parameters.npz", BAD_ARRAYS):
+        for flags in (("evaluate", "run"), ("train", "--resume", "run"), ("export", "run", "--output", "exported")):
+            assert "run" in project.refused(*flags), how
+    assert not (project.path / "exported").exists()
+
+
+def test_a_state_of_the_optimiser_that_is_none_is_refused_and_never_unpickled(project):
+    project.train("run", "--optimizer", "adam", "--lr", 0.01)
+    for name in ("optimizer.npz", "carried.npz"):
+        of_another_model = {"another": npz(**{f"{n}.npy": npy(np.zeros((1, 4, 3), np.float32)) for n in "0123"})}
+        empty = {"no arrays": None} if name == "carried.npz" else {}  # a run between two epochs carries nothing
+        cases = {how: content for how, content in (BAD_ARRAYS | of_another_model).items() if how not in empty}
+        for how in each_forged(project, name, cases):
+            error = project.refused("train", "--resume", "run", "--epochs", 3)
+            assert "run" in error or "optimizer state" in error, how
+        shutil.rmtree("whole")
+
+
+BAD_STATES = {
+    "empty": b"",
+    "no object": b"[]",
+    "number": b"7",
+    "deep": b"[" * 200_000,
+    "binary": bytes(range(256)),
+    "pickle": pickle.dumps(Marks()),
+    "another format": b'{"format": 99, "gluon_lm": "9.0"}',
+    "nothing in it": b"{}",
+    "no hashes": b'{"format": 2, "sha256": {}}',
+    "hashes of what is elsewhere": b'{"format": 2, "sha256": {"../../config.yaml": "", "/dev/zero": ""}}',
+}
+
+
+def test_a_state_that_is_none_is_refused(project):
+    project.train("run")
+    state = project.path / "run/latest/state.json"
+    whole = json.loads(state.read_text())
+    wrong = {
+        name: {**whole, "training": {**whole["training"], name: value}}
+        for name, value in {"step": "7", "lr": None, "epoch": [1], "valid_losses": 3, "nothing": 1}.items()
+    } | {"text": {**whole, "text": 3}, "num_devices": {**whole, "num_devices": {}}}
+    forged = {how: {**content, "digest": checkpoint._digest(content)} for how, content in wrong.items()}
+    cases = BAD_STATES | {how: json.dumps(content).encode() for how, content in forged.items()}
+    for how, content in cases.items():
+        state.write_bytes(content)
+        assert "step-" in project.refused("train", "--resume", "run", "--epochs", 3), how
+    assert not (project.path / "unpickled").exists()
+
+
+ALIASES = "\n".join(["gpus: &a0 [0]", *(f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+BAD_YAML = {
+    "object": b"data: !!python/object/apply:os.system ['touch unpickled']",
+    "module": b"!!python/module:os ''",
+    "aliases": ALIASES.encode(),
+    "deep": b"data: " + b"[" * 5000,
+    "binary": bytes(range(256)),
+    "no mapping": b"- 1\n- 2",
+    "tag": b"lr: !!timestamp [1]",
+    "nothing like it": b"{unknown: 1}",
+}
+
+
+def test_a_configuration_that_is_none_is_refused(project):
+    project.train("run")
+    for how in each_forged(project, "config.yaml", BAD_YAML):
+        assert "config.yaml" in project.refused("evaluate", "run"), how
+    for how, content in BAD_YAML.items():
+        Path("bad.yaml").write_bytes(content)
+        assert "bad.yaml" in project.refused("train", *project.training_flags, "--config", "bad.yaml"), how
+    assert not (project.path / "unpickled").exists()
+
+
+BAD_VOCABULARIES = {
+    "empty": b"",
+    "binary": bytes(range(256)),
+    "pickle": pickle.dumps(Marks()),
+    "twice": b"<unk>\n<eos>\na\na\n",
+    "white space": b"<unk>\n<eos>\na b\n",
+    "not special": b"a\nb\n",
+    "of another model": b"<unk>\n<eos>\na\n",
+}
+
+
+def test_a_vocabulary_that_is_none_is_refused(project):
+    project.train("run")
+    for how in each_forged(project, "vocab.txt", BAD_VOCABULARIES):
+        assert "run" in project.refused("evaluate", "run"), how
+    for how, content in BAD_VOCABULARIES.items():
+        if how != "of another model":
+            Path("bad.txt").write_bytes(content)
+            assert "bad.txt" in project.refused("train", *project.training_flags, "--vocab", "bad.txt"), how
+
+
+def test_an_export_with_forged_files_is_refused(project):
+    project.train("run")
+    project.run("export", "run", "--output", "exported")
+    manifest = json.loads(Path("exported/manifest.json").read_text())
+    symbol, parameters = (Path("exported", name).read_bytes() for name in (exporting.SYMBOL, exporting.PARAMETERS))
+    cases = [
+        *((exporting.PARAMETERS, content) for content in BAD_ARRAYS.values()),
+        *((exporting.SYMBOL, content) for content in BAD_STATES.values()),
+        *((exporting.VOCABULARY, content) for content in BAD_VOCABULARIES.values()),
+        (exporting.PARAMETERS, parameters[: len(parameters) // 2]),
+        (exporting.PARAMETERS, parameters.replace(b"recurrent", b"recurrend")),
+        (exporting.SYMBOL, symbol.replace(b'"RNN"', b'"Custom"')),
+        (exporting.SYMBOL, symbol.replace(b'"op": "log_softmax"', b'"op": "no_such_op"')),
+    ]
+    for name, content in cases:
+        kept = Path("exported", name).read_bytes()
+        Path("exported", name).write_bytes(content)
+        write_manifest(manifest, {"sha256": {**manifest["sha256"], name: hashlib.sha256(content).hexdigest()}})
+        assert "exported" in project.refused("generate", "exported", "--words", 3), (name, content[:60])
+        Path("exported", name).write_bytes(kept)
+    text, inputs = manifest["text"], manifest["inputs"]
+    for changes in (
+        {"text": {**text, "tokenizer": "pickle"}},
+        {"text": None},
+        {"inputs": inputs[:2]},
+        {"inputs": [inputs[0], {"name": "state_0", "shape": []}]},
+        {"inputs": [inputs[0], *({**entry, "shape": [1, "N", 10**12]} for entry in inputs[1:])]},
+    ):
+        write_manifest(manifest, changes)
+        assert "exported" in project.refused("generate", "exported", "--words", 3), changes
+    for content in BAD_STATES.values():
+        Path("exported/manifest.json").write_bytes(content)
+        assert "exported" in project.refused("generate", "exported", "--words", 3), content[:60]
+    assert not (project.path / "unpickled").exists()
+
+
+def write_manifest(manifest: dict, changes: dict) -> None:
+    """A manifest that says something else and fits itself."""
+    changed = {**manifest, **changes}
+    Path("exported/manifest.json").write_text(json.dumps({**changed, "digest": exporting._digest(changed)}))
+
+
+def test_a_bad_line_among_the_metrics_is_named(project):
+    project.train("run", "--epochs", 1)
+    metrics = project.path / "run/metrics.jsonl"
+    whole = metrics.read_text()
+    for line in ("no json", "[]", "{}", '{"step": null}', "\0\0\0", "[" * 100_000):
+        metrics.write_text(whole + line + "\n")
+        number = whole.count("\n") + 1
+        assert f"metrics.jsonl line {number}: is no event" in project.refused("train", "--resume", "run")
+    metrics.write_text(whole + '{"event": "tra')  # as a killed process leaves it
+    project.run("train", "--resume", "run", "--epochs", 2)
+    assert [e["step"] for e in project.events("run") if e["event"] == "valid"] == [42, 84]
+
+
+def test_bad_statistics_of_dynamic_evaluation_are_made_anew_and_not_unpickled(project):
+    project.train("run")
+    flags = ("dynamiceval", "run", "--bptt", 5, "--batch-size", 4)
+    expected = project.run(*flags).splitlines()[-1]
+    (path,) = (project.path / "run").glob("*/gradients-*.npz")
+    for how in ("text", "pickled array", "pickled member", "no arrays"):
+        path.write_bytes(BAD_ARRAYS[how])
+        output = project.run(*flags)
+        assert "is damaged" in output and output.splitlines()[-1] == expected, how
+    assert not (project.path / "unpickled").exists()
