@@ -57,6 +57,8 @@ EXTRAS = {
         "ruff>=0.6,<1",
         "mypy>=1.8,<3",
         "types-PyYAML",
+        "vulture>=2.10,<3",
+        "coverage>=7.10,<8",
         *ONNX,
         *SERVE,
         *TENSORBOARD,

@@ -47,6 +47,7 @@ class MetricsFile:
         self._file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
 
     def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
 
 

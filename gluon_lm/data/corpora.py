@@ -56,14 +56,17 @@ class Corpus:
 
     @property
     def train(self) -> np.ndarray:
+        """Ids of the training text."""
         return self.ids["train"]
 
     @property
     def valid(self) -> np.ndarray:
+        """Ids of the validation text."""
         return self.ids["valid"]
 
     @property
     def test(self) -> np.ndarray:
+        """Ids of the test text."""
         return self.ids["test"]
 
     @property

@@ -1,7 +1,7 @@
 """From text to token ids in a memory map, made once for each content and kept in a cache.
 
-Every line ends with ``<eos>``, blank lines included, and so does a last line without a line break. Only
-``\\n`` ends a line; other white space sets words apart.
+Every line ends with ``<eos>``, blank lines included, and so does a last line without a line break. Only a line
+feed ends a line; other white space sets words apart.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ class Agent(EventLoop):
     # ------------------------------------------------------------ what the supervisor says
 
     def on_ping(self) -> None:
+        """Note that the supervisor is there."""
         self._quiet_s = 0.0
 
     def on_port(self, address: str, port: int) -> None:
@@ -109,6 +110,7 @@ class Agent(EventLoop):
                 child.to_worker.send("answer", value)
 
     def on_signal(self, names: list[str], number: int) -> None:
+        """Send a signal to processes."""
         for child in map(self._children.get, names):
             if child is not None and not child.has_ended:
                 child.signal(number)
@@ -121,6 +123,7 @@ class Agent(EventLoop):
     # ------------------------------------------------------------ what else happens
 
     def on_exited(self, name: str, code: int) -> None:
+        """Tell the supervisor that a process has ended."""
         self._children[name].has_ended = True
         self._supervisor.send("exited", name, code)
 

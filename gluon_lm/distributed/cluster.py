@@ -68,6 +68,7 @@ class Process:
 
     @property
     def name(self) -> str:
+        """What it is called in messages: ``worker 1``."""
         return self.role if self.role == "scheduler" else f"{self.role} {self.index}"
 
 

@@ -64,6 +64,7 @@ class GradientScales:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Take up what `state_dict` gave."""
         self.factors, self._steps = state["factors"], state["steps"]
         self._square_sums = np.asarray(state["square_sums"], dtype=np.float64)
 

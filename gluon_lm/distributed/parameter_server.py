@@ -1,5 +1,6 @@
-"""Gradients summed over workers by MXNet's parameter servers (ps-lite; Li et al. 2014, "Scaling Distributed Machine
-Learning with the Parameter Server").
+"""Gradients summed over workers by MXNet's parameter servers (ps-lite).
+
+Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter Server".
 """
 
 from __future__ import annotations

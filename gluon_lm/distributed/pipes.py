@@ -100,8 +100,9 @@ def start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thre
 
 
 def read_messages(file: BinaryIO) -> Iterator[list[Any]]:
-    """The messages that arrive, until the other end is gone; lines that are none, as a login shell may print, are
-    left out.
+    """The messages that arrive, until the other end is gone.
+
+    Lines that are none, as a login shell may print, are left out.
     """
     with file:
         for line in file:

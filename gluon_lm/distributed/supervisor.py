@@ -212,10 +212,12 @@ class Supervisor(EventLoop):
             agent.sender.send(*message)
 
     def on_message(self, agent: _Agent, kind: str, content: list[Any]) -> None:
+        """Take in what an agent says."""
         agent.quiet_s = 0.0
         getattr(self, f"_hear_{kind}")(agent, *content)
 
     def on_lost(self, agent: _Agent, code: int | None) -> None:
+        """Fail, because an agent is no more."""
         agent.is_gone = True
         program = "its agent" if agent.host.is_here else "ssh"
         reason = f": {agent.last_words}" if agent.last_words else ""
@@ -394,6 +396,7 @@ class Supervisor(EventLoop):
                 signal.signal(number, handler)
 
     def on_interrupt(self, number: int) -> None:
+        """Ask the workers to stop; the second time, end all at once."""
         if self._members and self._stop is None and not self._is_decided():
             self._stop, self._idle_s = number, 0.0
             for agent in self._agents.values():

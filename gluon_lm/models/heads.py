@@ -41,8 +41,11 @@ class Head(gluon.HybridBlock):
         self._room: dict[mx.Context, mx.nd.NDArray] = {}
 
     def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
-        """An array (S, V) on a device. All calls share its memory, which is asked of the system only once: an array
-        of that size, freed and made anew in each step, never finds its old place."""
+        """An array (S, V) on a device. All calls share its memory.
+
+        It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
+        old place.
+        """
         room = self._room.get(device)
         if room is None or room.shape[0] < num_softmaxes:
             room = self._room[device] = mx.nd.empty((num_softmaxes, self.vocab_size), ctx=device)

@@ -86,27 +86,37 @@ class Text(BaseModel):
 
 
 class GenerateAnswer(BaseModel):
+    """The texts that were asked for."""
+
     seed: int = Field(description="Gives the same texts again.")
     texts: list[Text]
 
 
 class WordScore(BaseModel):
+    """How likely a word was after those before it."""
+
     word: str
     log_prob: Optional[float] = Field(description="Base e; none where it is not finite.")
     unknown: bool = Field(description="The model does not know the word and scores it as `<unk>`.")
 
 
 class LineAnswer(BaseModel):
+    """How likely a line was; none where a number is not finite."""
+
     log_prob: Optional[float]
     perplexity: Optional[float]
     words: list[WordScore] = Field(description="The line's words and `<eos>`.")
 
 
 class ScoreAnswer(BaseModel):
+    """The lines, in the order given."""
+
     lines: list[LineAnswer]
 
 
 class ModelAnswer(BaseModel):
+    """What is served, and within which limits."""
+
     version: str
     tokenizer: str
     vocab_size: int
@@ -115,6 +125,8 @@ class ModelAnswer(BaseModel):
 
 
 class Health(BaseModel):
+    """Whether the server is well."""
+
     ok: bool
 
 
@@ -125,6 +137,8 @@ class Problem(BaseModel):
 
 
 class FieldProblem(BaseModel):
+    """Where a request is wrong, and how."""
+
     loc: list[Any]
     msg: str
     type: str

@@ -1,0 +1,39 @@
+"""Every public name of the package says what it is, or inherits that."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import gluon_lm
+
+MODULES = [module.name for module in pkgutil.walk_packages(gluon_lm.__path__, "gluon_lm.") if "__" not in module.name]
+
+
+def public_names(owner, module: str):
+    """Name and value of what `owner`, a module or a class, defines itself: classes, functions, properties."""
+    for name, value in vars(owner).items():
+        is_ours = getattr(getattr(value, "__func__", value), "__module__", module) == module
+        is_kind = inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, property)
+        if is_ours and is_kind and not name.startswith("_"):
+            yield name, value
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_public_is_documented(name):
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    missing = []
+    for own_name, value in public_names(module, name):
+        if not inspect.getdoc(value):
+            missing.append(own_name)
+        if inspect.isclass(value):
+            # By getattr a method that overrides another has the documentation of that one.
+            members = [member for member, _ in public_names(value, name) if not inspect.getdoc(getattr(value, member))]
+            missing += [f"{own_name}.{member}" for member in members]
+    assert missing == []
