@@ -202,13 +202,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             carried=[carried[str(i)] for i in range(len(carried))],
             training=_read_training(state["training"]),
             communicator=dict(state["communicator"]),
-            corpus=state["corpus"],
+            corpus=str(state["corpus"]),
             text=dict(state["text"]),
             num_devices=int(state["num_devices"]),
             unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
             residuals=_load_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
 
 
