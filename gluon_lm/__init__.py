@@ -1,12 +1,15 @@
 """gluon_lm: word-level language models in MXNet Gluon, trained on one device or several.
 
-Importing the package is light: the public names load what they need when they are first used.
+Importing the package is light: the public names load what they need when they are first used. The one thing that it
+does is to see to it that MXNet, once something imports it, finds what it needs (`gluon_lm.compatibility`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+
+from .compatibility import supply_when_imported
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,8 @@ _HOME = {
     "TrainingDiverged": "errors",
 }
 __all__ = ["__version__", *_HOME]
+
+supply_when_imported()
 
 
 def __getattr__(name: str) -> Any:

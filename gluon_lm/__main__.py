@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "a model behind an address: a form, a JSON API, a page",
     "export": "write a model that runs with MXNet alone, or as ONNX",
     "download": "fetch corpora",
+    "doctor": "what this machine is to MXNet, and what is wrong",
 }
 
 

@@ -111,6 +111,26 @@ def peak_memory() -> int | None:
     return 1024 * int(kibibytes)
 
 
+def cpu_model() -> str:
+    """The processor's name, as far as the system says it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words, such as ``avx512_bf16``; nothing elsewhere."""
+    return frozenset(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(values, "")
+
+
 def keep_freed_memory(up_to: int | None = None) -> bool:
     """Tell glibc to keep freed tensors for the next step instead of handing them back to the kernel.
 
