@@ -64,13 +64,34 @@ def supply(package: str) -> None:
             raise MissingDependency(
                 "MXNet needs distutils, which Python no longer has: pip install setuptools"
             ) from error
-    _supply_numpy_names()
+    _restore_numpy()
     libraries.preload(Path(package).parent)
 
 
-def _supply_numpy_names() -> None:
-    """Give numpy back the names that MXNet uses and newer versions removed."""
+def _restore_numpy() -> None:
+    """Give numpy back what MXNet uses and newer versions changed."""
+    from functools import partial
+
     import numpy as np
 
-    if not hasattr(np, "bool"):  # removed in 1.24, and another thing again in 2.0
-        np.bool = bool
+    names: dict[str, object] = {"bool": bool}  # removed in 1.24, and another thing again in 2.0
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        names = {
+            **dict.fromkeys(("NaN", "NAN"), np.nan),
+            **dict.fromkeys(("Inf", "PINF"), np.inf),
+            **{"NINF": -np.inf, "PZERO": 0.0, "NZERO": -0.0},
+            **{"alltrue": np.all, "sometrue": np.any, "product": np.prod, "round_": np.round},
+            **{
+                "in1d": np.isin,
+                "row_stack": np.vstack,
+                "msort": partial(np.sort, axis=0),
+                "trapz": vars(np)["trapezoid"],
+            },
+            # Since 1.20 these raised when they were called.
+            **dict.fromkeys(("mirr", "npv", "pmt", "ppmt", "pv", "rate")),
+        }
+        # MXNet hands shapes to its library as text, where "(np.int64(2), 3)" is none.
+        np.set_printoptions(legacy="1.25")  # type: ignore[arg-type]
+    for name, value in names.items():
+        if name not in vars(np):  # asked with hasattr, numpy warns of names that it is about to remove
+            setattr(np, name, value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .libraries import DRIVER, mxnet_distributions
@@ -20,7 +21,8 @@ MACHINE_CODE = ((5, 0), (6, 0), (7, 0), (8, 0), (8, 6))
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """One GPU; `index` is that of ``mx.gpu``, and obeys ``CUDA_VISIBLE_DEVICES``."""
 
     index: int

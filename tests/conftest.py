@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+import gluon_lm  # noqa: F401  # before any test imports MXNet
+
 settings.register_profile("gluon_lm", deadline=None)  # no test is timed
 settings.load_profile("gluon_lm")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mxnet as mx
 
 from ..config import DeviceConfig
 from ..errors import DistributedError
+from ..gpus import reasons_against_gpus
+from ..logs import LOGGER
 from .communicator import Communicator, SingleDevice
 from .kvstore import KVStoreCommunicator
 
@@ -27,6 +29,7 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
     if config.gpus is None and config.cuda is False:
         return [mx.cpu(0)]
     num_gpus = mx.context.num_gpus()
+    reasons = reasons_against_gpus() if num_gpus else {}
     if config.gpus is not None:
         wanted = list(config.gpus)
         flag = "--gpus " + ",".join(map(str, wanted))
@@ -34,9 +37,12 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
         wanted = [0]
         flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        usable = (mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i)))
+        usable = (mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i), reasons))
         found = list(usable) if every_gpu else list(itertools.islice(usable, 1))
-        return found or [mx.cpu(0)]
+        found = found or [mx.cpu(0)]
+        for reason in reasons.values():
+            LOGGER.warning("%s. Going on with %s", reason, found[0])
+        return found
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
         raise DistributedError(
@@ -45,10 +51,14 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
         )
     devices = [mx.gpu(i) for i in wanted]
     for device in devices:
-        if not _is_usable(device):
+        if not _is_usable(device, reasons):
             raise DistributedError(
-                f"{flag}: MXNet {mx.__version__} sees {device} but cannot compute on it; it may be newer than this "
-                "build, whose machine code is for compute capability 5.0 to 8.9. Use another GPU, or --cpus N"
+                f"{flag}: "
+                + reasons.get(
+                    device.device_id,
+                    f"MXNet {mx.__version__} sees {device} but cannot compute on it; python -m gluon_lm.doctor says "
+                    "more. Use another GPU, or --cpus N",
+                )
             )
     return devices
 
@@ -85,7 +95,9 @@ def resolve_single_device(config: DeviceConfig) -> mx.Context:
     return devices[0]
 
 
-def _is_usable(gpu: mx.Context) -> bool:
+def _is_usable(gpu: mx.Context, reasons: Mapping[int, str]) -> bool:
+    if gpu.device_id in reasons:
+        return False
     try:
         return float(mx.nd.ones((2,), ctx=gpu).sum().asscalar()) == 2
     except mx.MXNetError:
