@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent
 
 # The base holds no MXNet, because the CPU and the CUDA wheels install the same module: an extra chooses one.
 BASE = [
-    "numpy>=1.23.5,<1.24",  # mxnet 1.9.1 uses np.bool, which numpy 1.24 removed
+    "numpy>=1.23.5,<2",  # MXNet's wheels refuse numpy 2, though gluon_lm.compatibility makes it work
+    "setuptools>=65,<85; python_version >= '3.12'",  # has the distutils that MXNet imports
     "PyYAML>=6.0.1,<7",
     "tqdm>=4.65,<5",
     "pooch>=1.7,<2",
@@ -34,8 +35,13 @@ CUDA_11 = [
     "nvidia-nvtx-cu11==11.8.86",
 ]
 
+# Wheels for Python 3.12 begin with 1.15.
+ONNX = [
+    "onnx>=1.14.1,<1.15; python_version < '3.12'",
+    "onnx>=1.15,<1.18; python_version >= '3.12'",
+    "onnxruntime>=1.15,<2",
+]
 SERVE = ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1", "pydantic>=2,<3"]
-ONNX = ["onnx>=1.14.1,<1.15", "onnxruntime>=1.15,<2"]
 TENSORBOARD = ["tensorboardX>=2.6,<3"]
 PLOT = ["matplotlib>=3.7,<4"]
 
@@ -95,7 +101,7 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.9,<3.12",
+    python_requires=">=3.9,<3.13",
     # The recipes are edited at the top of the tree and travel inside the package.
     packages=[*find_packages(include=["gluon_lm", "gluon_lm.*"]), "gluon_lm.configs"],
     package_dir={"gluon_lm.configs": "configs"},

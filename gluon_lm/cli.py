@@ -318,6 +318,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "epochs",
         "max_steps",
         "small_batch_size",
+        "tf32",
         "log_interval",
         "eval_every",
         "eval_batch_size",

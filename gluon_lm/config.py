@@ -22,7 +22,7 @@ import yaml
 from gluon_lm.errors import ConfigError
 
 DEFAULT_RECIPE = "lm"
-KVSTORES = ("device", "local", "dist_sync", "dist_device_sync", "dist_async")
+KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
 COMPRESSIONS = ("none", "2bit", "fp16")
 OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -423,6 +423,9 @@ class TrainingConfig(Section):
     max_steps: int | None = option(None, optional(integer()), "stop after this many steps")
     batch_size: int = option(20, integer(), "streams of text read side by side, over all devices together")
     bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
+    tf32: bool = option(
+        True, switch(), "let GPUs of compute capability 8.0 and later round what float32 matrix products take to TF32"
+    )
     seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
     log_interval: int = option(200, integer(), "steps between two lines of the log")
     eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")
@@ -454,8 +457,8 @@ class DeviceConfig(Section):
     kvstore: str | None = option(
         None,
         optional(choice(*KVSTORES)),
-        "how several devices add up their gradients: device or local in this process, dist_sync or dist_device_sync "
-        "through parameter servers (python -m gluon_lm.launch starts them)",
+        "how several devices add up their gradients: device, local or nccl (GPUs) in this process, dist_sync or "
+        "dist_device_sync through parameter servers (python -m gluon_lm.launch starts them)",
     )
     horovod: bool = option(False, switch(), "train in several processes, one device each, started by horovodrun")
     gctype: str = option(
@@ -951,8 +954,12 @@ def _device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: i
             problems.append(f"{named('gctype')}: nothing to compress, {reason}")
         if devices.kvstore is not None:
             problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
-    if devices.gctype == "2bit" and devices.kvstore == "local":
-        problems.append(f"{named('gctype')} with {named('kvstore')}: local cannot compress; use --kvstore device")
+    if devices.gctype == "2bit" and devices.kvstore in ("local", "nccl"):
+        cannot = f"{devices.kvstore} cannot compress"
+        problems.append(f"{named('gctype')} with {named('kvstore')}: {cannot}; use --kvstore device")
+    if devices.kvstore == "nccl" and (devices.cpus is not None or devices.cuda is False):
+        which = "cpus" if devices.cpus is not None else "cuda"
+        problems.append(f"{named('kvstore')} with {named(which)}: NCCL joins GPUs only; use --kvstore device")
     if devices.gctype != "2bit" and _is_asked_for("gcthreshold", devices.gcthreshold, sources):
         problems.append(
             f"{named('gcthreshold')}: has no effect without 2-bit compression; add --gctype 2bit, or leave it out"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import mxnet as mx
 
 from .data.windows import Window
+from .inputs import Inputs, copy_inputs
 from .models import Head, LanguageModel, State
 
 CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
@@ -72,6 +73,7 @@ def backward_through_model(
     states: State,
     device: mx.Context,
     penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
+    inputs: Inputs | None = None,
 ) -> tuple[mx.nd.NDArray, State]:
     """Loss of a window, and its gradient added to the model's.
 
@@ -85,6 +87,8 @@ def backward_through_model(
     device : Context
     penalties : callable, optional
         Takes the last layer's output with and without dropout, and gives terms whose gradient is added as well.
+    inputs : tuple of NDArray, optional
+        What `copy_inputs` gives for the window, where it was called before.
 
     Returns
     -------
@@ -93,8 +97,7 @@ def backward_through_model(
     states : State
         The state after it, detached.
     """
-    tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
-    targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
+    tokens_TN, targets_R = inputs or copy_inputs(window, device)
     with mx.autograd.record():
         raw_TNH, *states = model.encoder(tokens_TN, *states)
         hidden_TNH = model.output_dropout(raw_TNH)

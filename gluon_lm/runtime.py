@@ -29,6 +29,10 @@ def prepare_training(config: Config) -> None:
     recurrent_bytes = 4 * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
     is_large, varies = recurrent_bytes > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
     num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.horovod else 1)
+    if not config.training.tf32:
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    if varies:  # a pool that looks for the very size would keep a block for each length of a window
+        os.environ.setdefault("MXNET_GPU_MEM_POOL_TYPE", "Round")
     prepare_process(num_contexts, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
 
 

@@ -22,21 +22,21 @@ describe_python() {
 }
 
 is_supported() {
-    "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
 }
 
 find_python() {
     local candidate seen=""
     if [ -n "${PYTHON:-}" ]; then
         is_supported "$PYTHON" && { printf '%s\n' "$PYTHON"; return; }
-        fail "PYTHON=$PYTHON: $("$PYTHON" --version 2>&1 | head -n 1); Python 3.9, 3.10 or 3.11 is needed"
+        fail "PYTHON=$PYTHON: $("$PYTHON" --version 2>&1 | head -n 1); Python 3.9 to 3.12 is needed"
     fi
-    for candidate in python3.11 python3.10 python3 python python3.9; do
+    for candidate in python3.11 python3.12 python3.10 python3 python python3.9; do
         command -v "$candidate" >/dev/null || continue
         is_supported "$candidate" && { printf '%s\n' "$candidate"; return; }
         seen="$seen $candidate ($("$candidate" --version 2>&1 | head -n 1))"
     done
-    fail "Python 3.9, 3.10 or 3.11 is needed and not among${seen:- the commands here}; install one," \
+    fail "Python 3.9 to 3.12 is needed and not among${seen:- the commands here}; install one," \
         "as in 'apt-get install python3.11 python3.11-venv', or name it with PYTHON=/path/to/python"
 }
 
@@ -111,7 +111,7 @@ install_gluonnlp() {
     local folder
     "$VENV/bin/python" -c 'import gluonnlp' 2>/dev/null && return
     folder="$(mktemp -d)"
-    pip_install "numpy>=1.23.5,<1.24" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
+    pip_install "numpy>=1.23.5,<2" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
     "$VENV/bin/python" -m pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
         --dest "$folder" gluonnlp==0.10.0 || fail "gluonnlp 0.10.0 cannot be downloaded, see above"
     tar -xzf "$folder"/gluonnlp-0.10.0.tar.gz -C "$folder"

@@ -16,6 +16,7 @@ is_built() {
 import os
 import sys
 
+import gluon_lm
 import horovod
 import horovod.mxnet as hvd
 
@@ -48,7 +49,10 @@ export CXXFLAGS="-include cstdint ${CXXFLAGS:-}"  # its sources use these types,
 export CMAKE_POLICY_VERSION_MINIMUM=3.5           # its gloo asks for rules that cmake 4 has given up
 export HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1
 [ -n "${HOROVOD_WITH_MPI:-}" ] || export HOROVOD_WITHOUT_MPI=1
-pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "horovod==$VERSION"
+hook="$(mktemp -d)"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
+echo "import gluon_lm" >"$hook/sitecustomize.py"
+PYTHONPATH="$hook${PYTHONPATH:+:$PYTHONPATH}" pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "horovod==$VERSION"
+rm -r "$hook"
 is_built ||
     fail "Horovod was installed into $VENV and does not work; see what $VENV/bin/python -c 'import horovod.mxnet' says"
 printf '%s has Horovod %s\n' "$VENV" "$VERSION"

@@ -123,6 +123,17 @@ def _local_kvstore(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Comm
     return create
 
 
+def _nccl(devices: list[mx.Context], config: DeviceConfig) -> Communicator:
+    not_gpus = [device for device in devices if device.device_type != "gpu"]
+    if not_gpus:
+        raise DistributedError(f"--kvstore nccl: joins GPUs only, and there is {not_gpus[0]}; use --kvstore device")
+    if not mx.runtime.Features().is_enabled("NCCL"):
+        raise DistributedError(
+            "--kvstore nccl: this MXNet is built without NCCL; use --kvstore device, or install gluon_lm[cu112]"
+        )
+    return KVStoreCommunicator(devices, "nccl")
+
+
 def _parameter_server(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Communicator]:
     def create(devices, config):
         from .parameter_server import ParameterServer
@@ -141,6 +152,7 @@ def _horovod(devices: list[mx.Context], config: DeviceConfig) -> Communicator:
 COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator]] = {
     "device": _local_kvstore("device"),
     "local": _local_kvstore("local"),
+    "nccl": _nccl,
     "dist_sync": _parameter_server("dist_sync"),
     "dist_device_sync": _parameter_server("dist_device_sync"),
     "horovod": _horovod,
@@ -164,5 +176,10 @@ def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Commun
         raise DistributedError(
             f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradient travels "
             "and there is nothing to compress; name several with --gpus 0,1 or --cpus 2"
+        )
+    if config.kvstore is not None:
+        raise DistributedError(
+            f"--kvstore {config.kvstore}: there is one device ({devices[0]}), and nothing to add up; name several with "
+            "--gpus 0,1 or --cpus 2"
         )
     return SingleDevice(devices)

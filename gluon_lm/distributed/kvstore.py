@@ -13,14 +13,16 @@ from .compression import GradientScales, multiply, nan_unless_finite
 
 
 class KVStoreCommunicator(Communicator):
-    """KVStore ``local`` (sums on the CPU) or ``device`` (sums on the devices), optionally with 2-bit compression.
+    """KVStore ``local`` (sums on the CPU), ``device`` (on the devices) or ``nccl`` (GPUs, by NCCL's ring).
+
+    ``device`` can compress to two bits.
 
     Parameters
     ----------
     devices : list of Context
         At least two.
     kvstore : str
-        ``local`` or ``device``.
+        ``local``, ``device`` or ``nccl``.
     threshold : float, optional
         Compress gradients to two bits with this threshold (``device`` only). The first
         `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps go uncompressed and set each parameter's scale.

@@ -13,6 +13,7 @@ import mxnet as mx
 import numpy as np
 
 from ..data.windows import Streams
+from ..inputs import copy_inputs
 from ..losses import target_losses
 from ..metrics import perplexity
 from ..models import LanguageModel
@@ -105,8 +106,7 @@ def evaluate(
     with progress_bar(total=len(ids), desc=progress, unit="token") as bar:
         for window in streams.windows(bptt):
             before_window()
-            tokens_TN = mx.nd.array(window.tokens_TN, ctx=device, dtype="int32")
-            targets_R = mx.nd.array(window.targets_TN.reshape(-1)[: window.num_targets], ctx=device, dtype="int32")
+            tokens_TN, targets_R = copy_inputs(window, device)
             hidden_TNH, *states = model.encoder(tokens_TN, *states)
             losses_R = window_losses(model.head, hidden_TNH, targets_R)
             # Read the window before while the device works on this one.

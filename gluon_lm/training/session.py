@@ -98,6 +98,11 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
 def _join(config: Config) -> Communicator:
     """The devices and the other workers; of several, only the first speaks."""
     communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
+    if not config.training.tf32 and all(device.device_type != "gpu" for device in communicator.devices):
+        raise DistributedError(
+            f"--no-tf32: only GPUs compute in TF32, and this runs on {communicator.devices[0]}; leave it out, or give "
+            "--tf32 where the run's configuration says so"
+        )
     if not communicator.is_primary:
         fall_silent()
     elif config.training.tensorboard:

@@ -17,6 +17,7 @@ from ..config import show
 from ..data.windows import Window
 from ..distributed import Communicator
 from ..errors import TrainingDiverged
+from ..inputs import InputCopies
 from ..losses import activation_penalties, backward_through_model
 from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
@@ -84,8 +85,16 @@ class TrainingStep:
         self._parameters = list(model.named_parameters().values())
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
+        self._inputs = InputCopies()
 
-    def __call__(self, window: Window, seed: int, step: int, note: Callable[[], float] = lambda: 0.0) -> StepResult:
+    def __call__(
+        self,
+        window: Window,
+        seed: int,
+        step: int,
+        note: Callable[[], float] = lambda: 0.0,
+        upcoming: Window | None = None,
+    ) -> StepResult:
         """Take one step.
 
         Parameters
@@ -97,6 +106,8 @@ class TrainingStep:
             nothing else does.
         note : callable
             Gives a number that every worker is to know after this step.
+        upcoming : Window, optional
+            The next step's, which is sent to the devices while they are busy with this one.
 
         Raises
         ------
@@ -107,6 +118,8 @@ class TrainingStep:
         self._clear_gradients()
         loss_sums = self._forward_backward(window)
         self._communicator.reduce_gradients(self._parameters)
+        if upcoming is not None:
+            self._inputs.begin(upcoming)
         # The only read-back of a step: whether to update at all depends on it.
         own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
         grad_norm = self._gradient_norm() / window.num_targets
@@ -161,7 +174,8 @@ class TrainingStep:
                 states = [state[:, start : start + part_width] for state in self.states[i]]
                 if columns.num_targets:
                     penalties = partial(self._penalties, columns.num_targets, window)
-                    loss_sum, states = backward_through_model(self._model, columns, states, device, penalties)
+                    inputs = self._inputs.take(window, column, column + part_width, device)
+                    loss_sum, states = backward_through_model(self._model, columns, states, device, penalties, inputs)
                     loss_sums.append(loss_sum)
                 parts.append(states)
             self.states[i] = parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import Config, share_problems
 from ..data import Corpus
-from ..data.windows import Epoch, TrainingWindows
+from ..data.windows import Epoch, TrainingWindows, Window
 from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
@@ -100,6 +100,7 @@ class Trainer:
         self._eos = corpus.vocabulary.eos_id
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
+        self._upcoming: dict[tuple[int, int], Window] = {}  # by epoch and number, the one that was sent ahead
         optim = config.optim
         self._step = TrainingStep(
             model,
@@ -268,8 +269,15 @@ class Trainer:
             self._step.states = None
         self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
         self._communicator.heartbeat(self.state.step)
+        window = self._upcoming.pop((state.epoch, state.window), None) or epoch.window(state.window)
+        following = state.window + 1
+        self._upcoming = {(state.epoch, following): epoch.window(following)} if following < len(epoch) else {}
         result = self._step(
-            epoch.window(state.window), self.config.training.seed, state.step, note=lambda: stop.signal or 0
+            window,
+            self.config.training.seed,
+            state.step,
+            note=lambda: stop.signal or 0,
+            upcoming=next(iter(self._upcoming.values()), None),
         )
         self._agreed_signal = int(max(result.notes))
         if self._average is not None:

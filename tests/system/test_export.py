@@ -71,8 +71,9 @@ import sys
 sys.modules["gluon_lm"] = None  # any import of it fails
 import json, warnings
 from pathlib import Path
-import mxnet as mx
 import numpy as np
+np.bool = bool  # all that stock MXNet needs to work with numpy 1.24 and later
+import mxnet as mx
 
 def predict(folder, windows):
     inputs = json.loads((folder / "manifest.json").read_text())["inputs"]

@@ -353,8 +353,8 @@ sys.exit(Supervisor(parameter_server([Host()], 3, 2, [sys.executable, "adding.py
 """
 
 ADDING_WORKER = """
-import mxnet as mx
 from gluon_lm.distributed.control import Control
+import mxnet as mx
 
 control = Control.from_environment()
 store = mx.kv.create("dist_sync")

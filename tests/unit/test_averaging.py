@@ -81,9 +81,9 @@ def test_a_constant_weight_is_its_own_mean():
 
 MEASURE = """
 import re
+from gluon_lm.optim.averaging import WeightAverage
 import mxnet as mx
 from mxnet import gluon
-from gluon_lm.optim.averaging import WeightAverage
 
 def mebibytes(name):
     return int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
