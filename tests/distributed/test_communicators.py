@@ -28,6 +28,12 @@ def cpus(count):
     return [mx.cpu(i) for i in range(count)]
 
 
+def gpus(count):
+    if mx.context.num_gpus() < count:
+        pytest.skip(f"there are not {count} GPUs here")
+    return [mx.gpu(i) for i in range(count)]
+
+
 def make_parameters(devices):
     parameters = [gluon.Parameter(f"p{i}", shape=shape) for i, shape in enumerate(SHAPES)]
     for parameter in parameters:
@@ -73,11 +79,18 @@ BACK_ENDS = {
     },
     "device-2bit": lambda: KVStoreCommunicator(cpus(2), "device", threshold=0.5),
 }
+GPU_BACK_ENDS = {
+    **{
+        f"{kind}-gpus": lambda kind=kind: COMMUNICATORS[kind](gpus(2), DeviceConfig(gpus=(0, 1), kvstore=kind))
+        for kind in ("device", "local", "nccl")
+    },
+    "device-2bit-gpus": lambda: KVStoreCommunicator(gpus(2), "device", threshold=0.5),
+}
 
 
-@pytest.fixture(params=sorted(BACK_ENDS))
+@pytest.fixture(params=[*sorted(BACK_ENDS), *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACK_ENDS)])
 def communicator(request):
-    communicator = BACK_ENDS[request.param]()
+    communicator = (BACK_ENDS | GPU_BACK_ENDS)[request.param]()
     yield communicator
     communicator.close()
 
@@ -332,6 +345,13 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(config, flag, resolve):
 def test_a_gpu_beyond_the_last_is_refused():
     with pytest.raises(DistributedError, match=r"--gpus 99: MXNet sees .*GPU"):
         resolve_devices(DeviceConfig(gpus=(99,)))
+
+
+def test_a_kvstore_for_one_device_and_nccl_without_gpus_are_refused():
+    with pytest.raises(DistributedError, match=r"--kvstore local: there is one device \(cpu\(0\)\)"):
+        create_communicator(DeviceConfig(cpus=1, kvstore="local"))
+    with pytest.raises(DistributedError, match=r"--kvstore nccl: joins GPUs only, and there is cpu\(0\)"):
+        COMMUNICATORS["nccl"](cpus(2), DeviceConfig(kvstore="nccl"))
 
 
 def test_compression_on_one_device_is_refused():

@@ -74,11 +74,11 @@ def test_a_clean_environment_trains_evaluates_writes_and_exports(version, tmp_pa
     facts = json.loads(environment.run("gluon-lm", "doctor", "--json"))
     assert facts["python"]["version"].startswith(f"{version}.") and facts["errors"] == []
     assert facts["mxnet"]["version"] == "1.9.1" and "MKLDNN" in facts["mxnet"]["features"]
-    flags = ["--emsize", 16, "--nhid", 16, "--batch-size", 4, "--bptt", 5, "--epochs", 1, "--lr", 1]
+    flags = ["--emsize", 16, "--nhid", 16, "--batch-size", 4, "--bptt", 5, "--epochs", 3, "--lr", 5]
     environment.run("gluon-lm", "train", "--data", "text", "--save", "run", *flags)
     assert "perplexity" in environment.run("gluon-lm", "evaluate", "run")
     (tested,) = [e for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if e["event"] == "test"]
-    assert 1 < tested["perplexity"] < 8  # of eleven words
+    assert 1 < tested["perplexity"] < 3  # of eleven words, in two sentences
     assert len(environment.run("gluon-lm", "generate", "run", "--words", 20).split()) >= 20
     environment.run("gluon-lm", "export", "run", "--output", "exported")
     scored = environment.run("gluon-lm", "score", "exported", "text/test.txt")

@@ -223,6 +223,7 @@ def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(project):
         (("--cpus", 1, "--gctype", "2bit"), ["2bit"]),
         (("--gpus", "0"), ["--gpus 0", "no GPU"]),
         (("--cuda",), ["--cuda", "no GPU"]),
+        (("--no-tf32",), ["--no-tf32", "only GPUs"]),
         (("--data", "short.txt", "--bptt", 50), ["--bptt 50"]),
         (("--data", "nowhere"), ["nowhere"]),
         (("--save", "short.txt/run"), ["short.txt"]),

@@ -10,7 +10,7 @@ import mxnet as mx
 import pytest
 
 from gluon_lm import runtime
-from gluon_lm.config import recipe_names, resolve
+from gluon_lm.config import Setting, recipe_names, resolve
 from gluon_lm.distributed import memory_in_use
 
 
@@ -43,6 +43,14 @@ def test_what_the_user_has_set_stays(environment):
     runtime.prepare_process(own_layers=True)
     assert variables["MXNET_USE_MKLDNN_RNN"] == "1" and variables["OMP_NUM_THREADS"] == "7"
     assert limits == [None]
+
+
+def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_are_loaded(environment):
+    variables, _ = environment
+    runtime.prepare_training(resolve(recipe="lm").config)
+    assert not {"NVIDIA_TF32_OVERRIDE", "MXNET_GPU_MEM_POOL_TYPE"} & set(variables)
+    runtime.prepare_training(resolve({"tf32": Setting(False, "test")}, recipe="awd").config)
+    assert (variables["NVIDIA_TF32_OVERRIDE"], variables["MXNET_GPU_MEM_POOL_TYPE"]) == ("0", "Round")
 
 
 @pytest.mark.parametrize("limit", ["None", "16 << 20"])
