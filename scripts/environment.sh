@@ -106,10 +106,10 @@ use_environment() {
     unset PYTHONHOME
 }
 
-# gluonnlp 0.10.0 ships C code that an old Cython wrote and that Python 3.11 refuses. Without it, it is written anew.
+# gluonnlp 0.10.0 ships C code that an old Cython wrote and that Python 3.11 and later refuse. Without it, it is written anew.
 install_gluonnlp() {
     local folder
-    "$VENV/bin/python" -c 'import gluonnlp' 2>/dev/null && return
+    "$VENV/bin/python" -c 'import gluon_lm, gluonnlp' 2>/dev/null && return
     folder="$(mktemp -d)"
     pip_install "numpy>=1.23.5,<2" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
     "$VENV/bin/python" -m pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
