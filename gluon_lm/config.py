@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,7 @@ OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and n
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
 MODELS = CELLS + tuple(REGULARISED_CELLS)
+TAIL_FACTOR = 4  # by which the vectors of each group of rarer words are narrower (Grave et al. 2017)
 
 
 # ---------------------------------------------------------------- kinds of value
@@ -150,6 +152,19 @@ def integers(low: int, rule: str, nargs: str | None = None) -> Kind:
     return Kind(read, rule, "N" if nargs else "N,N", nargs)
 
 
+def ascending(low: int, rule: str) -> Kind:
+    """A tuple of whole numbers, `low` or more, each above the one before it: ``2000 20000`` or ``2000,20000``."""
+    different = integers(low, rule, "+")
+
+    def read(value: Any) -> tuple[int, ...]:
+        numbers: tuple[int, ...] = different.read(value)
+        if list(numbers) != sorted(numbers):
+            raise ValueError
+        return numbers
+
+    return dataclasses.replace(different, read=read)
+
+
 def optional(kind: Kind, *also: object) -> Kind:
     """`kind`, or None, written ``none`` (a flag), ``null`` (YAML) or as one of `also`."""
     nothing = {"none", "null", *map(str, also)}
@@ -244,6 +259,17 @@ class ModelConfig(Section):
         "first weights: uniform as PyTorch's example, xavier as MXNet's",
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
+    num_sampled: int | None = option(
+        None,
+        optional(integer()),
+        "train with so many words, drawn anew for each window, in place of the whole vocabulary (sampled softmax)",
+    )
+    cutoffs: tuple[int, ...] | None = option(
+        None,
+        optional(ascending(1, "word ids in rising order, each a whole number, 1 or more")),
+        "where each group of rarer words begins, whose vectors are four times narrower than those of the group before "
+        "(adaptive softmax)",
+    )
     last_hidden_size: int | None = option(
         None,
         optional(integer(), -1),
@@ -331,7 +357,16 @@ class ModelConfig(Section):
     @property
     def head(self) -> str:
         """The output layer: a name in `gluon_lm.models.HEADS`."""
-        return "mixture" if self.num_experts else "softmax"
+        if self.num_experts:
+            return "mixture"
+        if self.num_sampled:
+            return "sampled"
+        return "adaptive" if self.cutoffs else "softmax"
+
+    @property
+    def needs_frequency_order(self) -> bool:
+        """Whether the output layer takes a word's id for its rank by frequency."""
+        return self.head in ("sampled", "adaptive")
 
     @property
     def latent_dropout(self) -> float:
@@ -870,6 +905,8 @@ def build(section: type[_Section], values: Layer) -> _Section:
 LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
     "batch_size",
     "num_experts",
+    "num_sampled",
+    "cutoffs",
     "vocab",
     "min_freq",
     "max_vocab",
@@ -896,6 +933,21 @@ LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
 def device_count(config: Config) -> int | None:
     """Number of devices that the run asks for; None where it takes every GPU (the mixture)."""
     return config.devices.count if config.devices.count or config.model.num_experts else 1
+
+
+def vocabulary_problems(config: Config, vocab_size: int, sources: Mapping[str, str] | None = None) -> list[str]:
+    """What does not fit a vocabulary of that size, a line each."""
+    model, problems = config.model, []
+
+    def refuse(name: str, value: Any, fix: str) -> None:
+        named = _named(name, value, sources or {})
+        problems.append(f"{named}: must be below the number of words in the vocabulary, {vocab_size}; {fix}")
+
+    if model.num_sampled is not None and model.num_sampled >= vocab_size:
+        refuse("num_sampled", model.num_sampled, "lower it, or leave it out for the full softmax")
+    if model.cutoffs is not None and model.cutoffs[-1] >= vocab_size:
+        refuse("cutoffs", model.cutoffs, "lower the last one, or leave it out")
+    return problems
 
 
 def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] | None = None) -> list[str]:
@@ -1030,6 +1082,21 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     if model.tied and not model.num_experts and model.last_hidden_size not in (None, model.embed_size):
         reason = f"a tied output layer needs the last layer as wide as the embedding, {model.embed_size}"
         refuse("last_hidden_size", "tied", reason, "leave one of them out, or mix softmaxes with --n-experts K")
+    one_head = "each is an output layer of its own"
+    for name, other in itertools.combinations(("num_experts", "num_sampled", "cutoffs"), 2):
+        if get(config, name) is not None and get(config, other) is not None:
+            refuse(name, other, one_head)
+    if model.cutoffs is not None:
+        if model.tied:
+            reason = "the rarer words have vectors that are narrower than the embedding's, so they cannot be the same"
+            refuse("tied", "cutoffs", reason, "use --no-tied, or --num-sampled, which goes with --tied")
+        width, num_tails = model.layer_sizes[-1], len(model.cutoffs)
+        if width < TAIL_FACTOR**num_tails:
+            named = _named("cutoffs", model.cutoffs, sources)
+            problems.append(
+                f"{named}: the last layer has {width} units, too few to be divided by {TAIL_FACTOR} {num_tails} times; "
+                f"name fewer, or raise --nhid to {TAIL_FACTOR**num_tails} or more"
+            )
     small, batch_size = optim.small_batch_size, config.training.batch_size
     if small is not None and batch_size % small:
         divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]

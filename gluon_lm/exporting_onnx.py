@@ -250,4 +250,23 @@ def _add_mixture(graph: _Graph, hidden_RH: str, config: ModelConfig) -> str:
     return graph.add("Log", [graph.add("Max", [probs_RV, smallest])])
 
 
-_HEADS = {"softmax": _add_softmax, "mixture": _add_mixture}
+def _add_adaptive(graph: _Graph, hidden_RH: str, config: ModelConfig) -> str:
+    """As `gluon_lm.models.AdaptiveHead`."""
+
+    def log_softmax(name: str, inputs: str) -> str:
+        weights = [graph.weight(f"head.{name}.{part}") for part in ("weight", "bias")]
+        return graph.add("LogSoftmax", [graph.add("Gemm", [inputs, *weights], transB=1)], axis=-1)
+
+    num_groups = len(config.cutoffs or ())
+    entries = [f"head.entries_{i}" for i in range(num_groups + 1)]  # of the words, and of each group
+    sizes = graph.add("Constant", [], value_ints=[(config.cutoffs or (0,))[0], *[1] * num_groups])
+    graph.add("Split", [log_softmax("shortlist", hidden_RH), sizes], entries, axis=-1)
+    parts = entries[:1]
+    for i, entry in enumerate(entries[1:]):
+        projection = graph.weight(f"head.groups.{i}.projection.weight")
+        projected_RE = graph.add("Gemm", [hidden_RH, projection], transB=1)
+        parts.append(graph.add("Add", [log_softmax(f"groups.{i}.decoder", projected_RE), entry]))
+    return graph.add("Concat", parts, axis=-1)
+
+
+_HEADS = {"softmax": _add_softmax, "sampled": _add_softmax, "mixture": _add_mixture, "adaptive": _add_adaptive}

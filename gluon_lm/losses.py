@@ -16,7 +16,7 @@ import mxnet as mx
 
 from .data.windows import Window
 from .inputs import Inputs, copy_inputs
-from .models import Head, LanguageModel, State
+from .models import Head, LanguageModel, SampledSoftmax, State
 
 CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
 
@@ -29,7 +29,7 @@ def row_chunks(num_rows: int, softmaxes_per_row: int) -> list[slice]:
 
 
 def _chunks(
-    head: Head, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
+    head: Head | SampledSoftmax, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
 ) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]]:
     """Chunks of rows: where they are, their features, their targets, and room for their logits."""
     features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
@@ -39,13 +39,14 @@ def _chunks(
 
 
 def backward_through_head(
-    head: Head, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
+    head: Head | SampledSoftmax, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
 ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
     """Loss of a window, its gradient added to the head's parameters, and its gradient by the head's features.
 
     Parameters
     ----------
-    head : Head
+    head : Head or SampledSoftmax
+        With the latter, the loss is that of the sample.
     features_TNF : NDArray
         What `Head.features` gives, detached.
     targets_R : NDArray of int32
@@ -74,6 +75,7 @@ def backward_through_model(
     device: mx.Context,
     penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
     inputs: Inputs | None = None,
+    sample: SampledSoftmax | None = None,
 ) -> tuple[mx.nd.NDArray, State]:
     """Loss of a window, and its gradient added to the model's.
 
@@ -89,6 +91,8 @@ def backward_through_model(
         Takes the last layer's output with and without dropout, and gives terms whose gradient is added as well.
     inputs : tuple of NDArray, optional
         What `copy_inputs` gives for the window, where it was called before.
+    sample : SampledSoftmax, optional
+        What the model's head drew for this window; without it the loss is exact.
 
     Returns
     -------
@@ -103,7 +107,7 @@ def backward_through_model(
         hidden_TNH = model.output_dropout(raw_TNH)
         features_TNF = model.head.features(hidden_TNH)
         terms = penalties(hidden_TNH, raw_TNH)
-    loss_sum, grad_TNF = backward_through_head(model.head, features_TNF.detach(), targets_R)
+    loss_sum, grad_TNF = backward_through_head(sample or model.head, features_TNF.detach(), targets_R)
     mx.autograd.backward([features_TNF, *terms], [grad_TNF, *[None] * len(terms)])
     return loss_sum, [state.detach() for state in states]
 

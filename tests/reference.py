@@ -148,8 +148,72 @@ def _mixture(parameters, hidden_RH, latent_mask):
     return log_priors_RK, latents_RKE, log_probs_RKV
 
 
+def _groups(parameters):
+    """Of an adaptive softmax: size of the shortlist, and for each group its matrices, its bias and its first word."""
+    num_groups = sum(name.endswith("projection.weight") for name in parameters)
+    start = shortlist = parameters["head.shortlist.bias"].size - num_groups
+    groups = []
+    for i in range(num_groups):
+        names = [f"head.groups.{i}.{part}" for part in ("projection.weight", "decoder.weight", "decoder.bias")]
+        groups.append((*names, start))
+        start += parameters[names[2]].size
+    return shortlist, groups
+
+
+def _adaptive_log_probs(parameters, hidden_RH):
+    shortlist, groups = _groups(parameters)
+    entries = log_softmax(hidden_RH @ parameters["head.shortlist.weight"].T + parameters["head.shortlist.bias"])
+    parts = [entries[:, :shortlist]]
+    for i, (projection, weight, bias, _) in enumerate(groups):
+        logits_RG = hidden_RH @ parameters[projection].T @ parameters[weight].T + parameters[bias]
+        parts.append(entries[:, [shortlist + i]] + log_softmax(logits_RG))
+    return np.concatenate(parts, axis=1)
+
+
+def _adaptive_gradients(parameters, hidden_RH, targets_R):
+    shortlist, groups = _groups(parameters)
+    entries = log_softmax(hidden_RH @ parameters["head.shortlist.weight"].T + parameters["head.shortlist.bias"])
+    grad_entries = np.exp(entries)
+    gradients, by_hidden_RH = {}, 0
+    is_shortlisted = targets_R < shortlist
+    grad_entries[np.flatnonzero(is_shortlisted), targets_R[is_shortlisted]] -= 1
+    for i, (projection, weight, bias, start) in enumerate(groups):
+        size = parameters[bias].size
+        is_member = (targets_R >= start) & (targets_R < start + size)
+        grad_entries[is_member, shortlist + i] -= 1
+        projected_RE = hidden_RH @ parameters[projection].T
+        grad_RG = np.exp(log_softmax(projected_RE @ parameters[weight].T + parameters[bias]))
+        grad_RG[np.flatnonzero(is_member), targets_R[is_member] - start] -= 1
+        grad_RG[~is_member] = 0
+        gradients.update({weight: grad_RG.T @ projected_RE, bias: grad_RG.sum(0)})
+        grad_RE = grad_RG @ parameters[weight]
+        gradients[projection] = grad_RE.T @ hidden_RH
+        by_hidden_RH = by_hidden_RH + grad_RE @ parameters[projection]
+    gradients.update({"head.shortlist.weight": grad_entries.T @ hidden_RH, "head.shortlist.bias": grad_entries.sum(0)})
+    return gradients, by_hidden_RH + grad_entries @ parameters["head.shortlist.weight"]
+
+
+def sampled_loss_and_gradients(parameters, hidden_RH, targets_R, ids, expected_V):
+    """Losses of a softmax over each target and the sample `ids`, their sum's gradients by name and by the vectors."""
+    weight_VH, bias_V = parameters[decoder_name(parameters)], parameters["head.decoder.bias"] - np.log(expected_V)
+    losses_R, by_hidden_RH = np.zeros(len(targets_R)), np.zeros_like(hidden_RH)
+    by_weight, by_bias = np.zeros_like(weight_VH), np.zeros_like(bias_V)
+    for r, target in enumerate(targets_R):
+        choice = np.array([target, *(word for word in ids if word != target)])
+        log_probs = log_softmax(weight_VH[choice] @ hidden_RH[r] + bias_V[choice])
+        losses_R[r] = -log_probs[0]
+        grad = np.exp(log_probs)
+        grad[0] -= 1
+        by_weight[choice] += np.outer(grad, hidden_RH[r])
+        by_bias[choice] += grad
+        by_hidden_RH[r] = grad @ weight_VH[choice]
+    return losses_R, {decoder_name(parameters): by_weight, "head.decoder.bias": by_bias}, by_hidden_RH
+
+
 def head_log_probs(parameters, hidden_RH, latent_mask=1.0):
     """Log-probabilities of the next word; `latent_mask` multiplies with a mixture's vectors, (R, K, E)."""
+    if "head.shortlist.weight" in parameters:
+        return _adaptive_log_probs(parameters, hidden_RH)
     if "head.prior.weight" in parameters:
         log_priors_RK, _, log_probs_RKV = _mixture(parameters, hidden_RH, latent_mask)
         return np.logaddexp.reduce(log_priors_RK[..., None] + log_probs_RKV, axis=1)
@@ -158,6 +222,8 @@ def head_log_probs(parameters, hidden_RH, latent_mask=1.0):
 
 def head_gradients(parameters, hidden_RH, targets_R, latent_mask=1.0):
     """Gradients of the summed loss: by the head's parameters, a dictionary, and by the hidden vectors."""
+    if "head.shortlist.weight" in parameters:
+        return _adaptive_gradients(parameters, hidden_RH, targets_R)
     rows, decoder = np.arange(len(targets_R)), decoder_name(parameters)
     if "head.prior.weight" not in parameters:
         logits_grad_RV = np.exp(head_log_probs(parameters, hidden_RH))

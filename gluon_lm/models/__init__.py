@@ -1,17 +1,20 @@
 """Models: recurrent layers, heads, and the language model made of them."""
 
-from .heads import HEADS, Head, MixtureHead, SoftmaxHead
+from .heads import HEADS, AdaptiveHead, Head, MixtureHead, SampledHead, SampledSoftmax, SoftmaxHead
 from .language_model import Encoder, LanguageModel, State
 from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
 __all__ = [
     "CELLS",
     "HEADS",
+    "AdaptiveHead",
     "Encoder",
     "Head",
     "LanguageModel",
     "MixtureHead",
     "RecurrentLayer",
+    "SampledHead",
+    "SampledSoftmax",
     "SoftmaxHead",
     "State",
     "UnrolledLSTMLayer",

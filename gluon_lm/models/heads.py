@@ -8,19 +8,23 @@ are three ways to it, which agree. As a HybridBlock a head gives log-probabiliti
 (see `gluon_lm.losses`) and keep nothing that is as wide as the vocabulary for later.
 
 Shapes: R rows (time x batch, flattened), H width of the last layer, F width of the features, E embedding width,
-V vocabulary, K experts, S softmaxes (rows x experts).
+V vocabulary, K experts, S softmaxes (rows x experts), C candidates of a sampled softmax, G words of a group, P rows
+whose target is in one group.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 
 import mxnet as mx
+import numpy as np
 from mxnet import gluon
 from mxnet.gluon import nn
 
-from ..config import ModelConfig
+from ..config import TAIL_FACTOR, ModelConfig
 
+_NEVER = -1e30  # a logit whose probability is 0
 SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
 
@@ -31,25 +35,35 @@ class Head(gluon.HybridBlock):
     ----------
     vocab_size : int
     softmaxes_per_row : int
+    logits_width : int
+        Columns of the room for logits: V, or fewer.
     """
 
     softmaxes_per_row: int = 1
 
     def __init__(self, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.vocab_size = vocab_size
+        self.vocab_size = self.logits_width = vocab_size
         self._room: dict[mx.Context, mx.nd.NDArray] = {}
 
-    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
-        """An array (S, V) on a device. All calls share its memory.
+    def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
+        """An array (S, V), or of another `width`, on a device. All calls share its memory.
 
         It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
         old place.
         """
-        room = self._room.get(device)
-        if room is None or room.shape[0] < num_softmaxes:
-            room = self._room[device] = mx.nd.empty((num_softmaxes, self.vocab_size), ctx=device)
-        return room[:num_softmaxes]
+        room, width = self._room.get(device), width or self.logits_width
+        if room is None or room.size < num_softmaxes * width:
+            room = self._room[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
+        return _corner(room, num_softmaxes, width)
+
+    def draw(self, rng: np.random.Generator) -> SampledSoftmax | None:
+        """What takes the head's place in training on one window, where that is another one for each window."""
+        return None
+
+    def gradient_rows(self, ids: np.ndarray, sample: SampledSoftmax | None) -> np.ndarray | None:
+        """Rows of the decoder that training with `sample` on these targets gives a gradient; None: any."""
+        return None
 
     @abstractmethod
     def scores(self, F, hidden_RH):
@@ -203,6 +217,218 @@ class MixtureHead(Head):
         return mx.nd.repeat(targets_R, self.softmaxes_per_row)
 
 
+class SampledHead(SoftmaxHead):
+    """A softmax that is trained on a sample of the vocabulary, and is used and evaluated as what it is: a whole one.
+
+    Each window draws `num_sampled` different words from a log-uniform distribution over ids, which suits words in order
+    of falling frequency (Zipf's law); see `SampledSoftmax`.
+
+    Parameters
+    ----------
+    vocab_size, input_size, embedding
+        As of `SoftmaxHead`.
+    num_sampled : int
+        At most V. With all V words training is that of `SoftmaxHead`.
+    """
+
+    def __init__(self, vocab_size: int, input_size: int, num_sampled: int, embedding=None, **kwargs) -> None:
+        super().__init__(vocab_size, input_size, embedding, **kwargs)
+        self._num_sampled = num_sampled
+        self._probs_V = np.log1p(1 / np.arange(1.0, vocab_size + 1)) / np.log(vocab_size + 1)
+
+    def draw(self, rng):
+        # Words that arrive at random, word w at the rate p(w), come in the order in which they would first turn up
+        # in draws from p, one after another.
+        arrivals_V = rng.standard_exponential(self.vocab_size) / self._probs_V
+        if self._num_sampled == self.vocab_size:
+            return SampledSoftmax(self, np.arange(self.vocab_size), np.ones(self.vocab_size))
+        first = np.argpartition(arrivals_V, self._num_sampled)
+        # Given when the next one came, each of them was in time with a probability that depends on nothing else.
+        next_arrival = arrivals_V[first[self._num_sampled]]
+        return SampledSoftmax(self, np.sort(first[: self._num_sampled]), -np.expm1(-next_arrival * self._probs_V))
+
+    def gradient_rows(self, ids, sample):
+        return None if sample is None else np.append(ids, sample.ids_S)
+
+
+class SampledSoftmax:
+    """The loss that a `SampledHead` is trained with on one window: a softmax over each target and the same sample.
+
+    Importance sampling as in Jozefowicz et al. 2016, "Exploring the Limits of Language Modeling", section 3.1: the
+    logarithm of how often each word is expected in the sample is subtracted from its logit, the target's among them,
+    and a word of the sample that is a row's target does not count in that row a second time. The expected counts are
+    exact: the sum over the sample of ``f(w) / expected(w)`` has the mean ``sum_w f(w)`` for every f (Cohen & Kaplan
+    2007, "Summarizing Data using Bottom-k Sketches", section 5).
+
+    The loss is of a choice among some thousand words, so it is well below the negative log-likelihood.
+
+    Parameters
+    ----------
+    head : SampledHead
+    ids_S : ndarray of int
+        The sample, rising.
+    expected_V : ndarray
+        For each word of the vocabulary the probability of being in it.
+    """
+
+    softmaxes_per_row = 1
+
+    def __init__(self, head: SampledHead, ids_S: np.ndarray, expected_V: np.ndarray) -> None:
+        self._head, self.ids_S, self.expected_V = head, ids_S, expected_V
+
+    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
+        """An array (S, C) on a device: a column for the target, and one for each word of the sample."""
+        return self._head.room_for_logits(num_softmaxes, device, width=len(self.ids_S) + 1)
+
+    def backward(
+        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_RC: mx.nd.NDArray
+    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+        """As `Head.backward`."""
+        ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: nothing is waited for
+        ones_1F = mx.nd.ones((1, features_RF.shape[1]), ctx=device)
+        features_RF.attach_grad()
+        with mx.autograd.record():
+            # The first column is overwritten by the targets, and its gradient is zero.
+            weight_CF, bias_C = self._rows(np.append(self.ids_S[:1], self.ids_S), device)
+            logits_RC = mx.nd.FullyConnected(features_RF, weight_CF, bias_C, num_hidden=len(bias_C), out=logits_RC)
+            weight_RF, bias_R = self._rows(ids_R, device)
+            products_R1 = mx.nd.FullyConnected(features_RF * weight_RF, ones_1F, no_bias=True, num_hidden=1)
+            target_logits_R1 = products_R1 + bias_R.reshape((-1, 1))
+        logits_RC[:, :1] = target_logits_R1.detach()
+        columns_R = np.searchsorted(self.ids_S, ids_R)
+        drawn = np.flatnonzero(self.ids_S[np.minimum(columns_R, len(self.ids_S) - 1)] == ids_R)
+        if len(drawn):
+            places_2P = mx.nd.array(np.stack([drawn, columns_R[drawn] + 1]), ctx=device, dtype="int32")
+            _set(logits_RC, places_2P, mx.nd.full(len(drawn), _NEVER, ctx=device))
+        probs_RC = mx.nd.softmax(logits_RC, axis=-1, out=logits_RC)
+        target_probs_R1 = probs_RC[:, :1].copy()
+        probs_RC[:, :1] = 0
+        mx.autograd.backward([logits_RC, target_logits_R1], [probs_RC, target_probs_R1 - 1])
+        target_probs_R = target_probs_R1.reshape((-1,))
+        return -mx.nd.log(mx.nd.maximum(target_probs_R, SMALLEST_FLOAT32)), features_RF.grad
+
+    def _rows(self, ids: np.ndarray, device: mx.Context) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
+        """Rows of the matrix, and the biases with the correction; differentiable."""
+        decoder = self._head.decoder
+        weight_VF, bias_V = decoder.weight.data(device), decoder.bias.data(device)
+        correction = mx.nd.array(np.log(self.expected_V[ids]), ctx=device, dtype="float32")
+        places = mx.nd.array(ids, ctx=device, dtype="int32")
+        rows = mx.nd.Embedding(places, weight_VF, input_dim=weight_VF.shape[0], output_dim=weight_VF.shape[1])
+        return rows, mx.nd.take(bias_V, places) - correction
+
+
+class AdaptiveHead(Head):
+    """Adaptive softmax (Grave et al. 2017, "Efficient softmax approximation for GPUs", section 4).
+
+    A shortlist of the most frequent words and one entry for each group of rarer ones share a softmax over the whole
+    hidden vector. Within group i, counted from 1, ``p(word) = p(group) softmax(W_i P_i h + b_i)[word]``, where P_i
+    makes h ``4^i`` times narrower. Training and evaluation compute the shortlist for every row, and each group for the
+    rows alone whose target is in it; generation and export need all words, and so all groups.
+
+    Parameters
+    ----------
+    vocab_size, input_size : int
+        V and H.
+    cutoffs : sequence of int
+        Rising, below V: the first id of each group. Ids are in order of falling frequency.
+    """
+
+    def __init__(self, vocab_size: int, input_size: int, cutoffs: Sequence[int], **kwargs) -> None:
+        super().__init__(vocab_size, **kwargs)
+        self._bounds = [*cutoffs, vocab_size]
+        sizes = [stop - start for start, stop in zip(self._bounds, self._bounds[1:])]
+        num_entries = self._bounds[0] + len(sizes)
+        # A quarter of a chunk's rows at a time have room for the widest group.
+        self.logits_width = max(num_entries, max(sizes) // 4)
+        with self.name_scope():
+            self.shortlist = nn.Dense(num_entries, in_units=input_size, flatten=False)
+            self.groups = nn.HybridSequential()
+            for i, size in enumerate(sizes, 1):
+                self.groups.add(_Group(size, input_size, input_size // TAIL_FACTOR**i))
+
+    def hybrid_forward(self, F, hidden_RH):
+        return self.scores(F, hidden_RH)
+
+    def scores(self, F, hidden_RH):
+        entries = F.log_softmax(self.shortlist(hidden_RH), axis=-1)
+        parts = [F.slice_axis(entries, axis=-1, begin=0, end=self._bounds[0])]
+        for i, group in enumerate(self.groups, self._bounds[0]):
+            parts.append(F.broadcast_add(group(hidden_RH), F.slice_axis(entries, axis=-1, begin=i, end=i + 1)))
+        return F.concat(*parts, dim=-1)
+
+    def losses(self, features_RF, targets_R, logits_SV):
+        entries_R, members = self._look_up(targets_R)
+        room = _corner(logits_SV, len(entries_R), self.shortlist.weight.shape[0])
+        losses_R = -_target_log_probs(self.shortlist, features_RF, entries_R, room)
+        for group, rows_P, targets_P in members:
+            projected_PE = group.projection(mx.nd.take(features_RF, rows_P))
+            for part, room in group.parts(len(rows_P), logits_SV):
+                losses = -_target_log_probs(group.decoder, projected_PE[part], targets_P[part], room)
+                _add_to_rows(losses_R, rows_P[part], losses)
+        return losses_R
+
+    def backward(self, features_RF, targets_R, logits_SV):
+        entries_R, members = self._look_up(targets_R)
+        room = _corner(logits_SV, len(entries_R), self.shortlist.weight.shape[0])
+        probs = _Softmax(self.shortlist, features_RF, entries_R, room)
+        losses_R, grad_RF = -probs.target_log_probs(), probs.backward()
+        for group, rows_P, targets_P in members:
+            features_PF = mx.nd.take(features_RF, rows_P)
+            features_PF.attach_grad()
+            with mx.autograd.record():
+                projected_PE = group.projection(features_PF)
+            grad_PE = mx.nd.zeros_like(projected_PE)
+            for part, room in group.parts(len(rows_P), logits_SV):
+                probs = _Softmax(group.decoder, projected_PE.detach()[part], targets_P[part], room)
+                _add_to_rows(losses_R, rows_P[part], -probs.target_log_probs())
+                grad_PE[part] = probs.backward()
+            projected_PE.backward(grad_PE)
+            _add_to_rows(grad_RF, rows_P, features_PF.grad)
+        return losses_R, grad_RF
+
+    def _look_up(
+        self, targets_R: mx.nd.NDArray
+    ) -> tuple[mx.nd.NDArray, Iterator[tuple[_Group, mx.nd.NDArray, mx.nd.NDArray]]]:
+        """Each target's entry of the shortlist; and for each group with targets in it their rows and places in it."""
+        ids_R, device = (
+            targets_R.asnumpy(),
+            targets_R.context,
+        )  # they came from the host, and no computation is waited for
+        groups_R = np.searchsorted(self._bounds, ids_R, side="right")  # 0: the shortlist
+        entries_R = np.where(groups_R == 0, ids_R, self._bounds[0] - 1 + groups_R)
+
+        def on_device(numbers: np.ndarray) -> mx.nd.NDArray:
+            return mx.nd.array(numbers, ctx=device, dtype="int32")
+
+        rows = [np.flatnonzero(groups_R == i) for i in range(1, len(self._bounds))]
+        return on_device(entries_R), (
+            (group, on_device(rows_P), on_device(ids_R[rows_P] - start))
+            for group, rows_P, start in zip(self.groups, rows, self._bounds)
+            if len(rows_P)
+        )
+
+
+class _Group(gluon.HybridBlock):
+    """The words of one group: ``hidden_..H -> log_probs_..G``."""
+
+    def __init__(self, size: int, input_size: int, width: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        with self.name_scope():
+            self.projection = nn.Dense(width, in_units=input_size, use_bias=False, flatten=False)
+            self.decoder = nn.Dense(size, in_units=width, flatten=False)
+
+    def hybrid_forward(self, F, hidden_RH):
+        return F.log_softmax(self.decoder(self.projection(hidden_RH)), axis=-1)
+
+    def parts(self, num_rows: int, room_SV: mx.nd.NDArray) -> Iterator[tuple[slice, mx.nd.NDArray]]:
+        """Cut rows so that the logits of each part fit into the room; with each its place there."""
+        width = self.decoder.weight.shape[0]
+        most = max(1, room_SV.size // width)
+        for start in range(0, num_rows, most):
+            stop = min(start + most, num_rows)
+            yield slice(start, stop), _corner(room_SV, stop - start, width)
+
+
 def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -> nn.Dense:
     params = None if embedding is None else embedding.params
     return nn.Dense(vocab_size, in_units=input_size, flatten=False, params=params)
@@ -233,9 +459,7 @@ class _Softmax:
         """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs."""
         grad_SV, targets_S = self._probs_SV, self._targets_S
         numbers_S = mx.nd.arange(targets_S.shape[0], ctx=targets_S.context, dtype="int32")
-        mx.nd._internal._scatter_set_nd(
-            grad_SV, self._target_probs_S - 1, mx.nd.stack(numbers_S, targets_S), shape=grad_SV.shape, out=grad_SV
-        )
+        _set(grad_SV, mx.nd.stack(numbers_S, targets_S), self._target_probs_S - 1)
         if weights_S1 is not None:
             mx.nd.broadcast_mul(grad_SV, weights_S1, out=grad_SV)
         self._logits_SV.backward(grad_SV)
@@ -252,6 +476,21 @@ def _logits(decoder, inputs_SE, logits_SV):
 def _target_log_probs(decoder, inputs_SE, targets_S, logits_SV):
     logits_SV = _logits(decoder, inputs_SE, logits_SV)
     return mx.nd.pick(mx.nd.log_softmax(logits_SV, axis=-1, out=logits_SV), targets_S)
+
+
+def _corner(room, num_rows, width):
+    """The first elements of an array as one of shape (num_rows, width), in the same memory."""
+    return room.reshape((-1,))[: num_rows * width].reshape((num_rows, width))
+
+
+def _set(array, places, values):
+    """Set the elements, or rows, at `places`: an index for each, or below one another one for each axis."""
+    mx.nd._internal._scatter_set_nd(array, values, places, shape=array.shape, out=array)
+
+
+def _add_to_rows(array, rows_P, values):
+    """Add to different rows of an array."""
+    _set(array, rows_P.reshape((1, -1)), mx.nd.take(array, rows_P) + values)
 
 
 def _log_sum_exp(values_RK):
@@ -274,4 +513,13 @@ def _mixture(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> H
     )
 
 
-HEADS = {"softmax": _softmax, "mixture": _mixture}
+def _sampled(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
+    tied = embedding if config.tied else None
+    return SampledHead(vocab_size, config.layer_sizes[-1], config.num_sampled or vocab_size, tied)
+
+
+def _adaptive(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
+    return AdaptiveHead(vocab_size, config.layer_sizes[-1], config.cutoffs or ())
+
+
+HEADS = {"softmax": _softmax, "mixture": _mixture, "sampled": _sampled, "adaptive": _adaptive}

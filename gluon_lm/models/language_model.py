@@ -11,9 +11,11 @@ from mxnet import gluon
 from mxnet.gluon import nn
 
 from ..config import ModelConfig
-from .heads import HEADS
+from ..data.windows import Window
+from .heads import HEADS, SampledSoftmax
 from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
+_BLOCK = 1 << 22
 State = list  # of NDArrays (1, N, H), layer after layer; an LSTM layer has hidden and cell
 
 
@@ -162,22 +164,37 @@ class LanguageModel(gluon.HybridBlock):
                 named[name] = parameter
         return named
 
+    def gradient_rows(self, window: Window, sample: SampledSoftmax | None) -> dict[str, np.ndarray]:
+        """Rows outside of which training on a window gives no gradient, for parameters that have such: ids by name."""
+        words = window.tokens_TN.reshape(-1)
+        by_head = self.head.gradient_rows(window.targets_TN.reshape(-1)[: window.num_targets], sample)
+        if by_head is None:
+            return {} if self.config.tied else {"encoder.embedding.weight": words}
+        if self.config.tied:
+            return {"encoder.embedding.weight": np.append(words, by_head), "head.decoder.bias": by_head}
+        return {"encoder.embedding.weight": words, "head.decoder.weight": by_head, "head.decoder.bias": by_head}
+
     def initialize_parameters(self, seed: int, devices: list[mx.Context]) -> None:
         """Draw the parameters on the host, so that they depend on the seed alone and not on the devices.
 
         ``uniform`` (PyTorch's word_language_model): embedding and decoder U(-0.1, 0.1), recurrent weights and
-        biases and those of a mixture's priors and experts U(-1/sqrt(H), 1/sqrt(H)), decoder bias 0. ``xavier``
-        (MXNet's example): embedding U(-0.1, 0.1), every other matrix U(-a, a) with a = sqrt(6 / (rows + columns))
-        (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale 1 and shift 0, but 1 for the
-        forget gate.
+        biases, those of a mixture's priors and experts and an adaptive softmax's projections U(-1/sqrt(H), 1/sqrt(H)),
+        decoder bias 0. ``xavier`` (MXNet's example): embedding U(-0.1, 0.1), every other matrix U(-a, a) with
+        a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale
+        1 and shift 0, but 1 for the forget gate.
         """
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
             bound = self._initial_bound(name, parameter.shape)
             centre = float(name.endswith(("_scale", "forget_shift")))
-            drawn = rng.uniform(centre - bound, centre + bound, parameter.shape)
             parameter.initialize(mx.init.Zero(), ctx=devices)
-            parameter.set_data(mx.nd.array(drawn.astype(np.float32)))
+            values = parameter.data(devices[0])
+            flat = values.reshape((-1,))
+            for start in range(0, values.size, _BLOCK):  # numpy draws in float64: a large matrix twice over
+                stop = min(start + _BLOCK, values.size)
+                flat[start:stop] = rng.uniform(centre - bound, centre + bound, stop - start)
+            for device in devices[1:]:
+                values.copyto(parameter.data(device))
             parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
 
     def _initial_bound(self, name: str, shape: tuple[int, ...]) -> float:
@@ -189,7 +206,7 @@ class LanguageModel(gluon.HybridBlock):
             return float(np.sqrt(6 / sum(shape))) if len(shape) == 2 else 0.0
         if name.startswith("encoder.layers."):
             return self.encoder.layer_sizes[int(name.split(".")[2])] ** -0.5
-        if name.startswith(("head.prior.", "head.latent.")):
+        if name.startswith(("head.prior.", "head.latent.")) or name.endswith(".projection.weight"):
             return self.encoder.layer_sizes[-1] ** -0.5
         return 0.0 if name.endswith("bias") else 0.1
 

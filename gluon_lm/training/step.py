@@ -21,6 +21,10 @@ from ..inputs import InputCopies
 from ..losses import activation_penalties, backward_through_model
 from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
+from ..optim.optimizers import SGD
+from ..optim.rows import FilledRows
+
+_SAMPLES = 1  # sets these seeds apart from others that begin with the run's
 
 
 class StepResult(NamedTuple):
@@ -83,6 +87,9 @@ class TrainingStep:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
         self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
         self._parameters = list(model.named_parameters().values())
+        self._filled = FilledRows(model.named_parameters())
+        is_alone = communicator.size == len(communicator.devices) == 1
+        self._updates_rows = is_alone and isinstance(optimizer, SGD) and not optimizer.wd
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
         self._inputs = InputCopies()
@@ -102,8 +109,8 @@ class TrainingStep:
         window : Window
             All columns; each device of each worker takes its own.
         seed, step : int
-            The run's seed, and the steps taken before. They and the worker's rank decide the dropout masks, and
-            nothing else does.
+            The run's seed, and the steps taken before. They and the worker's rank decide the dropout masks, they and
+            the place of its columns in the batch what a device samples, and nothing else does.
         note : callable
             Gives a number that every worker is to know after this step.
         upcoming : Window, optional
@@ -115,8 +122,8 @@ class TrainingStep:
             When the loss or the gradient is not finite. No parameter has changed then.
         """
         mx.random.seed(step_seed(seed, step, self._communicator.rank))
-        self._clear_gradients()
-        loss_sums = self._forward_backward(window)
+        self._filled.clear()
+        loss_sums = self._forward_backward(window, seed, step)
         self._communicator.reduce_gradients(self._parameters)
         if upcoming is not None:
             self._inputs.begin(upcoming)
@@ -136,6 +143,8 @@ class TrainingStep:
         clip_factor = 1.0
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
+        if self._updates_rows:
+            self.trainer._optimizer.rows = self._filled.by_index
         self.trainer.update(window.num_targets / clip_factor)
         return StepResult(loss_sum, window.num_targets, grad_norm, notes_W.tolist())
 
@@ -146,16 +155,12 @@ class TrainingStep:
         after hours.
         """
         states = None if self.states is None else list(self.states)
-        self._clear_gradients()
-        self._forward_backward(window)
+        self._filled.clear()
+        self._forward_backward(window, seed=0, step=0)
         mx.nd.waitall()
         self.states = states
 
-    def _clear_gradients(self) -> None:
-        for grads in zip(*(parameter.list_grad() for parameter in self._parameters)):
-            mx.nd.reset_arrays(*grads, num_arrays=len(grads))
-
-    def _forward_backward(self, window: Window) -> list[mx.nd.NDArray]:
+    def _forward_backward(self, window: Window, seed: int, step: int) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
         batch_size, num_devices = window.tokens_TN.shape[1], len(devices) * self._communicator.size
         width = batch_size // num_devices
@@ -164,6 +169,7 @@ class TrainingStep:
         if self.states is None:
             self.states = [self._model.begin_state(width, device) for device in devices]
         loss_sums = []
+        filled: dict[str, list[np.ndarray]] = {}
         for i, device in enumerate(devices):
             for parameter in self._parameters:
                 parameter.data(device)._fresh_grad = True  # also where a short row ends before this device's columns
@@ -175,10 +181,17 @@ class TrainingStep:
                 if columns.num_targets:
                     penalties = partial(self._penalties, columns.num_targets, window)
                     inputs = self._inputs.take(window, column, column + part_width, device)
-                    loss_sum, states = backward_through_model(self._model, columns, states, device, penalties, inputs)
+                    sample = self._model.head.draw(np.random.default_rng([_SAMPLES, seed, step, column]))
+                    loss_sum, states = backward_through_model(
+                        self._model, columns, states, device, penalties, inputs, sample
+                    )
                     loss_sums.append(loss_sum)
+                    if self._updates_rows:
+                        for name, rows in self._model.gradient_rows(columns, sample).items():
+                            filled.setdefault(name, []).append(rows)
                 parts.append(states)
             self.states[i] = parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)]
+        self._filled.note(filled)
         return loss_sums
 
     def _penalties(self, num_targets: int, window: Window, hidden_TNH, raw_TNH) -> list[mx.nd.NDArray]:
@@ -191,7 +204,7 @@ class TrainingStep:
         return activation_penalties(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
 
     def _gradient_norm(self) -> float:
-        squares = square_sums([parameter.list_grad()[0] for parameter in self._parameters]).asnumpy()
+        squares = square_sums(self._filled.gradients()).asnumpy()
         return float(np.sqrt(np.sum(squares, dtype=np.float64)))
 
 

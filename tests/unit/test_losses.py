@@ -16,7 +16,7 @@ from gluon_lm.config import ModelConfig
 from gluon_lm.losses import backward_through_head, row_chunks, target_losses
 from gluon_lm.models import HEADS
 
-V, H, T, N = 11, 5, 6, 4
+V, H, T, N = 11, 16, 6, 4
 # Configurations by name; each head of the registry must have one.
 VARIANTS = {
     "softmax": {},
@@ -24,6 +24,10 @@ VARIANTS = {
     "mixture": {"num_experts": 3, "embed_size": 4, "last_hidden_size": H},
     "mixture-tied": {"num_experts": 3, "embed_size": 4, "last_hidden_size": H, "tied": True},
     "mixture-of-one": {"num_experts": 1},
+    "sampled": {"num_sampled": 4},
+    "sampled-tied": {"num_sampled": 4, "tied": True},
+    "adaptive": {"cutoffs": (2,)},
+    "adaptive-of-two-groups": {"cutoffs": (3, 8)},
 }
 HEAD = pytest.mark.parametrize("name", sorted(VARIANTS))
 HYBRIDIZE = pytest.mark.parametrize("hybridize", [False, True], ids=["imperative", "hybrid"])
@@ -171,7 +175,7 @@ def test_log_probs_losses_and_gradients_agree_with_numpy(name, hybridize, scale)
     head = build_head(name, hybridize)
     hidden, targets = sample(scale=scale)
     parameters, rows, ids = values_of(head), np.arange(T * N), targets.asnumpy()
-    parameters["encoder.embedding.weight"] = parameters["head.decoder.weight"]
+    parameters["encoder.embedding.weight"] = parameters.get("head.decoder.weight")
     hidden_RH = hidden.asnumpy().reshape(-1, H).astype(np.float64)
     log_probs_RV = reference.head_log_probs(parameters, hidden_RH)
     expected_losses = -log_probs_RV[rows, ids]
