@@ -41,18 +41,14 @@ from gluon_lm.config import (
     text,
     validate,
 )
-from gluon_lm.errors import ConfigError, GluonLMError, reason
+from gluon_lm.errors import ConfigError, GluonLMError, OutOfMemory, reason
 from gluon_lm.logs import LOGGER, Verbosity
+from gluon_lm.memory import is_allocation_failure
 
 _Section = TypeVar("_Section", bound=Section)
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 # What MXNet and oneDNN say where an array or a thread finds no memory.
-_NO_MEMORY = re.compile(
-    r"Failed to allocate|bad_alloc|out of memory|could not create a (primitive|memory object)|"
-    "Resource temporarily unavailable",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -606,19 +602,18 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
 def _explain(error: Exception) -> list[str]:
     """The lines that tell a user what to mend; empty where the error is a bug of ours."""
+    if isinstance(error, OutOfMemory) or is_allocation_failure(error):
+        with contextlib.suppress(Exception):
+            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
+    if is_allocation_failure(error):
+        return [
+            f"memory is short ({reason(error)}): free some, take a smaller model, lower what is worked on at once "
+            "(--batch-size, --bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"
+        ]
     if isinstance(error, ConfigError):
         return [" ".join(problem.split()) for problem in error.problems]
     if isinstance(error, GluonLMError):
         return [" ".join(str(error).split())]
-    if isinstance(error, (MemoryError, RuntimeError)):
-        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
-            return []
-        with contextlib.suppress(Exception):
-            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
-        return [
-            f"memory is short ({reason(error)}): lower --batch-size, --bptt or the sizes of the model, end other "
-            "processes, or allow this one more (ulimit -v)"
-        ]
     if isinstance(error, ImportError):
         if error.name != "mxnet":
             return []

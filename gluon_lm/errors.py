@@ -42,6 +42,10 @@ class TrainingDiverged(GluonLMError):
     """A loss or a gradient stopped being finite."""
 
 
+class OutOfMemory(GluonLMError):
+    """There is not as much memory as the work takes."""
+
+
 class MissingDependency(GluonLMError):
     """An optional package is needed and not installed."""
 

@@ -20,7 +20,7 @@ from ..models import LanguageModel
 from ..models.heads import Head
 from ..progress import progress_bar
 
-_ROWS_PER_WINDOW = 512  # tokens worked on at once; the result does not depend on it
+ROWS_PER_WINDOW = 512  # tokens worked on at once; the result does not depend on it
 
 WindowLosses = Callable[[Head, mx.nd.NDArray, mx.nd.NDArray], mx.nd.NDArray]
 
@@ -99,7 +99,7 @@ def evaluate(
     """
     num_streams = min(num_streams, len(ids))
     streams = Streams(ids, num_streams, eos)
-    bptt = bptt or max(1, _ROWS_PER_WINDOW // num_streams)
+    bptt = bptt or max(1, ROWS_PER_WINDOW // num_streams)
     states = model.begin_state(num_streams, device)
     total = 0.0
     pending: mx.nd.NDArray | None = None

@@ -9,21 +9,27 @@ import math
 from pathlib import Path
 
 import mxnet as mx
+import numpy as np
 
 from .. import __version__
 from ..cli import TrainCommand
-from ..config import Config, DataConfig, DeviceConfig, device_count
+from ..config import Config, DataConfig, DeviceConfig, device_count, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
-from ..errors import DistributedError
+from ..errors import ConfigError, DistributedError
+from ..evaluation.static import ROWS_PER_WINDOW
 from ..generation.generator import generate
 from ..logs import LOGGER, RESULT, fall_silent, log_to_file
+from ..losses import CHUNK_SOFTMAXES
+from ..memory import Need, check_need, explained, free_host_memory, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
+
+_BLOCK_TOKENS = 1 << 22
 
 
 def start_run(command: TrainCommand, initial: Path | None = None) -> int:
@@ -56,7 +62,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     else:
         run = RunFolder(strip_model_suffix(command.save))
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
-    trainer = _build(command, corpus, communicator, run)
+    trainer, need = _build(command, corpus, communicator, run)
     if checkpoint is not None:
         trainer.start_from(checkpoint)
         LOGGER.info("beginning with %s", initial)
@@ -64,8 +70,9 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
         return 0
     if not communicator.is_primary:
-        return trainer.fit()
-    with run.created(command.describe(), corpus.vocabulary, command.overwrite):
+        with explained(need):
+            return trainer.fit()
+    with run.created(command.describe(), corpus.vocabulary, command.overwrite), explained(need):
         return _fit_and_tell(trainer, run)
 
 
@@ -77,7 +84,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
         corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
-        trainer = _build(command, corpus, communicator, run)
+        trainer, need = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         if "lr" in command.settings:
             trainer.state.lr = command.config.optim.lr
@@ -87,12 +94,14 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             return 0
         communicator.gather_object("checkpoint read")
         if not communicator.is_primary:
-            return trainer.fit()
+            with explained(need):
+                return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
             LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
         mend_links(run, checkpoint.training)
         run.update_config(command.describe())
-        return _fit_and_tell(trainer, run)
+        with explained(need):
+            return _fit_and_tell(trainer, run)
 
 
 def _join(config: Config) -> Communicator:
@@ -110,14 +119,20 @@ def _join(config: Config) -> Communicator:
     return communicator
 
 
-def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
-    """The model of a run, and its trainer."""
+def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> tuple[Trainer, Need]:
+    """The trainer of a run, and the memory that training takes."""
     config = command.config
+    _check_vocabulary(command, corpus)
     model = LanguageModel(config.model, len(corpus.vocabulary))
-    model.initialize_parameters(config.training.seed, communicator.devices)
-    model.hybridize_for_use()
-    _check_alike(config, corpus, communicator)
-    trainer = Trainer(config, corpus, model, communicator, run, command.describe())
+    need = _need(config, model, communicator)
+    warning = check_need(need, _free_memory(communicator))
+    if warning:
+        LOGGER.warning("%s", warning)
+    with explained(need):
+        model.initialize_parameters(config.training.seed, communicator.devices)
+        model.hybridize_for_use()
+        _check_alike(config, corpus, communicator)
+        trainer = Trainer(config, corpus, model, communicator, run, command.describe())
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
@@ -128,8 +143,61 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         num_parameters / 1e6,
         communicator.description,
     )
+    LOGGER.info("memory: %s", need)
     LOGGER.info("run folder %s", run.path)
-    return trainer
+    return trainer, need
+
+
+def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
+    """Make sure that the output layer fits the vocabulary.
+
+    Raises
+    ------
+    ConfigError
+        With every way in which it does not.
+    """
+    vocabulary, model = corpus.vocabulary, command.config.model
+    problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
+    if model.needs_frequency_order:
+        counts_V = np.zeros(len(vocabulary), np.int64)
+        for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
+            counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
+        rises = np.flatnonzero(np.diff(counts_V) > 0)
+        if len(rises):
+            first = int(rises[0])
+            words = vocabulary.decode([first, first + 1])
+            shown = " before ".join(f"{word!r} ({counts_V[first + i]} times)" for i, word in enumerate(words))
+            problems.append(
+                f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
+                f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
+                "lines of its file in that order"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
+    """The memory that a run takes, before any of it is taken."""
+    head, training, devices = model.head, config.training, communicator.devices
+    streams = (config.optim.small_batch_size or training.batch_size) // (len(devices) * communicator.size)
+    tokens = max(1, streams) * (training.bptt + (config.optim.max_seq_len_delta or 0))
+    evaluated = max(ROWS_PER_WINDOW, training.eval_batch_size)
+    rows, evaluated = (min(CHUNK_SOFTMAXES, count * head.softmaxes_per_row) for count in (tokens, evaluated))
+    width = config.model.num_sampled + 1 if config.model.num_sampled else head.logits_width
+    return training_need(
+        config,
+        num_parameters=sum(math.prod(parameter.shape) for parameter in model.named_parameters().values()),
+        logits=max(rows * width, evaluated * head.logits_width),
+        tokens=tokens,
+        num_sharing=len(devices) if devices[0].device_type == "cpu" else 1,
+    )
+
+
+def _free_memory(communicator: Communicator) -> int | None:
+    """Of the device that has least; None: not known."""
+    if communicator.devices[0].device_type == "cpu":
+        return free_host_memory()
+    return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in communicator.devices))
 
 
 def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> None:

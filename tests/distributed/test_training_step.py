@@ -83,8 +83,19 @@ def train(step, num_steps=10, ids=None, seed=3):
         {"clip_norm": 0.3, "model": "awd-lstm", "tied": True, "alpha": 2.0, "beta": 1.0, "weight_decay": 0.01},
         {"clip_norm": None, "model": "awd-gru", "alpha": 20.0, "beta": 30.0},
         {"clip_norm": 0.3, "num_experts": 3, "tied": True, "alpha": 2.0, "beta": 1.0},
+        {"clip_norm": 0.3, "num_sampled": VOCAB_SIZE, "tied": True},
+        {"clip_norm": 0.3, "cutoffs": (3,)},
     ],
-    ids=["sgd-clip", "sgd-clip-gru-tied", "adam-tied", "penalties-decay-awd-tied", "penalties-awd-gru", "mixture"],
+    ids=[
+        "sgd-clip",
+        "sgd-clip-gru-tied",
+        "adam-tied",
+        "penalties-decay-awd-tied",
+        "penalties-awd-gru",
+        "mixture",
+        "all-sampled-tied",
+        "adaptive",
+    ],
 )
 def test_any_number_of_devices_gives_the_parameters_of_one(num_devices, kvstore, settings):
     one, one_step = build_step(communicator_on(1), **settings)
@@ -160,8 +171,10 @@ def test_states_are_carried_on_each_device(num_devices):
         {"clip_norm": 100.0},
         {"clip_norm": 0.05, "model": "rnn_tanh", "tied": True},
         {"clip_norm": None, "optimizer": "adam", "lr": 0.01},
+        {"clip_norm": 0.05, "num_sampled": VOCAB_SIZE},
+        {"clip_norm": 0.05, "cutoffs": (3,)},
     ],
-    ids=["mean", "clipped", "not-clipped", "clipped-tied", "adam"],
+    ids=["mean", "clipped", "not-clipped", "clipped-tied", "adam", "all-sampled", "adaptive"],
 )
 def test_ten_steps_agree_with_numpy(num_devices, settings):
     model, step = build_step(communicator_on(num_devices), **settings)

@@ -30,6 +30,8 @@ RUNS = {
     "averaged": ("--model", "awd-gru", "--asgd", "--eval-every", 5, "--wdrop", 0.3),
     "mixture": ("--recipe", "lm", "--n_experts", 3, "--nhidlast", 7, "--nlayers", 2),
     "mixture-tied": ("--recipe", "lm", "--tied", "--n_experts", 2, "--nlayers", 1, "--dropoutl", 0.4),
+    "sampled": ("--num-sampled", 4, "--nlayers", 1),
+    "adaptive": ("--cutoffs", 3, "--nlayers", 1),
 }
 LENGTHS, NUM_STREAMS = (1, 6, 3), 4  # of windows, each from the state of the one before
 

@@ -20,6 +20,7 @@ MODELS = {
     "lstm-tied": {"tied": True},
     "gru-untied": {"model": "gru"},
     "mixture": {"num_experts": 3},
+    "adaptive": {"cutoffs": (4,)},
 }
 
 

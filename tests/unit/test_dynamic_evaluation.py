@@ -29,6 +29,8 @@ KINDS = {
     "rnn": {"model": "rnn_relu", "num_layers": 1},
     "layer-norm": {"layer_norm": True},
     "mixture-untied": {"model": "gru", "num_experts": 2},
+    "sampled-tied": {"tied": True, "num_sampled": 4},
+    "adaptive": {"cutoffs": (4,)},
     "every dropout": {
         "model": "awd-lstm", "tied": True, "weight_drop": 0.5, "input_weight_drop": 0.2, "dropout": 0.6,
         "dropout_embed": 0.5, "dropout_embed_elements": 0.2, "dropout_candidate": 0.3, "dropout_input": 0.4,

@@ -25,9 +25,9 @@ def run(model, ids, **how):
 
 
 @pytest.mark.parametrize("cell", sorted(CELLS))
-@pytest.mark.parametrize("tied", [False, True])
-def test_one_stream_is_the_sum_over_all_words_in_their_full_context(cell, tied):
-    model = build_model(model=cell, tied=tied, dropout=0.5)
+@pytest.mark.parametrize("head", [{}, {"tied": True}, {"tied": True, "num_sampled": 4}, {"cutoffs": (4,)}], ids=str)
+def test_one_stream_is_the_sum_over_all_words_in_their_full_context(cell, head):
+    model = build_model(model=cell, dropout=0.5, **head)
     result = run(model, text())
     assert result.num_tokens == 57
     assert result.loss_sum == pytest.approx(reference.text_loss(cell, values_of(model), text(), EOS), rel=1e-5)

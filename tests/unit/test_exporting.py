@@ -44,6 +44,8 @@ MODELS = {
     "layer-norm-tied": {"layer_norm": True, "tied": True},
     "mixture-tied": {"num_experts": 3, "tied": True, "last_hidden_size": 7},
     "mixture-untied": {"num_experts": 2, "model": "gru", "num_layers": 1},
+    "sampled-tied": {"num_sampled": 4, "tied": True, "num_layers": 1},
+    "adaptive": {"cutoffs": (3, 8), "last_hidden_size": 16, "num_layers": 1},
     "every dropout": {
         "model": "awd-lstm", "tied": True, "weight_drop": 0.5, "input_weight_drop": 0.2, "dropout": 0.3,
         "dropout_embed": 0.2, "dropout_embed_elements": 0.2, "dropout_candidate": 0.3, "dropout_input": 0.4,

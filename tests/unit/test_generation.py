@@ -61,8 +61,14 @@ def test_words_follow_the_distribution_at_their_temperature(temperature, other):
 
 @pytest.mark.parametrize(
     "head",
-    [{}, {"tied": True}, {"tied": True, "num_experts": 3, "last_hidden_size": 9}],
-    ids=["softmax", "tied softmax", "mixture"],
+    [
+        {},
+        {"tied": True},
+        {"tied": True, "num_experts": 3, "last_hidden_size": 9},
+        {"num_sampled": 4},
+        {"cutoffs": (3,)},
+    ],
+    ids=["softmax", "tied softmax", "mixture", "sampled", "adaptive"],
 )
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_a_hundred_thousand_words_fit_the_distribution(temperature, head):

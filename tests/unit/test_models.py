@@ -32,17 +32,20 @@ def flat(states):
 
 
 @pytest.mark.parametrize("cell", sorted(CELLS))
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_targets", [3 * N + 1, 2])
-@pytest.mark.parametrize("num_experts", [None, 3])
-def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, tied, num_targets, num_experts):
-    model = build_model(model=cell, tied=tied, num_experts=num_experts)
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"tied": True}, {"num_experts": 3}, {"tied": True, "num_experts": 3}, {"cutoffs": (3, 8)}],
+    ids=["softmax", "softmax-tied", "mixture", "mixture-tied", "adaptive"],
+)
+def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, num_targets, head):
+    model = build_model(model=cell, last_hidden_size=16 if "cutoffs" in head else None, **head)
     parameters = values_of(model)
     ((tokens, targets),) = windows(1)
     states = [state + 0.3 for state in reference.zero_states(cell, parameters, N)]
     rng = np.random.RandomState(3)
-    masks = [rng.uniform(0.5, 1.5, (T, N, width)) for width in (6, 5, 6 if tied or num_experts else 5)]
-    latent_mask = rng.uniform(0.5, 1.5, (T * N, 3, 6)) if num_experts else None
+    masks = [rng.uniform(0.5, 1.5, (T, N, width)) for width in (6, *model.encoder.layer_sizes)]
+    latent_mask = rng.uniform(0.5, 1.5, (T * N, 3, 6)) if "num_experts" in head else None
 
     def run():
         loss, gradients, _ = reference.loss_and_gradients(

@@ -22,11 +22,11 @@ def lines(count, seed=0):
     return [[f"w{i}" for i in rng.randint(0, VOCAB_SIZE, rng.randint(0, 12))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
-def test_each_line_is_scored_on_its_own_its_end_included(cell, monkeypatch):
+@pytest.mark.parametrize("cell, head", [("lstm", {}), ("rnn_tanh", {}), ("lstm", {"cutoffs": (4,)})])
+def test_each_line_is_scored_on_its_own_its_end_included(cell, head, monkeypatch):
     monkeypatch.setattr(scoring, "_LINES_SORTED_TOGETHER", 7)
     monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE", 30)
-    model = build_model(model=cell)
+    model = build_model(model=cell, **head)
     predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
     parameters, given = values_of(model), lines(25)
     scores = list(scoring.score_lines(predictor, iter(given)))

@@ -1,0 +1,178 @@
+"""How much memory training takes, known before it starts, and what to say where there is not so much.
+
+On Linux the kernel promises more memory than it has and ends a process that takes it at its word, without a line; so
+what is sure to be too much is refused beforehand. What fails all the same is explained with the same figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import Config
+from .errors import OutOfMemory
+
+_FLOAT = 4
+_PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
+_STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that an optimiser keeps
+_RECURRENT_FLOATS = 20  # for each unit and token of a window, kept for the way back
+_FAILURE = re.compile(
+    "failed to allocate|out of memory|alloc_failed|cudaErrorMemoryAllocation|bad_alloc|"
+    "could not create a (primitive|memory object)|resource temporarily unavailable",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that training takes on one device; on the CPU all devices share one memory, and this is all of them.
+
+    Attributes
+    ----------
+    parameters : int
+        Parameters, gradients, and what the optimiser and the average keep.
+    logits : int
+        The room for a chunk's logits, in training and in evaluation.
+    window : int
+        What a window leaves behind for the way back; an estimate.
+    """
+
+    parameters: int
+    logits: int
+    window: int
+
+    @property
+    def certain(self) -> int:
+        """Those that are sure to be taken."""
+        return self.parameters + self.logits
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.certain + self.window + _PROGRAM
+
+    def __str__(self) -> str:
+        parts = {"parameters and gradients": self.parameters, "logits": self.logits, "a window": self.window}
+        return f"about {_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
+
+
+def training_need(config: Config, num_parameters: int, logits: int, tokens: int, num_sharing: int) -> Need:
+    """What a run takes.
+
+    Parameters
+    ----------
+    config : Config
+    num_parameters : int
+        Elements of all parameters.
+    logits : int
+        Elements of a device's room for logits.
+    tokens : int
+        Of a window, that a device works on at once.
+    num_sharing : int
+        Devices that share one memory: CPU contexts; for GPUs 1.
+    """
+    copies = 2 + _STATES[config.optim.optimizer]
+    if num_sharing > 1:
+        copies += 1  # where gradients are added up
+    average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
+    window = _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
+    return Need(
+        _FLOAT * num_parameters * (copies * num_sharing + average),
+        _FLOAT * logits * num_sharing,
+        _FLOAT * window * num_sharing,
+    )
+
+
+def check_need(need: Need, available: int | None) -> str | None:
+    """Refuse what cannot be.
+
+    Returns
+    -------
+    str or None
+        A warning where it may well be too much.
+
+    Raises
+    ------
+    OutOfMemory
+        Where what is sure to be taken is more than there is.
+    """
+    if available is None or need.total <= available:
+        return None
+    line = f"training takes {need} of memory, and {_gb(available)} are free"
+    if need.certain > available:
+        raise OutOfMemory(f"{line}; {_advice(need)}")
+    return f"{line}: it may not do; if it ends without a word, {_advice(need)}"
+
+
+@contextlib.contextmanager
+def explained(need: Need) -> Iterator[None]:
+    """A block in which memory that is not to be had is an `OutOfMemory` that says what training takes."""
+    try:
+        yield
+    except Exception as error:
+        if not is_allocation_failure(error):
+            raise
+        raise OutOfMemory(f"out of memory: training takes {need}; {_advice(need)}") from error
+
+
+def is_allocation_failure(error: BaseException) -> bool:
+    """Whether Python, MXNet or CUDA found no memory. MXNet is not imported for it."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_FAILURE.search(str(error))))
+
+
+def _advice(need: Need) -> str:
+    by_vocabulary = "--max-vocab, --emsize or --nhid, share the matrix with --tied, or use --cutoffs"
+    by_window = "--batch-size or --bptt, or use --small-batch-size"
+    if need.certain > need.window:
+        return f"lower {by_vocabulary}; or lower {by_window}"
+    return f"lower {by_window}; or lower {by_vocabulary}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def free_host_memory() -> int | None:
+    """Bytes that this process can still take: of the machine, its control group and its own limit; None: not known."""
+    bounds = [bound for bound in (_free_on_machine(), _free_in_group(), _free_below_limit()) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _free_on_machine() -> int | None:
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _free_in_group() -> int | None:
+    """Under version 2 of control groups, as containers see it."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None
+
+
+def _free_below_limit() -> int | None:
+    """Below ``ulimit -v``."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    used = _kilobytes(Path("/proc/self/status"), "VmSize")
+    return None if limit == resource.RLIM_INFINITY or used is None else max(0, limit - used)
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """A line of the kernel's, ``Name: 123 kB``, in bytes."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,203 @@
+"""The sampled softmax in training: what it draws, its loss and gradients, and what a step touches."""
+
+from __future__ import annotations
+
+import mxnet as mx
+import numpy as np
+import pytest
+import reference
+from builders import build_model, gradients_of, int32, relative_error, values_of
+
+from gluon_lm import losses
+from gluon_lm.config import OptimConfig
+from gluon_lm.data.windows import Streams
+from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
+from gluon_lm.losses import backward_through_head
+from gluon_lm.models import SampledHead
+from gluon_lm.optim import rows
+from gluon_lm.optim.optimizers import create_optimizer
+from gluon_lm.training.step import TrainingStep
+
+V, S = 60, 12
+
+
+def draws(count, vocab_size=V, num_sampled=S):
+    head = SampledHead(vocab_size, 3, num_sampled)
+    return [head.draw(np.random.default_rng(seed)) for seed in range(count)]
+
+
+def assert_within_five_errors(samples, expected):
+    """Of the mean of independent samples, along the first axis."""
+    error = samples.std(axis=0) / len(samples) ** 0.5
+    assert np.all(np.abs(samples.mean(axis=0) - expected) < 5 * error)
+
+
+# ---------------------------------------------------------------- the sample
+
+
+def test_a_sample_is_the_first_different_words_of_log_uniform_draws():
+    probs_V = np.log((np.arange(V) + 2) / (np.arange(V) + 1)) / np.log(V + 1)
+    rng, expected_V = np.random.RandomState(3), np.zeros(V)
+    for _ in range(4000):
+        seen: dict[int, None] = {}
+        for word in rng.choice(V, 1000, p=probs_V):
+            seen[word] = None
+            if len(seen) == S:
+                break
+        expected_V[list(seen)] += 1 / 4000
+    samples = draws(4000)
+    assert all(np.array_equal(sample.ids_S, np.unique(sample.ids_S)) and len(sample.ids_S) == S for sample in samples)
+    included = np.array([np.bincount(sample.ids_S, minlength=V) for sample in samples])
+    error = (expected_V * (1 - expected_V) * 2 / 4000) ** 0.5
+    assert np.all(np.abs(included.mean(axis=0) - expected_V) < 5 * error)
+
+
+@pytest.mark.parametrize("num_sampled", [1, S, V - 1])
+def test_sums_over_the_sample_divided_by_the_expected_counts_are_those_over_all_words(num_sampled):
+    values_V = np.random.RandomState(5).uniform(0, 1, (3, V))
+    found = np.array(
+        [
+            (values_V[:, sample.ids_S] / sample.expected_V[sample.ids_S]).sum(axis=1)
+            for sample in draws(4000, num_sampled=num_sampled)
+        ]
+    )
+    assert_within_five_errors(found, values_V.sum(axis=1))
+
+
+# ---------------------------------------------------------------- loss and gradients
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows_in_chunk", [7, 1024])
+def test_loss_and_gradients_agree_with_numpy(tied, rows_in_chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", rows_in_chunk)
+    model = build_model(vocab_size=V, tied=tied, num_sampled=S)
+    width = model.encoder.layer_sizes[-1]
+    parameters, sample = values_of(model), model.head.draw(np.random.default_rng(2))
+    hidden_RH = np.random.RandomState(1).randn(24, width).astype(np.float32)
+    targets_R = np.random.RandomState(2).randint(0, V, 24)
+    targets_R[:6] = sample.ids_S[[0, 0, 3, -1, -1, 5]]  # words that the sample has too, and some twice
+    expected_R, expected, by_hidden_RH = reference.sampled_loss_and_gradients(
+        parameters, hidden_RH.astype(np.float64), targets_R, sample.ids_S, sample.expected_V
+    )
+    loss, grad_RF = backward_through_head(sample, mx.nd.array(hidden_RH), int32(targets_R))
+    assert loss.asscalar() == pytest.approx(expected_R.sum(), rel=1e-5)
+    assert relative_error(grad_RF.asnumpy(), by_hidden_RH) < 1e-5
+    found = gradients_of(model)
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < 1e-5, name
+    filled = model.head.gradient_rows(targets_R, sample)
+    for name in expected:
+        assert not np.delete(found[name], filled, axis=0).any()
+
+
+def test_the_references_gradients_are_the_slopes_of_its_loss():
+    parameters, rng = values_of(build_model(vocab_size=V)), np.random.RandomState(4)
+    hidden_RH, targets_R, ids, expected_V = rng.randn(9, 5), rng.randint(0, V, 9), np.arange(0, V, 5), rng.rand(V)
+
+    def loss():
+        return reference.sampled_loss_and_gradients(parameters, hidden_RH, targets_R, ids, expected_V)
+
+    _, gradients, by_hidden_RH = loss()
+    for value, gradient in [(hidden_RH, by_hidden_RH), *((parameters[name], gradients[name]) for name in gradients)]:
+        direction = rng.randn(*value.shape)
+        value += 1e-6 * direction
+        above = loss()[0].sum()
+        value -= 2e-6 * direction
+        below = loss()[0].sum()
+        value += 1e-6 * direction
+        assert (above - below) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-6)
+
+
+# ---------------------------------------------------------------- in the training step
+
+BATCH, BPTT = 4, 5
+NUM_TOKENS = 3 * BPTT * BATCH + 6  # the last window is short
+
+
+def build_step(
+    num_devices=1, lr=0.5, clip_norm=0.3, weight_decay=0.0, optimizer="sgd", small_batch_size=None, **config
+):
+    devices = [mx.cpu(i) for i in range(num_devices)]
+    communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
+    model = build_model(devices, vocab_size=V, **config)
+    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
+    return model, TrainingStep(model, rule, communicator, clip_norm, small_batch_size=small_batch_size)
+
+
+def train(step, steps, seed=3):
+    ids = np.random.RandomState(4).randint(0, V, NUM_TOKENS).astype(np.int32)
+    windows = list(Streams(ids, BATCH, 0).windows(BPTT))
+    for k in steps:
+        if k % len(windows) == 0:
+            step.states = None
+        step(windows[k % len(windows)], seed, k)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The samples that all heads draw, in order."""
+    found, draw = [], SampledHead.draw
+
+    def note(head, rng):
+        sample = draw(head, rng)
+        found.append(sample.ids_S.tolist())
+        return sample
+
+    monkeypatch.setattr(SampledHead, "draw", note)
+    return found
+
+
+def test_each_step_and_device_has_its_own_sample_that_depends_on_the_seed_alone(drawn):
+    train(build_step(num_devices=2, num_sampled=S)[1], range(5))
+    first = drawn.copy()
+    assert len({tuple(ids) for ids in first}) == 10
+    drawn.clear()
+    mx.nd.random.uniform(shape=(3,))
+    np.random.rand()
+    train(build_step(num_devices=2, num_sampled=S)[1], range(3, 5))  # as a run that is resumed there
+    assert drawn == first[6:]
+    drawn.clear()
+    train(build_step(num_devices=2, num_sampled=S)[1], range(5), seed=4)
+    assert not {tuple(ids) for ids in drawn} & {tuple(ids) for ids in first}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+@pytest.mark.parametrize(
+    "head", [{}, {"num_sampled": S}, {"num_sampled": S, "tied": True}, {"cutoffs": (20,)}], ids=str
+)
+@pytest.mark.parametrize("small_batch_size", [None, 2])
+def test_updating_the_filled_rows_alone_is_updating_all(head, clip_norm, small_batch_size, monkeypatch):
+    found = []
+    for worth_it in (0, 10**9):
+        monkeypatch.setattr(rows, "_WORTH_IT", worth_it)
+        model, step = build_step(clip_norm=clip_norm, small_batch_size=small_batch_size, **head)
+        first = values_of(model)
+        longest = Streams(np.arange(NUM_TOKENS, dtype=np.int32) % V, BATCH, 0).window(0, 2 * BPTT)
+        step.rehearse(longest)
+        train(step, range(10))
+        assert bool(step._filled.by_index) == (worth_it == 0)
+        found.append(values_of(model))
+    for name, value in found[0].items():
+        assert relative_error(value, found[1][name]) < 1e-6, name
+        assert relative_error(value, first[name]) > 1e-4, name
+
+
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.01}, {"optimizer": "adam"}, {"num_devices": 2}], ids=str)
+def test_what_changes_every_row_updates_all(settings, monkeypatch):
+    monkeypatch.setattr(rows, "_WORTH_IT", 0)
+    _, step = build_step(num_sampled=S, **settings)
+    train(step, range(2))
+    assert not step._filled.by_index
+
+
+def test_what_is_learnt_is_the_distribution_over_the_whole_vocabulary():
+    ids = np.random.RandomState(4).randint(0, V, NUM_TOKENS)
+    found = []
+    for head in ({}, {"num_sampled": S}):
+        model, step = build_step(lr=2.0, **head)
+        before = reference.text_loss("lstm", values_of(model), ids, 0)
+        train(step, range(80))
+        found.append(reference.text_loss("lstm", values_of(model), ids, 0) / NUM_TOKENS)
+    assert found[0] < 0.9 * before / NUM_TOKENS
+    assert found[1] == pytest.approx(found[0], rel=0.03)
