@@ -6,6 +6,8 @@
     python scripts/benchmark.py mixture                       # 15 softmaxes, beside the plain way to mix them
     python scripts/benchmark.py memory                        # resident memory over 1,000 windows of random length
     python scripts/benchmark.py generation                    # many texts side by side, and one
+    python scripts/benchmark.py vocabulary                    # the heads for 267,735 words, and what each learns
+    python scripts/benchmark.py encoding                      # 100 million words of 250,000 kinds become ids
     python scripts/benchmark.py unrolled                      # what goes beyond the fused recurrent operator costs this
     python scripts/benchmark.py startup --corpus wikitext-2   # the corpus's files must be in --data-dir
 
@@ -24,6 +26,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -93,6 +96,27 @@ SIZES = {
     "C": of_recipe("awd-wikitext-2", warmup=1, steps=3),
     "D": of_recipe("mos-wikitext-2", warmup=1, steps=4),
 }
+# For `vocabulary`: the words of WikiText-103, a model whose speed is measured, and a small one that learns for a while.
+LARGE_VOCAB_SIZE = 267_735
+LARGE = {
+    "large": Size(
+        ModelConfig(embed_size=400, hidden_size=1024, num_layers=3, dropout=0.0),
+        OptimConfig(lr=1.0),
+        batch_size=32,
+        bptt=96,
+        warmup=1,
+        steps=3,
+    ),
+    "small": Size(
+        ModelConfig(embed_size=64, hidden_size=64, num_layers=1, dropout=0.0),
+        OptimConfig(lr=20.0, clip_norm=0.25),
+        batch_size=32,
+        bptt=35,
+        warmup=0,
+        steps=150,
+    ),
+}
+ENCODED_TYPES = 250_000
 GENERATED_TEXTS = 64
 EVALUATION_STREAMS = 10  # the batch size that the peer evaluates with
 PLAIN_MIXTURE_STREAMS = 5  # that the mixture's authors work on at once, for the sake of memory
@@ -111,27 +135,27 @@ def zipf_ids(count: int):
     return np.searchsorted(cumulative, draws).clip(max=VOCAB_SIZE - 1).astype(np.int32)
 
 
-def ours_model(size: Size):
+def ours_model(size: Size, vocab_size: int = VOCAB_SIZE):
     """Our model and its communicator, made as `gluon_lm.train` makes them once the process is prepared."""
     from gluon_lm.config import DeviceConfig
     from gluon_lm.distributed import create_communicator
     from gluon_lm.models import LanguageModel
 
     communicator = create_communicator(DeviceConfig(cuda=False))
-    model = LanguageModel(size.model, VOCAB_SIZE)
+    model = LanguageModel(size.model, vocab_size)
     model.initialize_parameters(SEED, communicator.devices)
     model.hybridize_for_use()
     return model, communicator
 
 
-def ours_step(size: Size, max_seq_len_delta: int | None = None):
+def ours_step(size: Size, max_seq_len_delta: int | None = None, vocab_size: int = VOCAB_SIZE):
     """Our training step, made as `gluon_lm.train` makes it."""
     from gluon_lm.runtime import prepare_training
 
     training = TrainingConfig(batch_size=size.batch_size, bptt=size.bptt)
     optim = replace(size.optim, max_seq_len_delta=max_seq_len_delta)
     prepare_training(Config(model=size.model, optim=optim, training=training))
-    model, communicator = ours_model(size)
+    model, communicator = ours_model(size, vocab_size)
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
@@ -255,6 +279,48 @@ def generate_ours(size: Size, warmup: int, steps: int, num_samples: int = GENERA
 
 def generate_one_text(size: Size, warmup: int, steps: int) -> dict[str, float]:
     return generate_ours(size, warmup, steps, num_samples=1)
+
+
+def chained_words(count: int):
+    """Text of `LARGE_VOCAB_SIZE` words with something to learn in it: half of the words follow from the one before.
+
+    The others are drawn like `zipf_ids`, and each word's successor is drawn so too, once. Ids are ranks by frequency.
+    """
+    import numpy as np
+
+    cumulative = np.cumsum(1.0 / np.arange(1, LARGE_VOCAB_SIZE + 1))
+    rng = np.random.RandomState(SEED)
+
+    def draw(number: int):
+        return np.searchsorted(cumulative, rng.random_sample(number) * cumulative[-1]).clip(max=LARGE_VOCAB_SIZE - 1)
+
+    ids, successors, follows = draw(count), draw(LARGE_VOCAB_SIZE), rng.random_sample(count) < 0.5
+    for i in np.flatnonzero(follows[1:]) + 1:
+        ids[i] = successors[ids[i - 1]]
+    ranks = np.empty(LARGE_VOCAB_SIZE, np.int32)
+    ranks[np.argsort(-np.bincount(ids, minlength=LARGE_VOCAB_SIZE), kind="stable")] = np.arange(LARGE_VOCAB_SIZE)
+    return ranks[ids]
+
+
+def train_on_large_vocabulary(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    """Speed of training, and the perplexity of held-out text on the whole vocabulary afterwards."""
+    step = ours_step(size, vocab_size=LARGE_VOCAB_SIZE)
+    import mxnet as mx
+
+    from gluon_lm.data.windows import Streams
+    from gluon_lm.evaluation.static import evaluate
+
+    num_trained = (warmup + steps) * size.batch_size * size.bptt
+    ids = chained_words(num_trained + max(1_000, num_trained // 10))
+    streams = Streams(ids[:num_trained], size.batch_size, eos=0)
+
+    def take(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            step(streams.window(i * size.bptt, size.bptt), SEED, i)
+
+    speed = timed_steps(size, warmup, steps, take)
+    perplexity = evaluate(step._model, ids[num_trained:], 0, mx.cpu(), num_streams=10).perplexity
+    return {**speed, "perplexity": perplexity, "trained_tokens": num_trained}
 
 
 def peer_model(size: Size, train: bool):
@@ -381,6 +447,7 @@ MEASUREMENTS = {
         train_peer,
         train_peer_set_alike,
         train_plain_mixture,
+        train_on_large_vocabulary,
         memory_of_ours,
         evaluate_ours,
         evaluate_ours_exactly,
@@ -683,10 +750,121 @@ def run_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def run_vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Speed, memory and perplexity of each head at the vocabulary of WikiText-103."""
+    heads: dict[str, dict[str, Any]] = {
+        "full softmax": {},
+        "sampled softmax, 8,192 words": {"num_sampled": 8192},
+        "adaptive softmax, 4,000 and 40,000": {"cutoffs": (4_000, 40_000)},
+        "full softmax, tied": {"tied": True},
+        "sampled softmax, tied": {"tied": True, "num_sampled": 8192},
+    }
+    results = []
+    for size in LARGE:
+        cases = [Case(label, "train_on_large_vocabulary", model=head) for label, head in heads.items()]
+        warmup = LARGE[size].warmup if options.warmup is None else options.warmup
+        for n in range(options.rounds if size == "large" else 1):
+            for case in cases:
+                run_case(case, size, warmup, options.steps or LARGE[size].steps)
+                found = case.results[-1]
+                note(f"{size} {n + 1}  {case.label}: {found['tokens_per_second']:,.0f} tokens/s")
+        full = {False: cases[0], True: cases[3]}
+        rows = []
+        for case in cases:
+            whole = full[case.model.get("tied", False)]
+            rows.append(
+                [
+                    case.label,
+                    spread(case.values("tokens_per_second")),
+                    f"{case.median('tokens_per_second') / whole.median('tokens_per_second'):.2f}",
+                    spread(case.values("peak_memory_mb")),
+                    f"{case.median('perplexity'):,.1f}",
+                    f"{case.median('perplexity') / whole.median('perplexity') - 1:+.1%}",
+                ]
+            )
+        title = (
+            f"{LARGE_VOCAB_SIZE:,} words, {size}: {LARGE[size].description}, perplexity after "
+            f"{cases[0].results[0]['trained_tokens']:,} words"
+        )
+        header = ["", "tokens/s (range)", "of the full", "peak memory, MB (range)", "perplexity", "of the full"]
+        print_table(title, header, rows)
+        results.append({"title": title, "cases": [asdict(case) for case in cases]})
+    return results
+
+
+def write_words(path: Path, num_tokens: int, num_types: int) -> None:
+    """A text file in lines of 24 Zipf-distributed words and <eos>, in which every kind of word occurs."""
+    import numpy as np
+
+    cumulative = np.cumsum(1.0 / np.arange(1, num_types + 1))
+    words = np.array([f"word{i}" for i in range(num_types - 1)], dtype=object)  # and <eos>
+    rng, block = np.random.RandomState(SEED), 24 * 50_000
+    with open(path, "w", encoding="ascii") as file:
+        for start in range(0, num_tokens, block // 24 * 25):
+            ids = np.searchsorted(cumulative, rng.random_sample(block) * cumulative[-1]).clip(max=num_types - 2)
+            if start == 0:
+                ids[: len(words)] = rng.permutation(len(words))
+            left = (num_tokens - start) // 25 * 24
+            for line in words[ids[:left]].reshape(-1, 24).tolist():
+                file.write(" ".join(line) + "\n")
+
+
+def encode(folder: Path) -> dict[str, float]:
+    """Read a folder of text for the first time, in this process."""
+    from gluon_lm.config import DataConfig
+    from gluon_lm.data import load_corpus
+
+    started = time.perf_counter()
+    corpus = load_corpus(DataConfig(data=(str(folder),)))
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(ids) for ids in corpus.ids.values())
+    return {
+        "seconds": seconds,
+        "num_tokens": num_tokens,
+        "num_types": len(corpus.vocabulary),
+        "tokens_per_second": num_tokens / seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+def run_encoding(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time and memory of making ids from text, vocabulary and hashes included."""
+    results = []
+    with tempfile.TemporaryDirectory(prefix="gluon_lm-benchmark-") as folder:
+        text = Path(folder) / "text"
+        text.mkdir()
+        note(f"writing {options.tokens:,} words")
+        write_words(text / "train.txt", options.tokens, ENCODED_TYPES)
+        for name in ("valid", "test"):
+            (text / f"{name}.txt").write_text("word1 word2\n", encoding="ascii")
+        for n in range(options.rounds):
+            done = subprocess.run(
+                [sys.executable, __file__, "encode", str(text)],
+                env=child_environment({"GLUON_LM_CACHE": f"{folder}/cache-{n}"}),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=PROCESS_TIMEOUT_S,
+                check=True,
+            )
+            shutil.rmtree(f"{folder}/cache-{n}")
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+            note(f"encoding {n + 1}/{options.rounds}: {results[-1]['seconds']:.1f} s")
+    columns = {name: [result[name] for result in results] for name in results[0]}
+    title = f"Encoding {results[0]['num_tokens']:,} words of {results[0]['num_types']:,} kinds"
+    rows = [
+        [spread(columns["seconds"], 1), spread(columns["tokens_per_second"]), spread(columns["peak_memory_mb"])],
+    ]
+    print_table(title, ["seconds (range)", "words/s (range)", "peak memory, MB (range)"], rows)
+    return [{"title": title, "results": results}]
+
+
 BENCHMARKS = {
     "training": run_training,
     "generation": run_generation,
     "mixture": run_mixture,
+    "vocabulary": run_vocabulary,
+    "encoding": run_encoding,
     "unrolled": run_unrolled,
     "memory": run_memory,
     "startup": run_startup,
@@ -744,8 +922,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["measure"]:
         name, size, warmup, steps, model = argv[1:]
-        changed = replace(SIZES[size], model=replace(SIZES[size].model, **json.loads(model)))
+        measured = {**SIZES, **LARGE}[size]
+        changed = replace(measured, model=replace(measured.model, **json.loads(model)))
         print(json.dumps(measure(name, changed, int(warmup), int(steps))))
+        return 0
+    if argv[:1] == ["encode"]:
+        print(json.dumps(encode(Path(argv[1]))))
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -761,6 +943,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
     parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, D: 4, memory: 1000)")
     parser.add_argument("--warmup", type=positive, help="steps before the clock runs (default 8, C and D: 1)")
+    parser.add_argument("--tokens", type=positive, default=100_000_000, help="words to encode (default 100 million)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument("--corpus", help="corpus of the start-up measurement (default: a text made for it)")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where --corpus lies (default ./data)")

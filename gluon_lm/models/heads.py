@@ -24,6 +24,7 @@ from mxnet.gluon import nn
 
 from ..config import TAIL_FACTOR, ModelConfig
 
+_PARTS = 4  # in which the rows of an adaptive softmax's widest group are worked on, if that is all of a chunk's
 _NEVER = -1e30  # a logit whose probability is 0
 SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
@@ -338,13 +339,16 @@ class AdaptiveHead(Head):
         self._bounds = [*cutoffs, vocab_size]
         sizes = [stop - start for start, stop in zip(self._bounds, self._bounds[1:])]
         num_entries = self._bounds[0] + len(sizes)
-        # A quarter of a chunk's rows at a time have room for the widest group.
-        self.logits_width = max(num_entries, max(sizes) // 4)
+        # A quarter of a chunk's rows at a time have room for the widest group; seldom are so many in it.
+        self.logits_width = max(num_entries, -(-max(sizes, default=0) // _PARTS))
         with self.name_scope():
             self.shortlist = nn.Dense(num_entries, in_units=input_size, flatten=False)
             self.groups = nn.HybridSequential()
             for i, size in enumerate(sizes, 1):
                 self.groups.add(_Group(size, input_size, input_size // TAIL_FACTOR**i))
+
+    def room_for_logits(self, num_softmaxes, device, width=None):
+        return super().room_for_logits(max(num_softmaxes, _PARTS), device, width)  # one row of any group fits
 
     def hybrid_forward(self, F, hidden_RH):
         return self.scores(F, hidden_RH)
