@@ -143,6 +143,13 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         num_parameters / 1e6,
         communicator.description,
     )
+    if config.model.num_sampled:
+        LOGGER.info(
+            "the training loss is that of a choice among %s words, drawn for each window; validation and test are over "
+            "all %s",
+            f"{config.model.num_sampled + 1:,}",
+            f"{len(corpus.vocabulary):,}",
+        )
     LOGGER.info("memory: %s", need)
     LOGGER.info("run folder %s", run.path)
     return trainer, need

@@ -1,0 +1,104 @@
+"""Sampled and adaptive softmax by their flags, and what happens where memory does not do."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+
+import mxnet as mx
+import pytest
+
+from gluon_lm.errors import OutOfMemory
+from gluon_lm.memory import Need, check_need, explained
+
+HEADS = {"sampled": ("--num-sampled", 5), "sampled-tied": ("--num-sampled", 5, "--tied"), "adaptive": ("--cutoffs", 6)}
+
+
+def perplexity(output):
+    return float(re.findall(r"(?:perplexity|test ppl) +([\d.]+)", output)[-1])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_resumed_run_ends_as_one_that_never_stopped_and_every_command_takes_it(project, name):
+    flags = (*HEADS[name], "--cpus", 2, "--lr", 5)
+    output = project.train("whole", *flags)
+    project.train("stopped", *flags, "--max-steps", 33)
+    project.run("train", "--resume", "stopped", "--max-steps", 10**6)
+    assert project.parameters("stopped") == project.parameters("whole")
+    # The whole vocabulary, however it was trained: what training says is what the commands say.
+    exact = perplexity(project.run("evaluate", "whole", "--eval-batch-size", 10))
+    assert exact == pytest.approx(perplexity(output), rel=1e-3)
+    assert exact < 0.7 * 17
+    assert len(project.run("generate", "whole", "--words", 30).split()) >= 30
+    project.run("score", "whole", "text/test.txt", "--outf", "scores.tsv")
+    assert perplexity(project.run("dynamiceval", "whole")) != exact
+    project.run("finetune", "whole", "--epochs", 1)
+
+
+def test_what_does_not_fit_the_vocabulary_is_refused_at_once(project):
+    words = "the a cat dog bird sees hears tree house river . <eos> <unk>".split()
+    (project.path / "words.txt").write_text("\n".join(words) + "\n")
+    output = project.train("run", "--vocab", "words.txt", "--num-sampled", 13, code=2)
+    too_many, order = output.splitlines()
+    assert "--num-sampled 13: must be below the number of words in the vocabulary, 13" in too_many
+    assert "--num-sampled: needs the vocabulary in order of falling frequency" in order
+    assert re.search(r"line \d+ has '[^ ]+' \(\d+ times\) before '[^ ]+' \(\d+ times\)", order)
+    output = project.train("run", "--cutoffs", 5, 13, "--nhid", 16, code=2)
+    assert "--cutoffs 5,13: must be below the number of words in the vocabulary, 13" in output
+    assert not (project.path / "run").exists()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def limited(command, project):
+    """Run Python with three gigabytes of address space."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=project.path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)),
+    )
+
+
+def test_training_that_cannot_fit_is_refused_before_it_starts(project):
+    done = limited(["-m", "gluon_lm.train", "--data", "text", "--nhid", "20000", "--save", "run"], project)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    # Two layers of 4 x 20,000 x (200 or 20,000 + 20,000) weights and their gradients.
+    assert "parameters and gradients 38." in line and "are free; lower --max-vocab, --emsize or --nhid" in line
+    assert "Traceback" not in done.stderr and not (project.path / "run").exists()
+
+
+def test_memory_that_is_not_to_be_had_is_one_line(project):
+    code = (
+        "import sys, mxnet as mx\n"
+        "from gluon_lm.cli import run_command\n"
+        "sys.exit(run_command(lambda words: mx.nd.ones((1 << 30,)).wait_to_read(), []))\n"
+    )
+    done = limited(["-c", code], project)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory: ") and "--eval-batch-size" in line
+
+
+def test_what_fails_in_training_says_what_training_takes():
+    need = Need(parameters=3 * 10**9, logits=10**9, window=2 * 10**9)
+    for failure in (MemoryError("x"), mx.MXNetError("cudaMalloc retry failed: out of memory")):
+        with pytest.raises(OutOfMemory, match=r"out of memory: training takes about 6\.3 GB .*--batch-size"):
+            with explained(need):
+                raise failure
+    with pytest.raises(mx.MXNetError, match="other"), explained(need):
+        raise mx.MXNetError("other")
+
+
+def test_what_may_not_do_is_said_and_what_will_not_is_refused():
+    need = Need(parameters=3 * 10**9, logits=10**9, window=2 * 10**9)
+    assert check_need(need, None) is None and check_need(need, 10**10) is None
+    assert "5.0 GB are free: it may not do" in check_need(need, 5 * 10**9)
+    with pytest.raises(OutOfMemory, match="3.9 GB are free; lower --max-vocab"):
+        check_need(need, 39 * 10**8)
