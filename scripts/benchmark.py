@@ -769,24 +769,15 @@ def run_vocabulary(options: argparse.Namespace) -> list[dict[str, Any]]:
                 found = case.results[-1]
                 note(f"{size} {n + 1}  {case.label}: {found['tokens_per_second']:,.0f} tokens/s")
         full = {False: cases[0], True: cases[3]}
+        metric = "tokens_per_second" if size == "large" else "perplexity"
         rows = []
         for case in cases:
-            whole = full[case.model.get("tied", False)]
-            rows.append(
-                [
-                    case.label,
-                    spread(case.values("tokens_per_second")),
-                    f"{case.median('tokens_per_second') / whole.median('tokens_per_second'):.2f}",
-                    spread(case.values("peak_memory_mb")),
-                    f"{case.median('perplexity'):,.1f}",
-                    f"{case.median('perplexity') / whole.median('perplexity') - 1:+.1%}",
-                ]
-            )
-        title = (
-            f"{LARGE_VOCAB_SIZE:,} words, {size}: {LARGE[size].description}, perplexity after "
-            f"{cases[0].results[0]['trained_tokens']:,} words"
-        )
-        header = ["", "tokens/s (range)", "of the full", "peak memory, MB (range)", "perplexity", "of the full"]
+            share = case.median(metric) / full[case.model.get("tied", False)].median(metric)
+            memory = spread(case.values("peak_memory_mb"))
+            rows.append([case.label, spread(case.values(metric)), f"{share:.3g}", memory])
+        what = "tokens/s" if size == "large" else f"perplexity after {cases[0].results[0]['trained_tokens']:,} words"
+        title = f"{LARGE_VOCAB_SIZE:,} words: {LARGE[size].description}"
+        header = ["", f"{what} (range)", "times that of the full softmax", "peak memory, MB (range)"]
         print_table(title, header, rows)
         results.append({"title": title, "cases": [asdict(case) for case in cases]})
     return results
