@@ -606,6 +606,8 @@ def _explain(error: Exception) -> list[str]:
         with contextlib.suppress(Exception):
             sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
     if is_allocation_failure(error):
+        with contextlib.suppress(Exception):
+            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory
         return [
             f"memory is short ({reason(error)}): free some, take a smaller model, lower what is worked on at once "
             "(--batch-size, --bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -92,13 +92,14 @@ class AppendedText:
         self._file.close()
 
 
-def write_arrays(path: Path | BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as an ``.npz`` file, uncompressed.
+def write_arrays(path: Path | BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write named arrays as an ``.npz`` file, uncompressed, each as soon as it comes.
 
-    `numpy.savez` takes no array named ``file``, and on a full disk leaves a writer that complains once more.
+    `numpy.savez` needs all at once, takes none named ``file``, and on a full disk leaves a writer that complains once
+    more.
     """
     with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
+        for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 

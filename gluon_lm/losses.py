@@ -19,11 +19,14 @@ from .inputs import Inputs, copy_inputs
 from .models import Head, LanguageModel, SampledSoftmax, State
 
 CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
+CHUNK_LOGITS = 1 << 27  # of a chunk, 512 MiB: above 131,072 words fewer softmaxes, for the sake of memory
 
 
-def row_chunks(num_rows: int, softmaxes_per_row: int) -> list[slice]:
-    """Cut rows (at least one) into the fewest near-equal chunks of at most `CHUNK_SOFTMAXES`, but a row at least."""
-    num_chunks = -(-num_rows // max(1, CHUNK_SOFTMAXES // softmaxes_per_row))
+def row_chunks(num_rows: int, softmaxes_per_row: int, logits_width: int = 1) -> list[slice]:
+    """Cut rows (at least one) into the fewest near-equal chunks of at most `CHUNK_SOFTMAXES` and `CHUNK_LOGITS`, but a
+    row at least."""
+    most = min(CHUNK_SOFTMAXES, CHUNK_LOGITS // logits_width)
+    num_chunks = -(-num_rows // max(1, most // softmaxes_per_row))
     rows = -(-num_rows // num_chunks)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
@@ -33,7 +36,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]]:
     """Chunks of rows: where they are, their features, their targets, and room for their logits."""
     features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
-    for rows in row_chunks(targets_R.shape[0], head.softmaxes_per_row):
+    for rows in row_chunks(targets_R.shape[0], head.softmaxes_per_row, head.logits_width):
         num_softmaxes = (rows.stop - rows.start) * head.softmaxes_per_row
         yield rows, features_RF[rows], targets_R[rows], head.room_for_logits(num_softmaxes, features_RF.context)
 

@@ -33,7 +33,8 @@ class Need:
     Attributes
     ----------
     parameters : int
-        Parameters, gradients, and what the optimiser and the average keep.
+        Parameters, gradients, and what the optimiser and the average keep; on the CPU the largest one's gradient twice,
+        because MXNet adds to it what it has computed elsewhere.
     logits : int
         The room for a chunk's logits, in training and in evaluation.
     window : int
@@ -59,14 +60,16 @@ class Need:
         return f"about {_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
-def training_need(config: Config, num_parameters: int, logits: int, tokens: int, num_sharing: int) -> Need:
+def training_need(
+    config: Config, num_parameters: int, largest: int, logits: int, tokens: int, num_sharing: int
+) -> Need:
     """What a run takes.
 
     Parameters
     ----------
     config : Config
-    num_parameters : int
-        Elements of all parameters.
+    num_parameters, largest : int
+        Elements of all parameters, and of the largest of the output layer whose gradient is added up; 0 on GPUs.
     logits : int
         Elements of a device's room for logits.
     tokens : int
@@ -80,7 +83,7 @@ def training_need(config: Config, num_parameters: int, logits: int, tokens: int,
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
     window = _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
     return Need(
-        _FLOAT * num_parameters * (copies * num_sharing + average),
+        _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing),
         _FLOAT * logits * num_sharing,
         _FLOAT * window * num_sharing,
     )

@@ -319,7 +319,7 @@ def _save(path: Path, statistics: GradientStatistics) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as file:
-            write_arrays(file, {_NUM_WINDOWS: np.array(statistics.num_windows), **statistics.square_sums})
+            write_arrays(file, [(_NUM_WINDOWS, np.array(statistics.num_windows)), *statistics.square_sums.items()])
     except OSError as error:
         LOGGER.info("%s: cannot be written (%s); the next time they are computed again", path, error.strerror)
     else:

@@ -276,10 +276,11 @@ class SampledSoftmax:
 
     def __init__(self, head: SampledHead, ids_S: np.ndarray, expected_V: np.ndarray) -> None:
         self._head, self.ids_S, self.expected_V = head, ids_S, expected_V
+        self.logits_width = len(ids_S) + 1
 
     def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
         """An array (S, C) on a device: a column for the target, and one for each word of the sample."""
-        return self._head.room_for_logits(num_softmaxes, device, width=len(self.ids_S) + 1)
+        return self._head.room_for_logits(num_softmaxes, device, self.logits_width)
 
     def backward(
         self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_RC: mx.nd.NDArray

@@ -387,7 +387,7 @@ def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
 def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
     # Not MXNet's own format: it remembers the device, which may not be there when it is read, and its writer does not
     # notice when the last block of a file finds the disk full.
-    write_arrays(path, {name: array.asnumpy() for name, array in arrays.items()})
+    write_arrays(path, ((name, array.asnumpy()) for name, array in arrays.items()))
 
 
 def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:

@@ -20,7 +20,7 @@ from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..generation.generator import generate
 from ..logs import LOGGER, RESULT, fall_silent, log_to_file
-from ..losses import CHUNK_SOFTMAXES
+from ..losses import row_chunks
 from ..memory import Need, check_need, explained, free_host_memory, training_need
 from ..models import LanguageModel
 from ..progress import counted
@@ -62,7 +62,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     else:
         run = RunFolder(strip_model_suffix(command.save))
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
-    trainer, need = _build(command, corpus, communicator, run)
+    trainer = _build(command, corpus, communicator, run)
     if checkpoint is not None:
         trainer.start_from(checkpoint)
         LOGGER.info("beginning with %s", initial)
@@ -70,9 +70,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
         return 0
     if not communicator.is_primary:
-        with explained(need):
-            return trainer.fit()
-    with run.created(command.describe(), corpus.vocabulary, command.overwrite), explained(need):
+        return trainer.fit()
+    with run.created(command.describe(), corpus.vocabulary, command.overwrite):
         return _fit_and_tell(trainer, run)
 
 
@@ -84,7 +83,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
         corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
-        trainer, need = _build(command, corpus, communicator, run)
+        trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         if "lr" in command.settings:
             trainer.state.lr = command.config.optim.lr
@@ -94,14 +93,12 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             return 0
         communicator.gather_object("checkpoint read")
         if not communicator.is_primary:
-            with explained(need):
-                return trainer.fit()
+            return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
             LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
         mend_links(run, checkpoint.training)
         run.update_config(command.describe())
-        with explained(need):
-            return _fit_and_tell(trainer, run)
+        return _fit_and_tell(trainer, run)
 
 
 def _join(config: Config) -> Communicator:
@@ -119,8 +116,8 @@ def _join(config: Config) -> Communicator:
     return communicator
 
 
-def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> tuple[Trainer, Need]:
-    """The trainer of a run, and the memory that training takes."""
+def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
+    """The model of a run, and its trainer."""
     config = command.config
     _check_vocabulary(command, corpus)
     model = LanguageModel(config.model, len(corpus.vocabulary))
@@ -132,7 +129,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use()
         _check_alike(config, corpus, communicator)
-        trainer = Trainer(config, corpus, model, communicator, run, command.describe())
+        trainer = Trainer(config, corpus, model, communicator, run, command.describe(), need)
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
@@ -152,7 +149,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         )
     LOGGER.info("memory: %s", need)
     LOGGER.info("run folder %s", run.path)
-    return trainer, need
+    return trainer
 
 
 def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
@@ -188,15 +185,24 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
     head, training, devices = model.head, config.training, communicator.devices
     streams = (config.optim.small_batch_size or training.batch_size) // (len(devices) * communicator.size)
     tokens = max(1, streams) * (training.bptt + (config.optim.max_seq_len_delta or 0))
-    evaluated = max(ROWS_PER_WINDOW, training.eval_batch_size)
-    rows, evaluated = (min(CHUNK_SOFTMAXES, count * head.softmaxes_per_row) for count in (tokens, evaluated))
-    width = config.model.num_sampled + 1 if config.model.num_sampled else head.logits_width
+    sizes = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters().items()}
+
+    def room(num_rows: int, width: int) -> int:
+        chunk = row_chunks(num_rows, head.softmaxes_per_row, width)[0]
+        return (chunk.stop - chunk.start) * head.softmaxes_per_row * width
+
+    sampled = config.model.num_sampled
+    on_cpu = devices[0].device_type == "cpu"
     return training_need(
         config,
-        num_parameters=sum(math.prod(parameter.shape) for parameter in model.named_parameters().values()),
-        logits=max(rows * width, evaluated * head.logits_width),
+        num_parameters=sum(sizes.values()),
+        largest=0 if sampled or not on_cpu else max(sizes.values()),
+        logits=max(
+            room(tokens, sampled + 1 if sampled else head.logits_width),
+            room(max(ROWS_PER_WINDOW, training.eval_batch_size), head.logits_width),
+        ),
         tokens=tokens,
-        num_sharing=len(devices) if devices[0].device_type == "cpu" else 1,
+        num_sharing=len(devices) if on_cpu else 1,
     )
 
 

@@ -21,6 +21,7 @@ from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, RESULT
+from ..memory import Need, explained
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
@@ -72,6 +73,8 @@ class Trainer:
         Exists already.
     config_yaml : str
         The resolved configuration, kept with every checkpoint.
+    need : Need
+        The memory that training takes.
 
     Raises
     ------
@@ -89,7 +92,9 @@ class Trainer:
         communicator: Communicator,
         run: RunFolder,
         config_yaml: str,
+        need: Need,
     ) -> None:
+        self._need = need
         self.config, self.corpus, self.model, self.run = config, corpus, model, run
         self.state = TrainingState(lr=config.optim.lr)
         self._communicator, self._config_yaml = communicator, config_yaml
@@ -156,13 +161,14 @@ class Trainer:
         ------
         TrainingDiverged
             The checkpoints are as they were before the step.
+        OutOfMemory
         """
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
         if self._communicator.is_primary:
             self._open_trackers()
         self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
         try:
-            with StopRequest() as stop:
+            with explained(self._need), StopRequest() as stop:
                 longest = self._windows.longest()
                 if longest is not None:
                     self._step.rehearse(longest)

@@ -276,13 +276,14 @@ def test_experts_that_give_a_target_no_chance_are_left_alone_and_the_others_lear
 # ---------------------------------------------------------------- chunks
 
 
-@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 1024))
-def test_row_chunks_cover_the_rows_within_the_bound(num_rows, softmaxes_per_row, bound):
+@given(st.integers(1, 3000), st.integers(1, 40), st.integers(1, 1024), st.integers(1, 1 << 28))
+def test_row_chunks_cover_the_rows_within_the_bound(num_rows, softmaxes_per_row, bound, width):
     before, losses.CHUNK_SOFTMAXES = losses.CHUNK_SOFTMAXES, bound
     try:
-        chunks = row_chunks(num_rows, softmaxes_per_row)
+        chunks = row_chunks(num_rows, softmaxes_per_row, width)
     finally:
         losses.CHUNK_SOFTMAXES = before
+    bound = min(bound, (512 << 20) // (4 * width))
     assert [r for chunk in chunks for r in range(chunk.start, chunk.stop)] == list(range(num_rows))
     most = max(1, bound // softmaxes_per_row)
     sizes = [chunk.stop - chunk.start for chunk in chunks]
