@@ -23,8 +23,10 @@ CHUNK_LOGITS = 1 << 27  # of a chunk, 512 MiB: above 131,072 words fewer softmax
 
 
 def row_chunks(num_rows: int, softmaxes_per_row: int, logits_width: int = 1) -> list[slice]:
-    """Cut rows (at least one) into the fewest near-equal chunks of at most `CHUNK_SOFTMAXES` and `CHUNK_LOGITS`, but a
-    row at least."""
+    """Cut rows (at least one) into the fewest near-equal chunks within `CHUNK_SOFTMAXES` and `CHUNK_LOGITS`.
+
+    A chunk has a row at least.
+    """
     most = min(CHUNK_SOFTMAXES, CHUNK_LOGITS // logits_width)
     num_chunks = -(-num_rows // max(1, most // softmaxes_per_row))
     rows = -(-num_rows // num_chunks)

@@ -41,6 +41,7 @@ STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
 _FORMAT = 2
+_UNREADABLE = (ValueError, TypeError, KeyError, mx.MXNetError)  # the last three for types that MXNet has not
 
 
 @dataclass
@@ -339,6 +340,23 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     return model, vocabulary, config, path
 
 
+def load_parameters(model: LanguageModel, path: Path) -> None:
+    """Read a checkpoint's parameters into its own model, on all devices, one array after the other.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    verify_checkpoint(path)
+    parameters = model.named_parameters()
+    try:
+        for name, array in read_arrays(path / PARAMETERS):
+            parameters[name].set_data(mx.nd.from_numpy(array))
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+
+
 def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], origin: Path) -> None:
     """Copy arrays into a model, on all its devices.
 
@@ -393,5 +411,5 @@ def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
 def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     try:
         return {name: mx.nd.array(array, ctx=mx.cpu(), dtype=array.dtype) for name, array in read_arrays(path)}
-    except (ValueError, TypeError, KeyError, mx.MXNetError) as error:  # the last three for types that MXNet has not
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}){_others(path.parent)}") from error

@@ -30,7 +30,7 @@ from ..prediction import ModelPredictor
 from ..progress import TrainingBar
 from ..runtime import peak_memory
 from ..tracking import MetricsFile, TensorBoard, write_status
-from .checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint, set_parameters
+from .checkpoint import Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
@@ -397,8 +397,7 @@ class Trainer:
         """Evaluate the best checkpoint on the test text, or the newest parameters where none was evaluated."""
         state = self.state
         if state.best_step is not None:
-            best = load_checkpoint(self.run.best.resolve())
-            set_parameters(self.model, best.parameters, self.run.best)
+            load_parameters(self.model, self.run.best.resolve())
         result = self._evaluate(self.corpus.test, "test")
         which = f"step {state.best_step if state.best_step is not None else state.step}"
         LOGGER.log(RESULT, "=" * 89)
