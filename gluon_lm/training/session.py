@@ -196,7 +196,7 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
     return training_need(
         config,
         num_parameters=sum(sizes.values()),
-        largest=0 if sampled or not on_cpu else max(sizes.values()),
+        largest=0 if sampled or not on_cpu else max(math.prod(p.shape) for p in head.collect_params().values()),
         logits=max(
             room(tokens, sampled + 1 if sampled else head.logits_width),
             room(max(ROWS_PER_WINDOW, training.eval_batch_size), head.logits_width),
