@@ -44,7 +44,10 @@ def _chunks(
 
 
 def backward_through_head(
-    head: Head | SampledSoftmax, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
+    head: Head | SampledSoftmax,
+    features_TNF: mx.nd.NDArray,
+    targets_R: mx.nd.NDArray,
+    loss_scale: float = 1.0,
 ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
     """Loss of a window, its gradient added to the head's parameters, and its gradient by the head's features.
 
@@ -56,6 +59,8 @@ def backward_through_head(
         What `Head.features` gives, detached.
     targets_R : NDArray of int32
         Targets of the first R <= T x N rows in time-major order; the rows after them have none.
+    loss_scale : float
+        All gradients are multiplied by it, and the loss is not.
 
     Returns
     -------
@@ -66,9 +71,10 @@ def backward_through_head(
     """
     grad_TNF = mx.nd.zeros_like(features_TNF)
     grad_RF = grad_TNF.reshape((-1, grad_TNF.shape[-1]))
+    head.products.begin_window(features_TNF.context)
     loss_sums = []
     for rows, *chunk in _chunks(head, features_TNF, targets_R):
-        losses, grad_RF[rows] = head.backward(*chunk)
+        losses, grad_RF[rows] = head.backward(*chunk, loss_scale)
         loss_sums.append(losses.sum())
     return mx.nd.add_n(*loss_sums), grad_TNF
 
@@ -81,6 +87,7 @@ def backward_through_model(
     penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
     inputs: Inputs | None = None,
     sample: SampledSoftmax | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[mx.nd.NDArray, State]:
     """Loss of a window, and its gradient added to the model's.
 
@@ -98,6 +105,8 @@ def backward_through_model(
         What `copy_inputs` gives for the window, where it was called before.
     sample : SampledSoftmax, optional
         What the model's head drew for this window; without it the loss is exact.
+    loss_scale : float
+        All gradients are multiplied by it, and the loss is not.
 
     Returns
     -------
@@ -108,12 +117,12 @@ def backward_through_model(
     """
     tokens_TN, targets_R = inputs or copy_inputs(window, device)
     with mx.autograd.record():
-        raw_TNH, *states = model.encoder(tokens_TN, *states)
+        raw_TNH, *states = model.training_encoder(tokens_TN, *states)
         hidden_TNH = model.output_dropout(raw_TNH)
         features_TNF = model.head.features(hidden_TNH)
         terms = penalties(hidden_TNH, raw_TNH)
-    loss_sum, grad_TNF = backward_through_head(sample or model.head, features_TNF.detach(), targets_R)
-    mx.autograd.backward([features_TNF, *terms], [grad_TNF, *[None] * len(terms)])
+    loss_sum, grad_TNF = backward_through_head(sample or model.head, features_TNF.detach(), targets_R, loss_scale)
+    mx.autograd.backward([features_TNF, *terms], [grad_TNF, *(mx.nd.full_like(term, loss_scale) for term in terms)])
     return loss_sum, [state.detach() for state in states]
 
 

@@ -23,6 +23,7 @@ from mxnet import gluon
 from mxnet.gluon import nn
 
 from ..config import TAIL_FACTOR, ModelConfig
+from .precision import Affine, Products
 
 _PARTS = 4  # in which the rows of an adaptive softmax's widest group are worked on, if that is all of a chunk's
 _NEVER = -1e30  # a logit whose probability is 0
@@ -38,6 +39,8 @@ class Head(gluon.HybridBlock):
     softmaxes_per_row : int
     logits_width : int
         Columns of the room for logits: V, or fewer.
+    products : Products
+        How `backward` computes its affine maps.
     """
 
     softmaxes_per_row: int = 1
@@ -45,6 +48,7 @@ class Head(gluon.HybridBlock):
     def __init__(self, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
         self.vocab_size = self.logits_width = vocab_size
+        self.products = Products()
         self._room: dict[mx.Context, mx.nd.NDArray] = {}
 
     def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
@@ -83,7 +87,7 @@ class Head(gluon.HybridBlock):
 
     @abstractmethod
     def backward(
-        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray
+        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray, loss_scale: float = 1.0
     ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
         """The loss and its gradient, that by the parameters added to theirs.
 
@@ -94,6 +98,8 @@ class Head(gluon.HybridBlock):
         targets_R : NDArray of int32
         logits_SV : NDArray
             Room for the logits.
+        loss_scale : float
+            All gradients are multiplied by it, and the losses are not.
 
         Returns
         -------
@@ -130,9 +136,9 @@ class SoftmaxHead(Head):
     def losses(self, features_RF, targets_R, logits_SV):
         return -_target_log_probs(self.decoder, features_RF, targets_R, logits_SV)
 
-    def backward(self, features_RF, targets_R, logits_SV):
-        probs_RV = _Softmax(self.decoder, features_RF, targets_R, logits_SV)
-        return -probs_RV.target_log_probs(), probs_RV.backward()
+    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
+        probs_RV = _Softmax(self.products.affine(self.decoder, features_RF, logits_SV), targets_R)
+        return -probs_RV.target_log_probs(), probs_RV.backward(loss_scale)
 
 
 class MixtureHead(Head):
@@ -200,13 +206,14 @@ class MixtureHead(Head):
         log_joint_RK = log_priors_RK + log_probs_S.reshape(log_priors_RK.shape)
         return -_log_sum_exp(log_joint_RK)
 
-    def backward(self, features_RF, targets_R, logits_SV):
+    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
         latents_SE, log_priors_RK = self._split(features_RF)
-        probs_SV = _Softmax(self.decoder, latents_SE, self._of_experts(targets_R), logits_SV)
+        probs_SV = _Softmax(self.products.affine(self.decoder, latents_SE, logits_SV), self._of_experts(targets_R))
         log_joint_RK = log_priors_RK + probs_SV.target_log_probs().reshape(log_priors_RK.shape)
         responsibilities_RK = mx.nd.softmax(log_joint_RK, axis=-1)
-        grad_SE = probs_SV.backward(responsibilities_RK.reshape((-1, 1)))
-        grad_RF = mx.nd.concat(grad_SE.reshape((log_priors_RK.shape[0], -1)), -responsibilities_RK, dim=-1)
+        weights_RK = responsibilities_RK * loss_scale
+        grad_SE = probs_SV.backward(weights_RK.reshape((-1, 1)))
+        grad_RF = mx.nd.concat(grad_SE.reshape((log_priors_RK.shape[0], -1)), -weights_RK, dim=-1)
         return -_log_sum_exp(log_joint_RK), grad_RF
 
     def _split(self, features_RF):
@@ -283,7 +290,7 @@ class SampledSoftmax:
         return self._head.room_for_logits(num_softmaxes, device, self.logits_width)
 
     def backward(
-        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_RC: mx.nd.NDArray
+        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_RC: mx.nd.NDArray, loss_scale: float = 1.0
     ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
         """As `Head.backward`."""
         ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: nothing is waited for
@@ -305,7 +312,9 @@ class SampledSoftmax:
         probs_RC = mx.nd.softmax(logits_RC, axis=-1, out=logits_RC)
         target_probs_R1 = probs_RC[:, :1].copy()
         probs_RC[:, :1] = 0
-        mx.autograd.backward([logits_RC, target_logits_R1], [probs_RC, target_probs_R1 - 1])
+        if loss_scale != 1:
+            probs_RC *= loss_scale
+        mx.autograd.backward([logits_RC, target_logits_R1], [probs_RC, loss_scale * (target_probs_R1 - 1)])
         target_probs_R = target_probs_R1.reshape((-1,))
         return -mx.nd.log(mx.nd.maximum(target_probs_R, SMALLEST_FLOAT32)), features_RF.grad
 
@@ -372,11 +381,11 @@ class AdaptiveHead(Head):
                 _add_to_rows(losses_R, rows_P[part], losses)
         return losses_R
 
-    def backward(self, features_RF, targets_R, logits_SV):
+    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
         entries_R, members = self._look_up(targets_R)
         room = _corner(logits_SV, len(entries_R), self.shortlist.weight.shape[0])
-        probs = _Softmax(self.shortlist, features_RF, entries_R, room)
-        losses_R, grad_RF = -probs.target_log_probs(), probs.backward()
+        probs = _Softmax(self.products.affine(self.shortlist, features_RF, room), entries_R)
+        losses_R, grad_RF = -probs.target_log_probs(), probs.backward(loss_scale)
         for group, rows_P, targets_P in members:
             features_PF = mx.nd.take(features_RF, rows_P)
             features_PF.attach_grad()
@@ -384,9 +393,10 @@ class AdaptiveHead(Head):
                 projected_PE = group.projection(features_PF)
             grad_PE = mx.nd.zeros_like(projected_PE)
             for part, room in group.parts(len(rows_P), logits_SV):
-                probs = _Softmax(group.decoder, projected_PE.detach()[part], targets_P[part], room)
+                affine = self.products.affine(group.decoder, projected_PE.detach()[part], room)
+                probs = _Softmax(affine, targets_P[part])
                 _add_to_rows(losses_R, rows_P[part], -probs.target_log_probs())
-                grad_PE[part] = probs.backward()
+                grad_PE[part] = probs.backward(loss_scale)
             projected_PE.backward(grad_PE)
             _add_to_rows(grad_RF, rows_P, features_PF.grad)
         return losses_R, grad_RF
@@ -395,10 +405,7 @@ class AdaptiveHead(Head):
         self, targets_R: mx.nd.NDArray
     ) -> tuple[mx.nd.NDArray, Iterator[tuple[_Group, mx.nd.NDArray, mx.nd.NDArray]]]:
         """Each target's entry of the shortlist; and for each group with targets in it their rows and places in it."""
-        ids_R, device = (
-            targets_R.asnumpy(),
-            targets_R.context,
-        )  # they came from the host, and no computation is waited for
+        ids_R, device = targets_R.asnumpy(), targets_R.context  # they came from the host: nothing is waited for
         groups_R = np.searchsorted(self._bounds, ids_R, side="right")  # 0: the shortlist
         entries_R = np.where(groups_R == 0, ids_R, self._bounds[0] - 1 + groups_R)
 
@@ -446,40 +453,33 @@ class _Softmax:
     output to go back: so the array holds first the logits, then the probabilities, then their gradient.
     """
 
-    def __init__(
-        self, decoder: nn.Dense, inputs_SE: mx.nd.NDArray, targets_S: mx.nd.NDArray, logits_SV: mx.nd.NDArray
-    ) -> None:
-        self._inputs_SE, self._targets_S = inputs_SE, targets_S
-        inputs_SE.attach_grad()
-        with mx.autograd.record():
-            self._logits_SV = _logits(decoder, inputs_SE, logits_SV)
-        self._probs_SV = mx.nd.softmax(self._logits_SV, axis=-1, out=self._logits_SV)
+    def __init__(self, affine: Affine, targets_S: mx.nd.NDArray) -> None:
+        self._affine, self._targets_S = affine, targets_S
+        self._probs_SV = mx.nd.softmax(affine.output_SV, axis=-1, out=affine.output_SV)
         self._target_probs_S = mx.nd.pick(self._probs_SV, targets_S)
 
     def target_log_probs(self) -> mx.nd.NDArray:
         """Log-probability of each target: shape (S,)."""
         return mx.nd.log(mx.nd.maximum(self._target_probs_S, SMALLEST_FLOAT32))
 
-    def backward(self, weights_S1: mx.nd.NDArray | None = None) -> mx.nd.NDArray:
-        """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs."""
+    def backward(self, weights: mx.nd.NDArray | float) -> mx.nd.NDArray:
+        """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs.
+
+        The weights are one for all, or an array (S, 1).
+        """
         grad_SV, targets_S = self._probs_SV, self._targets_S
         numbers_S = mx.nd.arange(targets_S.shape[0], ctx=targets_S.context, dtype="int32")
         _set(grad_SV, mx.nd.stack(numbers_S, targets_S), self._target_probs_S - 1)
-        if weights_S1 is not None:
-            mx.nd.broadcast_mul(grad_SV, weights_S1, out=grad_SV)
-        self._logits_SV.backward(grad_SV)
-        return self._inputs_SE.grad
-
-
-def _logits(decoder, inputs_SE, logits_SV):
-    """The decoder's output, in the memory of `logits_SV`."""
-    device = inputs_SE.context
-    weight_VE, bias_V = decoder.weight.data(device), decoder.bias.data(device)
-    return mx.nd.FullyConnected(inputs_SE, weight_VE, bias_V, num_hidden=weight_VE.shape[0], out=logits_SV)
+        if not isinstance(weights, float):
+            mx.nd.broadcast_mul(grad_SV, weights, out=grad_SV)
+        elif weights != 1:
+            grad_SV *= weights
+        return self._affine.backward(grad_SV)
 
 
 def _target_log_probs(decoder, inputs_SE, targets_S, logits_SV):
-    logits_SV = _logits(decoder, inputs_SE, logits_SV)
+    weight_VE, bias_V = (parameter.data(inputs_SE.context) for parameter in (decoder.weight, decoder.bias))
+    mx.nd.FullyConnected(inputs_SE, weight_VE, bias_V, num_hidden=weight_VE.shape[0], out=logits_SV)
     return mx.nd.pick(mx.nd.log_softmax(logits_SV, axis=-1, out=logits_SV), targets_S)
 
 

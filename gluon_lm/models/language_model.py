@@ -13,6 +13,7 @@ from mxnet.gluon import nn
 from ..config import ModelConfig
 from ..data.windows import Window
 from .heads import HEADS, SampledSoftmax
+from .precision import HalfProducts, check_half_precision, in_float16
 from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
 
 _BLOCK = 1 << 22
@@ -126,7 +127,7 @@ def _make_layer(config: ModelConfig, input_size: int, hidden_size: int) -> Recur
 class LanguageModel(gluon.HybridBlock):
     """A recurrent language model over a vocabulary of words.
 
-    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls `encoder`,
+    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls `training_encoder`,
     `output_dropout` and `head` apart, evaluation `encoder` and `head`, because the head works on chunks of rows.
 
     Parameters
@@ -134,6 +135,8 @@ class LanguageModel(gluon.HybridBlock):
     config : ModelConfig
     vocab_size : int
     """
+
+    _float16_encoder: tuple[gluon.SymbolBlock, ...] = ()  # or as an attribute it would count as a part of the model
 
     def __init__(self, config: ModelConfig, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -217,3 +220,28 @@ class LanguageModel(gluon.HybridBlock):
         several chunks for good.
         """
         self.encoder.hybridize(static_alloc=True)
+
+    def train_in_half_precision(self, kind: str) -> None:
+        """Let training compute products in ``bfloat16`` or ``float16`` from now on; nothing else changes.
+
+        The output layer's products always are; the recurrent layers' are in ``float16``, and stay float32 beside
+        ``bfloat16``, which MXNet's recurrent operator has not.
+
+        Raises
+        ------
+        ConfigError
+            Where a device of the model cannot.
+        """
+        for device in self.encoder.embedding.weight.list_ctx():
+            check_half_precision(kind, device)
+        self.head.products = HalfProducts(kind)
+        if kind == "float16":
+            num_inputs = 1 + len(self.encoder.layer_sizes) * CELLS[self.encoder.cell].num_states
+            encoder = in_float16(self.encoder, num_inputs, whole=self.encoder.embedding)
+            encoder.hybridize(static_alloc=True)
+            self._float16_encoder = (encoder,)
+
+    @property
+    def training_encoder(self) -> gluon.HybridBlock:
+        """The encoder as training computes it; its parameters are those of `encoder`."""
+        return self._float16_encoder[0] if self._float16_encoder else self.encoder
