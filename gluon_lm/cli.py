@@ -302,6 +302,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "dropout_latent",
         "weight_drop",
         "input_weight_drop",
+        "amp",
         "lr",
         "lr_decay",
         "when",

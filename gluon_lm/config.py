@@ -461,6 +461,11 @@ class TrainingConfig(Section):
     tf32: bool = option(
         True, switch(), "let GPUs of compute capability 8.0 and later round what float32 matrix products take to TF32"
     )
+    amp: str = option(
+        "none",
+        choice("none", "float16", "bfloat16"),
+        "mixed precision: matrix products in float16 (GPU), or the output layer's in bfloat16 (CPU with AVX512-BF16)",
+    )
     seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
     log_interval: int = option(200, integer(), "steps between two lines of the log")
     eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")

@@ -127,8 +127,9 @@ def _make_layer(config: ModelConfig, input_size: int, hidden_size: int) -> Recur
 class LanguageModel(gluon.HybridBlock):
     """A recurrent language model over a vocabulary of words.
 
-    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls `training_encoder`,
-    `output_dropout` and `head` apart, evaluation `encoder` and `head`, because the head works on chunks of rows.
+    Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls
+    `training_encoder`, `output_dropout` and `head` apart, evaluation `encoder` and `head`, because the head works on
+    chunks of rows.
 
     Parameters
     ----------

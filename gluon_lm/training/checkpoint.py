@@ -51,7 +51,9 @@ class TrainingState:
     Attributes
     ----------
     step, epoch, window : int
-        Steps taken; epoch (from 0) and number, in it, of the next window.
+        Steps gone through; epoch (from 0) and number, in it, of the next window.
+    skipped : int
+        Steps among them that changed no parameter.
     lr : float
     evaluated_step : int
         Step of the last evaluation on the validation text.
@@ -61,12 +63,13 @@ class TrainingState:
     valid_losses : list of float
         Of all evaluations so far.
     averaging_since : int or None
-        Step after which the weights are averaged.
+        Updates of the parameters after which they are averaged.
     """
 
     step: int = 0
     epoch: int = 0
     window: int = 0
+    skipped: int = 0
     lr: float = 0.0
     evaluated_step: int = 0
     best_loss: float | None = None
@@ -74,6 +77,11 @@ class TrainingState:
     evaluations_since_best: int = 0
     valid_losses: list[float] = field(default_factory=list)
     averaging_since: int | None = None
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that changed the parameters."""
+        return self.step - self.skipped
 
 
 @dataclass
@@ -97,6 +105,8 @@ class Checkpoint:
         Devices, over all workers, that trained it.
     residuals : dict of str to NDArray
         `Communicator.residuals`.
+    loss_scale : dict
+        `LossScale.state_dict`; empty where the loss was not scaled.
     """
 
     parameters: Mapping[str, mx.nd.NDArray]
@@ -109,6 +119,7 @@ class Checkpoint:
     num_devices: int = 1
     unaveraged: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
     residuals: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
+    loss_scale: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -156,6 +167,7 @@ def save_checkpoint(
             "gluon_lm": __version__,
             "training": dataclasses.asdict(checkpoint.training),
             "communicator": checkpoint.communicator,
+            "loss_scale": checkpoint.loss_scale,
             "corpus": checkpoint.corpus,
             "text": dict(checkpoint.text),
             "num_devices": checkpoint.num_devices,
@@ -206,6 +218,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             corpus=str(state["corpus"]),
             text=dict(state["text"]),
             num_devices=int(state["num_devices"]),
+            loss_scale=dict(state.get("loss_scale", {})),
             unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
             residuals=_load_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
@@ -224,7 +237,7 @@ def _read_training(values: Mapping[str, Any]) -> TrainingState:
         "list[float]": (list,),
     }
     for declared in dataclasses.fields(TrainingState):
-        value = values.get(declared.name)
+        value = values.get(declared.name, declared.default)
         if not isinstance(value, types[str(declared.type)]):
             raise TypeError(f"{declared.name} is {show(value)}")
     return TrainingState(**values)

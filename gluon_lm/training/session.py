@@ -128,17 +128,20 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     with explained(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use()
+        if config.training.amp != "none":
+            model.train_in_half_precision(config.training.amp)
         _check_alike(config, corpus, communicator)
         trainer = Trainer(config, corpus, model, communicator, run, command.describe(), need)
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
-        "%s %s%s, %.2f million parameters | %s",
+        "%s %s%s, %.2f million parameters | %s%s",
         config.model.model,
         "x".join(map(str, model.encoder.layer_sizes)),
         ", tied" if config.model.tied else "",
         num_parameters / 1e6,
         communicator.description,
+        "" if config.training.amp == "none" else f" | products in {config.training.amp}",
     )
     if config.model.num_sampled:
         LOGGER.info(

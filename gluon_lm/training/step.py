@@ -23,6 +23,7 @@ from ..models import LanguageModel, State
 from ..optim.clipping import square_sums
 from ..optim.optimizers import SGD
 from ..optim.rows import FilledRows
+from .loss_scale import LossScale
 
 _SAMPLES = 1  # sets these seeds apart from others that begin with the run's
 
@@ -39,12 +40,15 @@ class StepResult(NamedTuple):
         Global L2 norm of the mean loss's gradient, before clipping.
     notes : list of float
         What each worker noted.
+    was_taken : bool
+        Whether the parameters were updated; not where a scaled gradient overflowed, whose norm is NaN.
     """
 
     loss_sum: float
     num_targets: int
     grad_norm: float
     notes: list[float]
+    was_taken: bool = True
 
 
 class TrainingStep:
@@ -66,6 +70,8 @@ class TrainingStep:
     small_batch_size : int, optional
         Work on so many streams at a time, over all devices together, which takes less memory. It divides the batch, and
         all workers' devices divide it. The gradients add up to the whole batch's.
+    loss_scale : LossScale, optional
+        Where gradients pass through float16. All that comes after the backward pass sees them unscaled.
 
     Attributes
     ----------
@@ -83,7 +89,9 @@ class TrainingStep:
         alpha: float = 0.0,
         beta: float = 0.0,
         small_batch_size: int | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
+        self._loss_scale = loss_scale
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
         self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
         self._parameters = list(model.named_parameters().values())
@@ -119,17 +127,21 @@ class TrainingStep:
         Raises
         ------
         TrainingDiverged
-            When the loss or the gradient is not finite. No parameter has changed then.
+            When the loss is not finite, or the gradient where no scale of the loss can help. No parameter has changed
+            then.
         """
         mx.random.seed(step_seed(seed, step, self._communicator.rank))
         self._filled.clear()
-        loss_sums = self._forward_backward(window, seed, step)
-        self._communicator.reduce_gradients(self._parameters)
+        factor = 1.0 if self._loss_scale is None else self._loss_scale.factor(window.num_targets)
+        loss_sums = self._forward_backward(window, seed, step, factor)
+        has_overflowed = self._loss_scale is not None and not self._unscale_gradients(factor)
+        if not has_overflowed:
+            self._communicator.reduce_gradients(self._parameters)
         if upcoming is not None:
             self._inputs.begin(upcoming)
-        # The only read-back of a step: whether to update at all depends on it.
+        # The only read-back of a step in float32: whether to update at all depends on it.
         own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
-        grad_norm = self._gradient_norm() / window.num_targets
+        grad_norm = 0.0 if has_overflowed else self._gradient_norm() / window.num_targets
         loss_sums_W, grad_norms_W, notes_W = self._communicator.exchange([own_loss_sum, grad_norm, note()]).T
         # All have the same gradient; rank 0's norm, so that all clip it alike to the last bit.
         is_finite = np.isfinite(grad_norms_W).all()
@@ -140,6 +152,15 @@ class TrainingStep:
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
                 f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})"
             )
+        if self._loss_scale is not None:
+            if has_overflowed and self._loss_scale.is_smallest:
+                raise TrainingDiverged(
+                    f"step {step + 1}: gradients overflow float16 however the loss is scaled; no parameter was changed "
+                    f"by this step. Lower --lr (now {self.trainer.learning_rate:g}), or train without --amp"
+                )
+            self._loss_scale.update(has_overflowed)
+        if has_overflowed:
+            return StepResult(loss_sum, window.num_targets, np.nan, notes_W.tolist(), was_taken=False)
         clip_factor = 1.0
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
@@ -156,11 +177,24 @@ class TrainingStep:
         """
         states = None if self.states is None else list(self.states)
         self._filled.clear()
-        self._forward_backward(window, seed=0, step=0)
+        self._forward_backward(window, seed=0, step=0, loss_scale=1.0)
         mx.nd.waitall()
         self.states = states
 
-    def _forward_backward(self, window: Window, seed: int, step: int) -> list[mx.nd.NDArray]:
+    def _unscale_gradients(self, loss_scale: float) -> bool:
+        """Divide the gradients by the scale of the loss, if they are finite on every device of every worker."""
+        gradients_of_devices = list(zip(*(parameter.list_grad() for parameter in self._parameters)))
+        flags = [mx.nd.multi_all_finite(*grads, num_arrays=len(grads)) for grads in gradients_of_devices]
+        is_finite = all(flag.asscalar() for flag in flags)
+        # All or none: a worker that went on would wait for the others, and compression would keep what is no number.
+        if not self._communicator.exchange([is_finite]).all():
+            return False
+        for grads in gradients_of_devices:
+            for grad in grads:
+                grad /= loss_scale
+        return True
+
+    def _forward_backward(self, window: Window, seed: int, step: int, loss_scale: float) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
         batch_size, num_devices = window.tokens_TN.shape[1], len(devices) * self._communicator.size
         width = batch_size // num_devices
@@ -183,7 +217,7 @@ class TrainingStep:
                     inputs = self._inputs.take(window, column, column + part_width, device)
                     sample = self._model.head.draw(np.random.default_rng([_SAMPLES, seed, step, column]))
                     loss_sum, states = backward_through_model(
-                        self._model, columns, states, device, penalties, inputs, sample
+                        self._model, columns, states, device, penalties, inputs, sample, loss_scale
                     )
                     loss_sums.append(loss_sum)
                     if self._updates_rows:

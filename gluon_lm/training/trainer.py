@@ -31,6 +31,7 @@ from ..progress import TrainingBar
 from ..runtime import peak_memory
 from ..tracking import MetricsFile, TensorBoard, write_status
 from .checkpoint import Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
+from .loss_scale import LossScale
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
@@ -52,7 +53,8 @@ class _Interval:
         self.loss_sum += result.loss_sum
         self.num_targets += result.num_targets
         self.num_steps += 1
-        self.grad_norm = result.grad_norm
+        if result.was_taken:
+            self.grad_norm = result.grad_norm
 
 
 class Trainer:
@@ -107,6 +109,7 @@ class Trainer:
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
         self._upcoming: dict[tuple[int, int], Window] = {}  # by epoch and number, the one that was sent ahead
         optim = config.optim
+        self._loss_scale = LossScale() if config.training.amp == "float16" else None
         self._step = TrainingStep(
             model,
             create_optimizer(optim),
@@ -115,6 +118,7 @@ class Trainer:
             alpha=optim.alpha,
             beta=optim.beta,
             small_batch_size=optim.small_batch_size,
+            loss_scale=self._loss_scale,
         )
         self._average: WeightAverage | None = None
         if optim.asgd:
@@ -144,7 +148,7 @@ class Trainer:
         )
 
     def _start_averaging(self) -> None:
-        self.state.averaging_since = self.state.step
+        self.state.averaging_since = self.state.num_updates
         self._average = WeightAverage(self.model.named_parameters(), self._communicator.devices[0])
 
     # ---------------------------------------------------------------- the loop
@@ -286,8 +290,15 @@ class Trainer:
             upcoming=next(iter(self._upcoming.values()), None),
         )
         self._agreed_signal = int(max(result.notes))
-        if self._average is not None:
+        if self._average is not None and result.was_taken:
             self._average.update()
+        if self._loss_scale is not None and not result.was_taken:
+            state.skipped += 1
+            LOGGER.info(
+                "step %d: a gradient overflowed float16, and no parameter was changed; the loss is now scaled by %g",
+                state.step + 1,
+                self._loss_scale.scale,
+            )
         state.step += 1
         state.window += 1
         if state.window == len(epoch):
@@ -457,6 +468,10 @@ class Trainer:
             interval.grad_norm,
             interval.num_targets / seconds,
         )
+        scaling = {}
+        if self._loss_scale is not None:
+            scaling = {"loss_scale": self._loss_scale.scale, "skipped_steps": state.skipped}
+            LOGGER.info("| loss scale %g | %d steps skipped so far", *scaling.values())
         self._record(
             "train",
             epoch=epoch,
@@ -465,6 +480,7 @@ class Trainer:
             lr=state.lr,
             grad_norm=interval.grad_norm,
             tokens_per_second=interval.num_targets / seconds,
+            **scaling,
         )
 
     def predictor(self) -> ModelPredictor:
@@ -510,6 +526,7 @@ class Trainer:
             corpus=self.corpus.digest,
             text={"name": self.corpus.name, "licence": self.corpus.licence},
             num_devices=len(self._communicator.devices) * self._communicator.size,
+            loss_scale={} if self._loss_scale is None else self._loss_scale.state_dict(),
         )
         save_checkpoint(
             self.run,
@@ -552,13 +569,15 @@ class Trainer:
         self._check_corpus(checkpoint)
         devices = self._communicator.devices
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
-        load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.step)
+        load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
         self.state = checkpoint.training
+        if self._loss_scale is not None and checkpoint.loss_scale:
+            self._loss_scale.load_state_dict(checkpoint.loss_scale)
         if not (self.config.optim.ntasgd or self.config.optim.asgd):
             self.state.averaging_since = None
         if self.state.averaging_since is not None:
             self._average = WeightAverage(self.model.named_parameters(), devices[0])
-            self._average.load(checkpoint.parameters, self.state.step - self.state.averaging_since)
+            self._average.load(checkpoint.parameters, checkpoint.training.num_updates - self.state.averaging_since)
         self._saved_step = self.state.step
         if checkpoint.carried:
             if checkpoint.carried[0].shape[1:2] != (self.config.training.batch_size,):
