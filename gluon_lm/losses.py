@@ -73,8 +73,8 @@ def backward_through_head(
     grad_RF = grad_TNF.reshape((-1, grad_TNF.shape[-1]))
     head.products.begin_window(features_TNF.context)
     loss_sums = []
-    for rows, *chunk in _chunks(head, features_TNF, targets_R):
-        losses, grad_RF[rows] = head.backward(*chunk, loss_scale)
+    for rows, features_RF, targets, logits_SV in _chunks(head, features_TNF, targets_R):
+        losses, grad_RF[rows] = head.backward(features_RF, targets, logits_SV, loss_scale)
         loss_sums.append(losses.sum())
     return mx.nd.add_n(*loss_sums), grad_TNF
 
@@ -122,7 +122,8 @@ def backward_through_model(
         features_TNF = model.head.features(hidden_TNH)
         terms = penalties(hidden_TNH, raw_TNH)
     loss_sum, grad_TNF = backward_through_head(sample or model.head, features_TNF.detach(), targets_R, loss_scale)
-    mx.autograd.backward([features_TNF, *terms], [grad_TNF, *(mx.nd.full_like(term, loss_scale) for term in terms)])
+    grads = [mx.nd.full(term.shape, loss_scale, ctx=device) for term in terms]
+    mx.autograd.backward([features_TNF, *terms], [grad_TNF, *grads])
     return loss_sum, [state.detach() for state in states]
 
 

@@ -141,17 +141,17 @@ class _HalfAffine(Affine):
     def __init__(self, products, layer, inputs_SE, output_SV):
         device, self._dtype = inputs_SE.context, products.dtype
         # Not on the tape: on CPU, MXNet's amp_cast does not go back into a gradient that is added to, and says nothing.
-        self._masters = [parameter.grad(device) for parameter in (layer.weight, layer.bias)]
-        self._halves = [products.cast(parameter, device) for parameter in (layer.weight, layer.bias)]
+        weight_VE, bias_V = (products.cast(parameter, device) for parameter in (layer.weight, layer.bias))
+        self._grads = (weight_VE.grad, layer.weight.grad(device)), (bias_V.grad, layer.bias.grad(device))
         self._inputs_SE = mx.nd.amp_cast(inputs_SE, dtype=self._dtype)
         self._inputs_SE.attach_grad()
-        self._half_SV = _recorded(self._inputs_SE, *self._halves, products.room(output_SV.shape, device))
+        self._half_SV = _recorded(self._inputs_SE, weight_VE, bias_V, products.room(output_SV.shape, device))
         self.output_SV = mx.nd.amp_cast(self._half_SV, dtype="float32", out=output_SV)
 
     def backward(self, grad_SV):
         self._half_SV.backward(mx.nd.amp_cast(grad_SV, dtype=self._dtype, out=self._half_SV))
-        for master, half in zip(self._masters, self._halves):
-            _add(half.grad, master)
+        for half, total in self._grads:
+            _add(half, total)
         return mx.nd.amp_cast(self._inputs_SE.grad, dtype="float32")
 
 
