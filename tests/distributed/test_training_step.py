@@ -15,6 +15,9 @@ from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.errors import TrainingDiverged
 from gluon_lm.optim.clipping import square_sums
 from gluon_lm.optim.optimizers import create_optimizer
+from gluon_lm.runtime import cpu_flags
+from gluon_lm.training import step as step_module
+from gluon_lm.training.loss_scale import LossScale
 from gluon_lm.training.step import TrainingStep, step_seed
 
 EOS, BATCH, BPTT = 0, 4, 5
@@ -51,11 +54,12 @@ def build_step(
     alpha=0.0,
     beta=0.0,
     small_batch_size=None,
+    loss_scale=None,
     **config,
 ):
     model = build_model(communicator.devices, **config)
     rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta, small_batch_size)
+    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta, small_batch_size, loss_scale)
 
 
 def train(step, num_steps=10, ids=None, seed=3):
@@ -409,6 +413,119 @@ def test_two_bit_training_learns_with_every_regulariser_on():
         assert np.isfinite(value).all()
     assert losses[CALIBRATION_STEPS] > np.log(4)
     assert np.mean(losses[-20:]) < np.log(4) / 2
+
+
+# ---------------------------------------------------------------- mixed precision
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_norm": 0.3, "tied": True, "embed_size": 5, "alpha": 2.0, "beta": 1.0},
+        {"clip_norm": None, "num_experts": 3, "optimizer": "adam", "lr": 0.01, "small_batch_size": 2},
+        {"clip_norm": 0.3, **MASKS},
+        {"clip_norm": 0.3, "layer_norm": True},
+    ],
+    ids=["penalties-tied", "mixture-adam-parts", "masks", "step by step"],
+)
+def test_a_scaled_loss_changes_no_bit(num_devices, settings):
+    """Clipping, penalties, optimiser and what is reported see the gradient as it is."""
+    plain, plain_step = build_step(communicator_on(num_devices), **settings)
+    scaled, scaled_step = build_step(communicator_on(num_devices), loss_scale=LossScale(), **settings)
+    assert train(scaled_step) == train(plain_step)
+    for name, value in values_of(plain).items():
+        np.testing.assert_array_equal(values_of(scaled)[name], value)
+
+
+def overflowing(monkeypatch, steps, device, name="encoder.layers.0.h2h_weight"):
+    """Let one gradient on one device overflow at some steps, as float16's do; the step is known by its seed."""
+    seeds, current = {step_seed(3, step): step for step in range(100)}, [0]
+    original = step_module.backward_through_model
+
+    def backward(model, window, states, on, *rest):
+        result = original(model, window, states, on, *rest)
+        if current[0] in steps and on == device:
+            model.named_parameters()[name].grad(on)[0] = np.inf
+        return result
+
+    seed = mx.random.seed
+    monkeypatch.setattr(mx.random, "seed", lambda state: (current.__setitem__(0, seeds[state]), seed(state)))
+    monkeypatch.setattr(step_module, "backward_through_model", backward)
+
+
+@pytest.mark.parametrize(("num_devices", "threshold"), [(1, None), (2, None), (2, 0.5)], ids=["one", "two", "two bits"])
+def test_steps_that_overflow_on_any_device_are_as_if_not_taken(num_devices, threshold, monkeypatch):
+    """Adam counts no such step, compression keeps nothing of it; the recurrent state goes on."""
+    skipped, num_steps = {0, 1, 5, 23}, 26
+    settings = {"clip_norm": 0.3, "optimizer": "adam", "lr": 0.01, "dropout": 0.2}
+    expected, expected_step = build_step(communicator_on(num_devices, threshold=threshold), **settings)
+    reduce, update = expected_step._communicator.reduce_gradients, expected_step.trainer.update
+    numbers = iter(range(num_steps))
+
+    def reduce_unless_skipped(parameters):
+        if next(numbers) in skipped:
+            expected_step.trainer.update = lambda size: None
+        else:
+            expected_step.trainer.update = update
+            reduce(parameters)
+
+    expected_step._communicator.reduce_gradients = reduce_unless_skipped
+    train(expected_step, num_steps)
+    scale = LossScale()
+    found, found_step = build_step(communicator_on(num_devices, threshold=threshold), loss_scale=scale, **settings)
+    overflowing(monkeypatch, skipped, mx.cpu(num_devices - 1))
+    results = train(found_step, num_steps)
+    assert {k for k, result in enumerate(results) if not result.was_taken} == skipped
+    assert all(np.isfinite(result.loss_sum) for result in results)
+    assert scale.scale == 2.0**12 and scale.taken == 2
+    for i in range(num_devices):
+        for name, value in values_of(expected, mx.cpu(i)).items():
+            np.testing.assert_array_equal(values_of(found, mx.cpu(i))[name], value)
+
+
+def test_a_step_that_overflows_on_another_worker_is_not_taken():
+    class BesideAnother(SingleDevice):
+        """One of two workers; the other's gradient has overflowed, and its numbers are else the same."""
+
+        def exchange(self, numbers):
+            return np.array([numbers, [0.0] if len(numbers) == 1 else numbers], dtype=np.float64)
+
+        def reduce_gradients(self, parameters):
+            raise AssertionError("the other worker does not take part")
+
+    model, step = build_step(BesideAnother([mx.cpu(0)]), loss_scale=LossScale())
+    before = values_of(model)
+    (result,) = train(step, 1)
+    assert not result.was_taken
+    for name, value in values_of(model).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_overflow_that_no_scale_helps_against_ends_in_an_error(monkeypatch):
+    _, step = build_step(communicator_on(1), loss_scale=LossScale())
+    overflowing(monkeypatch, range(100), mx.cpu(0))
+    with pytest.raises(TrainingDiverged, match=r"^step 17: gradients overflow float16 .* --lr \(now 0.5\)"):
+        train(step, 17)
+
+
+@pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this processor lacks AVX512-BF16")
+@pytest.mark.parametrize("num_experts", [None, 3])
+def test_two_devices_in_bfloat16_equal_one_that_works_on_halves_of_the_batch(num_experts):
+    """The same products, rounded alike, whose gradients are added up in float32, if in another order."""
+    settings = {"clip_norm": 0.3, "num_experts": num_experts, "tied": True, "embed_size": 5}
+    one, one_step = build_step(communicator_on(1), small_batch_size=BATCH // 2, **settings)
+    two, two_step = build_step(communicator_on(2), **settings)
+    whole, whole_step = build_step(communicator_on(1), **settings)
+    for model in (one, two):
+        model.train_in_half_precision("bfloat16")
+    for found, expected, _ in zip(train(two_step, 4), train(one_step, 4), train(whole_step, 4)):
+        assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    for name, value in values_of(one).items():
+        for i in range(2):
+            assert relative_error(values_of(two, mx.cpu(i))[name], value) < 1e-6, name
+        assert relative_error(value, values_of(whole)[name]) > 2e-6, name
 
 
 # ---------------------------------------------------------------- GPU
