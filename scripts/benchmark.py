@@ -4,6 +4,7 @@
     python scripts/benchmark.py training --sizes A --rounds 5 --json result.json
     python scripts/benchmark.py training --sizes C            # the AWD-LSTM; a step takes many seconds
     python scripts/benchmark.py mixture                       # 15 softmaxes, beside the plain way to mix them
+    python scripts/benchmark.py amp                           # float32 beside bfloat16, where this CPU has it
     python scripts/benchmark.py memory                        # resident memory over 1,000 windows of random length
     python scripts/benchmark.py generation                    # many texts side by side, and one
     python scripts/benchmark.py vocabulary                    # the heads for 267,735 words, and what each learns
@@ -164,8 +165,10 @@ def ours_step(size: Size, max_seq_len_delta: int | None = None, vocab_size: int 
     return TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
 
 
-def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
+def train_ours(size: Size, warmup: int, steps: int, amp: str | None = None) -> dict[str, float]:
     step = ours_step(size)
+    if amp is not None:
+        step._model.train_in_half_precision(amp)
     from gluon_lm.data.windows import Streams
 
     streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt), size.batch_size, eos=0)
@@ -175,6 +178,10 @@ def train_ours(size: Size, warmup: int, steps: int) -> dict[str, float]:
             step(streams.window(i * size.bptt, size.bptt), SEED, i)
 
     return timed_steps(size, warmup, steps, take)
+
+
+def train_ours_in_bfloat16(size: Size, warmup: int, steps: int) -> dict[str, float]:
+    return train_ours(size, warmup, steps, amp="bfloat16")
 
 
 def train_plain_mixture(size: Size, warmup: int, steps: int) -> dict[str, float]:
@@ -444,6 +451,7 @@ MEASUREMENTS = {
     function.__name__: function
     for function in (
         train_ours,
+        train_ours_in_bfloat16,
         train_peer,
         train_peer_set_alike,
         train_plain_mixture,
@@ -529,6 +537,10 @@ def generation_cases() -> list[Case]:
 
 def mixture_cases() -> list[Case]:
     return [Case("gluon_lm", "train_ours"), Case("all experts at once, in plain operators", "train_plain_mixture")]
+
+
+def amp_cases() -> list[Case]:
+    return [Case("bfloat16", "train_ours_in_bfloat16"), Case("float32", "train_ours")]
 
 
 def unrolled_cases() -> list[Case]:
@@ -727,6 +739,16 @@ def run_mixture(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [run_rounds("Training", mixture_cases(), options, size) for size in options.sizes or ["D"]]
 
 
+def run_amp(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Training speed in mixed precision, beside that in float32."""
+    from gluon_lm.runtime import cpu_flags
+
+    if "avx512_bf16" not in cpu_flags():
+        note("this processor lacks AVX512-BF16 (avx512_bf16 in /proc/cpuinfo): there is nothing to measure here")
+        raise SystemExit(2)
+    return [run_rounds("Training", amp_cases(), options, size) for size in options.sizes or ["A", "B", "D"]]
+
+
 def run_unrolled(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Training speed of an LSTM that is computed step by step, beside the fused operator's."""
     return [run_rounds("Training", unrolled_cases(), options, size) for size in options.sizes or ["A"]]
@@ -856,6 +878,7 @@ BENCHMARKS = {
     "mixture": run_mixture,
     "vocabulary": run_vocabulary,
     "encoding": run_encoding,
+    "amp": run_amp,
     "unrolled": run_unrolled,
     "memory": run_memory,
     "startup": run_startup,
@@ -929,7 +952,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=SIZES,
         help="; ".join(f"{name}: {size.description}" for name, size in SIZES.items())
-        + " (default: training A B, generation A, mixture D, unrolled A, memory A70)",
+        + " (default: training A B, generation A, mixture D, amp A B D, unrolled A, memory A70)",
     )
     parser.add_argument("--rounds", type=positive, default=3, help="how often each case is measured (default 3)")
     parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, D: 4, memory: 1000)")
