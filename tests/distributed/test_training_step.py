@@ -549,3 +549,16 @@ def test_two_runs_on_the_gpu_draw_the_same_masks():
         return [result.loss_sum for result in train(step)]
 
     assert run() == pytest.approx(run(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"tied": True, "embed_size": 5}, {"num_experts": 3}, {"layer_norm": True}])
+def test_float16_on_the_gpu_loses_little_against_float32(settings):
+    whole, whole_step = build_step(SingleDevice([mx.gpu(0)]), clip_norm=0.3, **settings)
+    half, half_step = build_step(SingleDevice([mx.gpu(0)]), clip_norm=0.3, loss_scale=LossScale(), **settings)
+    half.train_in_half_precision("float16")
+    results = train(half_step, 20)
+    assert all(result.was_taken for result in results)
+    assert [r.loss_sum for r in results] == pytest.approx([r.loss_sum for r in train(whole_step, 20)], rel=0.01)
+    for name, value in values_of(half, mx.gpu(0)).items():
+        assert 1e-6 < relative_error(value, values_of(whole, mx.gpu(0))[name]) < 0.01, name
