@@ -148,6 +148,35 @@ def test_loss_and_gradient_are_off_by_no_more_than_the_products_roundings(kind, 
         assert (np.abs(found + share_S1) <= share_S1 * share_off + 1e-5).all()
 
 
+HEADS = {"softmax": {}, "tied": {"tied": True, "embed_size": 5}, "mixture": {"num_experts": 3, "embed_size": 5}}
+
+
+@pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
+def test_but_for_the_rounding_every_head_is_as_in_float32(settings, monkeypatch):
+    """With float32 in the place of half precision: to the bit, in window after window of changing parameters."""
+    monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", 8)
+    monkeypatch.setattr(language_model, "check_half_precision", lambda kind, device: None)
+    monkeypatch.setitem(precision.DTYPES, "bfloat16", np.dtype(np.float32))
+    whole, halved = (build_model(vocab_size=VOCAB_SIZE, **settings) for _ in range(2))
+    halved.train_in_half_precision("bfloat16")
+    rng = np.random.RandomState(3)
+    for _ in range(3):
+        hidden_TNH, targets_R = mx.nd.array(rng.uniform(-1, 1, (3, 4, 5))), int32(rng.randint(0, VOCAB_SIZE, 12))
+        results = []
+        for model, loss_scale in ((whole, 1.0), (halved, 1024.0)):
+            for parameter in model.named_parameters().values():
+                parameter.zero_grad()
+            features_TNF = model.head.features(hidden_TNH)
+            loss, grad_TNF = backward_through_head(model.head, features_TNF, targets_R, loss_scale)
+            grads = [grad for grad in gradients_of(model).values() if np.abs(grad).max() > 0]
+            results.append([loss.asnumpy(), *(array / loss_scale for array in (grad_TNF.asnumpy(), *grads))])
+            for parameter in model.named_parameters().values():
+                parameter.set_data(parameter.data() * 0.9)
+        assert len(results[0]) == len(results[1]) >= 3
+        for one, other in zip(*results):
+            np.testing.assert_array_equal(one, other)
+
+
 @needs_bfloat16
 @pytest.mark.parametrize(
     "settings",
