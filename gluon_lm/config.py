@@ -911,6 +911,7 @@ LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
     "batch_size",
     "num_experts",
     "num_sampled",
+    "amp",
     "cutoffs",
     "vocab",
     "min_freq",
@@ -1091,6 +1092,9 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     for name, other in itertools.combinations(("num_experts", "num_sampled", "cutoffs"), 2):
         if get(config, name) is not None and get(config, other) is not None:
             refuse(name, other, one_head)
+    if model.num_sampled is not None and config.training.amp == "bfloat16":
+        reason = "bfloat16 is for the products of the whole output layer, of which a sample computes none"
+        refuse("amp", "num_sampled", reason, "leave one of them out, or use --cutoffs")
     if model.cutoffs is not None:
         if model.tied:
             reason = "the rarer words have vectors that are narrower than the embedding's, so they cannot be the same"

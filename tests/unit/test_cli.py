@@ -410,6 +410,7 @@ def test_every_problem_at_once(tmp_path):
         ("--cutoffs 20 --tied", ["--tied with --cutoffs 20", "narrower than the embedding's", "--num-sampled"]),
         ("--cutoffs 20 --num-sampled 8", ["--num-sampled 8 with --cutoffs 20", "leave one of them out"]),
         ("--num-sampled 8 --n-experts 2", ["--n-experts 2 with --num-sampled 8", "leave one of them out"]),
+        ("--num-sampled 8 --amp bfloat16", ["--amp bfloat16 with --num-sampled 8", "whole output layer", "--cutoffs"]),
         ("--cutoffs 20 --n-experts 2 --no-tied", ["--n-experts 2 with --cutoffs 20", "leave one of them out"]),
         ("--cutoffs 20 30 40 --nhid 60", ["--cutoffs 20,30,40", "60 units", "--nhid to 64"]),
         ("--recurrent_keep_prob 0.9", ["--recurrent-keep-prob: unknown flag"]),
