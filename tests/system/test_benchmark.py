@@ -1,0 +1,103 @@
+"""The benchmark script: every benchmark runs, and what became worse is told from noise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import benchmark  # noqa: F401  (registers them all)
+import pytest
+from benchmarks.harness import BENCHMARKS, METRICS, SIZES, Case, Row, Table, run_case
+from benchmarks.ours import train_ours
+from benchmarks.report import changes, comparison
+
+pytestmark = pytest.mark.timeout(300)
+SCRIPT = Path(benchmark.__file__)
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What a check of everything writes."""
+    folder = tmp_path_factory.mktemp("report")
+    peers = [] if find_spec("gluonnlp") else ["--no-peers"]
+    run("all", "--check", *peers, "--json", folder / "now.json", "--markdown", folder / "now.md")
+    return folder / "now.json"
+
+
+def test_every_benchmark_runs_and_is_reported_with_machine_and_versions(report):
+    written = json.loads(report.read_text())
+    assert written["machine"]["cpu"] and written["machine"]["versions"]["mxnet"]
+    titles = " | ".join(table["title"] for table in written["tables"])
+    for words in ("Training, A", "Evaluation, B", "Generation", "mixture", "unrolled", "Memory", "Start-up", "codec"):
+        assert words in titles
+    floors = [table for table in written["tables"] if table["title"].startswith("Floor")]
+    assert len(floors) == len(BENCHMARKS["floor"].sizes)
+    markdown = report.with_suffix(".md").read_text()
+    assert written["machine"]["cpu"] in markdown
+    for table in written["tables"]:
+        assert f"**{table['title']}**" in markdown
+        for row in table["rows"]:
+            assert f"| {row['label']} |" in markdown
+            for values in row["values"].values():
+                assert len(values) == 1 and math.isfinite(values[0])
+
+
+def test_a_slowdown_is_named_and_ends_with_exit_code_1(report, tmp_path):
+    earlier = json.loads(report.read_text())
+    for table in earlier["tables"]:
+        for row in table["rows"]:
+            row["values"] = {metric: [value * 1e6 for value in values] for metric, values in row["values"].items()}
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(earlier))
+    printed = run("generation", "--check", "--no-peers", "--compare", path, code=1)
+    assert "worse by" in printed and "one text, tokens_per_second" in printed
+    assert "one text, peak_memory_mb" not in printed  # a millionth of the memory is no slowdown
+    path.write_text("[]")
+    assert str(path) in run("generation", "--check", "--no-peers", "--compare", path, code=2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "now", "is_worse"),
+    [
+        ("tokens_per_second", [100, 110], [80, 90], True),
+        ("tokens_per_second", [100, 110], [80, 96], False),  # 4 of 105 beyond the spreads
+        ("tokens_per_second", [80, 90], [100, 110], False),
+        ("seconds", [2.0, 2.2], [2.4, 2.5], True),
+        ("seconds", [2.0, 2.6], [2.5, 2.9], False),  # the spreads overlap
+        ("peak_memory_mb", [500], [480], False),
+    ],
+)
+def test_worse_is_what_lies_beyond_both_spreads(metric, before, now, is_worse):
+    found = changes([Table("t", [Row("r", {metric: before})])], [Table("t", [Row("r", {metric: now})])])
+    text, worse = comparison(found, threshold=0.05)
+    assert len(found) == 1
+    assert bool(worse) is is_worse
+    assert ("**worse**" in text) is is_worse
+
+
+def test_a_measurement_has_a_process_of_its_own():
+    options, size = argparse.Namespace(check=False, torch=None), SIZES["A"].tiny()
+    before = {key: value for key, value in os.environ.items() if key.startswith("OMP_")}
+    found = run_case(Case("gluon_lm", train_ours, model={"tied": False}), options, size, 1, 2)
+    assert set(found) == {"tokens_per_second", "peak_memory_mb"} <= set(METRICS)
+    assert {key: value for key, value in os.environ.items() if key.startswith("OMP_")} == before
