@@ -1,0 +1,161 @@
+"""The script that reproduces the published tables: rows run, stop, go on, and end up in the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import reproduce
+import yaml
+
+from gluon_lm.cli import parse_finetune, parse_train
+
+pytestmark = pytest.mark.timeout(300)
+ROWS = reproduce.read_rows(reproduce.ROWS)
+MODEL = "--data text --model lstm --emsize 8 --nhid 8 --batch-size 4 --bptt 5 --lr 1 --dropout 0.2 --log-interval 10"
+TINY = {
+    "short": {"table": "Tiny", "title": "two epochs", "train": f"{MODEL} --epochs 2", "published": {"test": 9}},
+    "long": {"table": "Tiny", "title": "more", "after": "short", "train": "--epochs 12", "source": "us"},
+    "tuned": {
+        "table": "Tiny",
+        "title": "tuned and dynamic",
+        "after": "long",
+        "finetune": "--epochs 2",
+        "evaluate": "dynamiceval --lamb 0.1 --batch-size 4",
+    },
+    "large": {
+        "table": "Tiny",
+        "title": "large",
+        "train": MODEL,
+        "needs_gpu": True,
+        "published": {"valid": 5, "test": 4},
+    },
+}
+
+
+@pytest.fixture
+def arguments(project):
+    """Options that keep all that the script reads and writes in the project's folder."""
+    (project.path / "rows.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    (project.path / "README.md").write_text(f"above\n{reproduce.BEGIN}\nold\n{reproduce.END}\nbelow\n")
+    options = {"rows": "rows.yaml", "results": "found.json", "runs": "runs", "readme": "README.md"}
+    return [word for name, value in options.items() for word in (f"--{name}", str(project.path / value))]
+
+
+def start(arguments: list[str], *rows: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, reproduce.__file__, *rows, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ},
+    )
+
+
+def processes_about(folder: Path) -> list[int]:
+    """Processes with a folder in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder) in (entry / "cmdline").read_text().replace("\0", " "):
+                found.append(int(entry.name))
+        except OSError:
+            pass
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def perplexity(printed: str) -> float:
+    return float(re.search(r"perplexity ([\d.]+)", printed)[1])
+
+
+def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_into_the_readme(project, arguments):
+    run = project.path / "runs" / "short"
+
+    def steps() -> int:
+        return int(os.readlink(run / "latest").rpartition("-")[2]) if (run / "latest").exists() else 0
+
+    process = start(arguments, "tuned")
+    found = project.path / "found.json"
+    wait_until(lambda: found.exists() and "test" in json.loads(found.read_text()).get("short", {}))
+    of_short = steps()
+    wait_until(lambda: steps() > of_short)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_until(lambda: not processes_about(project.path))
+    printed, _ = start(arguments, "tuned", "--render").communicate(timeout=280)
+
+    project.train("whole", *shlex.split(MODEL), "--epochs", 12)
+    plain = {("long", s): project.run("evaluate", "whole", "--split", s) for s in ("valid", "test")}
+    project.run("finetune", "whole", "--epochs", 2)
+    dynamic = ("dynamiceval", "whole/finetune_model", "--lamb", 0.1, "--batch-size", 4)
+    plain["tuned", "valid"], plain["tuned", "test"] = project.run(*dynamic, "--val"), project.run(*dynamic)
+    figures = json.loads(found.read_text())
+    for (row, split), expected in plain.items():
+        assert figures[row][split] == perplexity(expected), printed
+    assert "resuming at step" in printed
+    assert "two epochs" not in printed  # that row was done
+    assert figures["long"]["tokens"]["test"] == int(re.search(r"tokens (\d+)", plain["long", "test"])[1])
+    assert figures["long"]["memory_mb"] > 50 and figures["long"]["seconds"] > 0
+
+    readme = (project.path / "README.md").read_text()
+    assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
+    assert f"**{figures['tuned']['test']:.2f}**" in readme
+    large = next(line for line in readme.splitlines() if line.startswith("| large"))
+    assert "not run: needs a GPU" in large and "5 / 4" in large
+
+
+def test_a_run_that_has_gone_beyond_a_row_is_not_taken_for_it(project, arguments, capsys):
+    project.train("runs/short", *shlex.split(MODEL), "--epochs", 3)
+    assert reproduce.main([*arguments, "short"]) == 2
+    assert "epochs 3 where the row has 2" in capsys.readouterr().err
+    assert not (project.path / "found.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing-like-it"], "nothing-like-it"),
+        (["large"], "large: needs a GPU"),
+        (["--readme", "no.md", "--render"], "no.md"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments, words, said, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "has_gpu", lambda: False)
+    assert reproduce.main([*arguments, *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_each_row_is_a_command_that_is_accepted(row, project):
+    command = reproduce.training_command(row, Path("RUN"))
+    if command is not None:
+        name, *flags = command
+        parsed = parse_finetune(flags) if name == "finetune" else parse_train(flags)
+        assert not getattr(parsed, "problems", None)
+    if row.evaluate != "none":
+        name, *flags = reproduce.evaluation_command(row, Path("RUN"), "valid")
+        assert "there is no such run" in project.run(name, *flags, code=2)  # so the flags were accepted
+
+
+def test_the_figures_that_are_kept_belong_to_rows_and_are_in_the_readme():
+    kept = json.loads(reproduce.RESULTS.read_text())
+    assert set(kept) <= set(ROWS)
+    shown = reproduce.tables(ROWS, reproduce.Results(reproduce.RESULTS))
+    assert shown in (reproduce.ROOT / "README.md").read_text()  # as `--render` writes it
