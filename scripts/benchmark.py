@@ -25,15 +25,15 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # gluon_lm of this source tree, installed or not
 
 from benchmarks import compression, floor, generation, mixture, startup, training  # noqa: E402, F401  (they register)
-from benchmarks.harness import BENCHMARKS, ROOT, SIZES, note, run_measurement  # noqa: E402
+from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note  # noqa: E402
 from benchmarks.machine import describe, load_average, machine  # noqa: E402
 from benchmarks.report import ReportError, changes, comparison, read_report, to_json, to_markdown  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["measure"]:  # the other side of `benchmarks.harness.run_case`
-        run_measurement(*argv[1:])
+    if argv[:1] == ["call"]:  # by `benchmarks.harness.in_own_process`
+        answer_call(*argv[1:])
         return 0
     options = parse(argv)
     try:

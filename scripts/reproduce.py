@@ -357,7 +357,7 @@ def state(row: Row, results: Results) -> str:
 
 
 def shown_command(row: Row, rows: dict[str, Row]) -> str:
-    """What a reader types, RUN being the run folder; a run in several parts is shown as the one command that it equals."""
+    """What a reader types, RUN being the run folder; a run in several parts is shown as the one that equals it."""
     if row.train is not None:
         return f"python -m gluon_lm.train {shlex.join(training_flags(row, rows))}"
     if row.finetune is not None:

@@ -27,6 +27,7 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent
 VOCAB_SIZE = 33_278  # of WikiText-2
 SEED = 1111
+PROCESS_TIMEOUT_S = 1800
 STEP_TIMEOUT_S = 60  # for each step of a measurement, start-up included
 
 
@@ -143,6 +144,7 @@ METRICS = {
     "elements_per_second": Metric("million elements/s", 1, True),
     "seconds": Metric("seconds", 2, False),
     "milliseconds": Metric("ms a step", 1, False),
+    "perplexity": Metric("perplexity", 2, False),
     "megabytes": Metric("MB", 1, False),
     "memory_mb": Metric("resident, MB", 1, False),
     "peak_memory_mb": Metric("peak memory, MB", 0, False),
@@ -258,26 +260,47 @@ def run_case(case: Case, options: argparse.Namespace, size: Size, warmup: int, s
         raise SystemExit(f"{case.label}: {case.package} is not installed here")
     if options.check and python == sys.executable:
         return measure(case.measurement, size, warmup, steps)
-    function = f"{case.measurement.__module__}:{case.measurement.__name__}"
+    measured = f"{case.measurement.__module__}:{case.measurement.__name__}"
+    timeout_s = STEP_TIMEOUT_S * (warmup + steps)
+    arguments = (measured, size.to_json(), warmup, steps)
+    return in_own_process(measure_named, *arguments, environment=case.environment, python=python, timeout_s=timeout_s)
+
+
+def in_own_process(
+    function: Callable[..., dict[str, Any]],
+    *arguments: Any,
+    environment: dict[str, str] | None = None,
+    python: str = sys.executable,
+    timeout_s: float = PROCESS_TIMEOUT_S,
+) -> dict[str, Any]:
+    """Call a module's function with plain JSON values in a new process; gives the JSON values that it returns."""
+    name = f"{function.__module__}:{function.__name__}"
     done = subprocess.run(
-        [python, str(SCRIPTS / "benchmark.py"), "measure", function, size.to_json(), str(warmup), str(steps)],
-        env=child_environment(case.environment),
+        [python, str(SCRIPTS / "benchmark.py"), "call", name, json.dumps(arguments)],
+        env=child_environment(environment or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=STEP_TIMEOUT_S * (warmup + steps),
+        timeout=timeout_s,
         check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"{case.label}: {function} ended with {done.returncode}, see above")
+        raise SystemExit(f"{name}{arguments}: ended with {done.returncode}, see above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_measurement(function: str, size: str, warmup: str, steps: str) -> None:
-    """The other side of `run_case`: prints what was measured as the last line."""
-    module, _, name = function.partition(":")
-    measurement = getattr(importlib.import_module(module), name)
-    print(json.dumps(measure(measurement, Size.from_json(size), int(warmup), int(steps))))
+def answer_call(name: str, arguments: str) -> None:
+    """The other side of `in_own_process`: what the function returns is the last line that is printed."""
+    print(json.dumps(_named(name)(*json.loads(arguments))))
+
+
+def _named(name: str) -> Callable[..., dict[str, Any]]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def measure_named(measured: str, size: str, warmup: int, steps: int) -> dict[str, Any]:
+    return measure(_named(measured), Size.from_json(size), warmup, steps)
 
 
 def measure(measurement: Measurement, size: Size, warmup: int, steps: int) -> dict[str, Any]:

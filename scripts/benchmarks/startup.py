@@ -12,9 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from .harness import VOCAB_SIZE, Row, Table, benchmark, child_environment, note, zipf_ids
+from .harness import PROCESS_TIMEOUT_S, VOCAB_SIZE, Row, Table, benchmark, child_environment, note, zipf_ids
 
-PROCESS_TIMEOUT_S = 1800
 WIKITEXT_2_TOKENS = {"train": 2_051_910, "valid": 213_886, "test": 241_211}
 
 
