@@ -2,6 +2,10 @@
 # Builds Horovod against the MXNet of the environment, for `horovodrun ... python -m gluon_lm.train --horovod`. Where it
 # is built already, nothing happens. Needs cmake, make and g++, and takes a minute or two.
 #
+# One line of its sources is mended. Over gloo it opens a second set of connections for which it forgets the network
+# interface that it was told (horovodrun --network-interfaces) or found, and takes the address of the host's own name.
+# On a host whose name means 127.0.1.1, as on Debian, the other hosts then cannot reach it.
+#
 #   MAKEFLAGS               how many compilers run at once, as in MAKEFLAGS=-j1 (default: one a core)
 #   HOROVOD_WITH_MPI        1: for mpirun as well, which needs an MPI with its compiler (default: gloo alone, which needs
 #                           nothing but the network; horovodrun starts the workers by itself, or over ssh)
@@ -10,17 +14,18 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 VERSION=0.28.1
+MENDED=mended.1  # behind its version, so that another build is known from this one
 
 is_built() {
-    "$VENV/bin/python" - "$VERSION" >/dev/null 2>&1 <<'PYTHON'
+    "$VENV/bin/python" - "$VERSION+$MENDED" >/dev/null 2>&1 <<'PYTHON'
 import os
 import sys
+from importlib.metadata import version
 
-import gluon_lm
-import horovod
+import gluon_lm  # first: MXNet on newer numpy
 import horovod.mxnet as hvd
 
-has_all = horovod.__version__ == sys.argv[1] and hvd.gloo_built()
+has_all = version("horovod") == sys.argv[1] and hvd.gloo_built()
 has_all = has_all and (not os.environ.get("HOROVOD_WITH_MPI") or hvd.mpi_built())
 has_all = has_all and (os.environ.get("HOROVOD_GPU_OPERATIONS") != "NCCL" or hvd.nccl_built())
 sys.exit(not has_all)
@@ -49,10 +54,20 @@ export CXXFLAGS="-include cstdint ${CXXFLAGS:-}"  # its sources use these types,
 export CMAKE_POLICY_VERSION_MINIMUM=3.5           # its gloo asks for rules that cmake 4 has given up
 export HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1
 [ -n "${HOROVOD_WITH_MPI:-}" ] || export HOROVOD_WITHOUT_MPI=1
-hook="$(mktemp -d)"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
-echo "import gluon_lm" >"$hook/sitecustomize.py"
-PYTHONPATH="$hook${PYTHONPATH:+:$PYTHONPATH}" pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "horovod==$VERSION"
-rm -r "$hook"
+sources="$(mktemp -d)"
+trap 'rm -rf "$sources"' EXIT
+"$VENV/bin/python" -m pip download --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+    --no-binary horovod --dest "$sources" "horovod==$VERSION" || fail "Horovod cannot be downloaded, see above"
+tar -xzf "$sources/horovod-$VERSION.tar.gz" -C "$sources"
+connections="$sources/horovod-$VERSION/horovod/common/gloo/gloo_context.cc"
+sed -i '/^void GlooContext::InitializeForProcessSet/,/^}/ s/iface = gloo_iface_;/iface = global_context.gloo_iface_;/' \
+    "$connections"
+grep -q "iface = global_context.gloo_iface_;" "$connections" ||
+    fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $connections"
+mkdir "$sources/hook"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
+echo "import gluon_lm" >"$sources/hook/sitecustomize.py"
+HOROVOD_LOCAL_VERSION="$MENDED" PYTHONPATH="$sources/hook${PYTHONPATH:+:$PYTHONPATH}" \
+    pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "$sources/horovod-$VERSION"
 is_built ||
     fail "Horovod was installed into $VENV and does not work; see what $VENV/bin/python -c 'import horovod.mxnet' says"
 printf '%s has Horovod %s\n' "$VENV" "$VERSION"
