@@ -7,7 +7,8 @@
 The machines are network namespaces of this one, joined by links that are limited in both directions (root, Debian's
 iproute2). Each worker is one of them, and so is each parameter server; the scheduler is with the first. They train an
 LSTM 2x650 with tied weights on random words. All share the cores of this machine, so that computing takes longer than
-on machines of their own; what the network takes is what it would take there.
+on machines of their own; what the network takes is what it would take there. For how long a worker's processor works
+is in brackets.
 
 Measured for each exchange of gradients, as the mean over the steps:
 
@@ -43,12 +44,12 @@ from typing import Any
 from benchmark import SEED, SIZES, load_average, machine, note, positive, print_table, zipf_ids
 from namespaces import Network, read_traffic
 
-from gluon_lm.config import DeviceConfig
+from gluon_lm.config import DeviceConfig, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 UNLIMITED = 0.0
 EXCHANGES = ("dist_sync:none", "dist_sync:2bit", "horovod:none", "horovod:fp16", "horovod:2bit")
-MODEL, OPTIM = SIZES["B"].model, SIZES["B"].optim
+OPTIM = SIZES["B"].optim
 TIMEOUT_S = 600  # without progress
 MEASURED = "measured: "  # begins the lines of a worker that are shown
 
@@ -70,6 +71,7 @@ class Case:
     exchange: str
     workers: int
     servers: int
+    hidden_size: int
     worker_batch_size: int
     bptt: int
     steps: int
@@ -80,6 +82,10 @@ class Case:
         if backend == "horovod":
             return DeviceConfig(cpus=1, horovod=True, gctype=compression)
         return DeviceConfig(cpus=1, kvstore=backend, gctype=compression)
+
+    @property
+    def model(self) -> ModelConfig:
+        return dataclasses.replace(SIZES["B"].model, embed_size=self.hidden_size, hidden_size=self.hidden_size)
 
     @property
     def network(self) -> str:
@@ -107,7 +113,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     from gluon_lm.training.step import TrainingStep
 
     communicator = create_communicator(case.devices)
-    model = LanguageModel(MODEL, case.vocab_size)
+    model = LanguageModel(case.model, case.vocab_size)
     model.initialize_parameters(SEED, communicator.devices)
     model.hybridize_for_use()
     parameters = list(model.named_parameters().values())
@@ -141,19 +147,20 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
         communicator.gather_object("ready")
         before = {address: read_traffic(network_name, address) for address in addresses if communicator.is_primary}
         communicator.gather_object("set")
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), time.process_time()
         for _ in range(case.steps):
             act()
         mx.nd.waitall()
         communicator.gather_object("done")
         seconds = (time.perf_counter() - started) / case.steps
+        cpu_seconds = (time.process_time() - computed) / case.steps
         if communicator.is_primary:
-            print(f"{MEASURED}{what}: {seconds:.2f} s", flush=True)
+            print(f"{MEASURED}{what}: {seconds:.2f} s, of which its processor works {cpu_seconds:.2f} s", flush=True)
         traffic = {
             address: [(now - then) / case.steps for now, then in zip(read_traffic(network_name, address), numbers)]
             for address, numbers in before.items()
         }
-        return {"seconds": seconds, "traffic": traffic}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "traffic": traffic}
 
     step.rehearse(next(windows))
     if case.devices.gctype == "2bit":
@@ -275,7 +282,7 @@ class Measured:
     def row(self) -> list[str]:
         sent, received = next(iter(self.found["step"]["traffic"].values()))
         row = [self.case.network, f"{self.case.vocab_size:,}", self.case.exchange.replace(":", " ")]
-        row += [f"{self.seconds(what):.2f}" for what in TIMES]
+        row += [f"{self.seconds(what):.2f} ({self.found[what]['cpu_seconds']:.2f})" for what in TIMES]
         row += [f"{sent / 1e6:.2f}", f"{received / 1e6:.2f}"]
         if self.plain is None or self.plain is self.found:
             return [*row, "", "", ""]
@@ -292,8 +299,9 @@ HEADER += ["step faster than none by", "exchange faster by", "sends of none's"]
 def title_of(case: Case) -> str:
     servers = f", {case.servers} {'server' if case.servers == 1 else 'servers'} where there are any"
     return (
-        f"LSTM {MODEL.num_layers}x{MODEL.hidden_size} tied, {case.workers} workers{servers}, "
-        f"{case.worker_batch_size} x {case.bptt} tokens a worker and step, means of {case.steps} steps"
+        f"LSTM {case.model.num_layers}x{case.hidden_size} tied, {case.workers} workers{servers}, "
+        f"{case.worker_batch_size} x {case.bptt} tokens a worker and step, means of {case.steps} steps; in brackets "
+        "the seconds for which a worker's processor works"
     )
 
 
@@ -377,6 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exchanges", nargs="+", choices=EXCHANGES, default=EXCHANGES, help="(default all)")
     parser.add_argument("--workers", type=positive, default=2, help="(default 2)")
     parser.add_argument("--servers", type=positive, default=1, help="(default 1)")
+    parser.add_argument("--hidden-size", type=positive, default=650, help="(default 650)")
     parser.add_argument("--worker-batch-size", type=positive, default=8, help="of each worker (default 8)")
     parser.add_argument("--bptt", type=positive, default=35, help="tokens of a window (default 35)")
     parser.add_argument("--steps", type=positive, default=5, help="of each measurement (default 5)")
@@ -401,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
             exchange,
             options.workers,
             options.servers,
+            options.hidden_size,
             options.worker_batch_size,
             options.bptt,
             options.steps,

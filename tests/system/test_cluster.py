@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gluon_lm
+
 pytestmark = pytest.mark.timeout(300)
 
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = (sys.executable, "-m", "gluon_lm.train")
 FLAGS = (
     *("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 2, "--cpus", 1),
     *("--dropout", 0, "--log-interval", 5),
@@ -172,3 +179,71 @@ def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers
     launch(project, "--resume", "run", *goal)
     project.run("train", *flags, *goal, "--save", "alone")
     assert_same(arrays(project, "run"), arrays(project, "alone"))
+
+
+# Starts two workers, the second with a command line and settings of its own.
+TWO_THAT_DIFFER = """
+import dataclasses, json, sys
+from gluon_lm.cli import run_command
+from gluon_lm.distributed.cluster import Host, parameter_server
+from gluon_lm.distributed.supervisor import Supervisor
+
+first, second, settings = map(json.loads, sys.argv[1:])
+*processes, last = parameter_server([Host()], 2, 1, first)
+processes.append(dataclasses.replace(last, argv=second, env={**last.env, **settings}))
+sys.exit(run_command(lambda _: Supervisor(processes, 60).run(), []))
+"""
+
+
+def launch_two(project, first, second, settings=None):
+    """Run a cluster of two commands that fails; the line that says why."""
+    commands = [list(map(str, command)) for command in (first, second)]
+    cluster = subprocess.run(
+        [sys.executable, "-c", TWO_THAT_DIFFER, *map(json.dumps, (*commands, settings or {}))],
+        cwd=project.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert cluster.returncode == 2, cluster.stdout
+    assert processes_of(project) == []
+    return cluster.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("what", ["configuration", "text and vocabulary", "gluon_lm"])
+def test_workers_that_differ_end_before_the_first_step(project, what):
+    command = (*TRAIN, *FLAGS, *MODELS["plain"], "--kvstore", "dist_sync", "--save", "run")
+    other, settings = command, {}
+    if what == "configuration":
+        other = (*command, "--clip", 3)
+    elif what == "text and vocabulary":
+        shutil.copytree(project.path / "text", project.path / "other")
+        with open(project.path / "other/train.txt", "a") as file:
+            file.write("the walrus sees a tree .\n")
+        other = (*command, "--data", "other")
+    else:
+        for folder in ("gluon_lm", "configs"):
+            shutil.copytree(ROOT / folder, project.path / "later" / folder)
+        home = project.path / "later/gluon_lm/__init__.py"
+        home.write_text(home.read_text().replace(f'"{gluon_lm.__version__}"', '"99.0"'))
+        settings = {"PYTHONPATH": str(project.path / "later")}
+    line = launch_two(project, command, other, settings)
+    assert re.match(rf"error: worker \d \(pid \d+\): the workers differ in {what}: worker 0 has \S+, worker 1 ", line)
+    assert not (project.path / "run").exists()
+
+
+def test_a_worker_that_cannot_read_the_checkpoint_ends_all(project):
+    flags = (*FLAGS, *MODELS["plain"], "--save", "run", "--checkpoint-every", 3)
+    project.run("train", *flags, "--max-steps", 6)
+    (project.path / "elsewhere").mkdir()
+    for name in ("text", "run"):
+        shutil.copytree(project.path / name, project.path / "elsewhere" / name, symlinks=True)
+    (project.path / "elsewhere/run/latest").resolve().joinpath("parameters.npz").unlink()
+    before = arrays(project, "run")
+    command = (*TRAIN, "--resume", "run", "--kvstore", "dist_sync", "--max-steps", 9)
+    line = launch_two(project, command, ("sh", "-c", 'cd elsewhere && exec "$@"', "sh", *command))
+    assert line.startswith("error: worker 1 (pid ") and "parameters.npz" in line
+    assert_same(arrays(project, "run"), before)

@@ -1,0 +1,196 @@
+"""Training between machines: network namespaces of this one, and hosts that a real sshd answers for."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from namespaces import Network
+
+ROOT = Path(__file__).resolve().parents[2]
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+FLAGS = ("--data", "text", "--recipe", "lm", "--tied", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5)
+FLAGS += ("--lr", 2, "--dropout", 0, "--cpus", 1)
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
+with_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd here: apt-get install openssh-server")
+
+
+@pytest.fixture
+def network():
+    """Two hosts on a fast network."""
+    try:
+        network = Network(2).__enter__()
+    except OSError as error:
+        pytest.skip(str(error))
+    with network:
+        yield network
+
+
+# ---------------------------------------------------------------- bytes on the wire
+
+
+@pytest.mark.parametrize("backend", ["dist_sync", "horovod"])
+def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp_path, backend):
+    """By the kernel's counters: what is pushed to a server, or passed between two processes."""
+    if backend == "horovod" and importlib.util.find_spec("horovod") is None:
+        pytest.skip("Horovod is not installed here: bash scripts/install_horovod.sh")
+    benchmark = [sys.executable, ROOT / "scripts/network_benchmark.py", "--rates", "unlimited", "--output", tmp_path]
+    size = ["--vocabularies", 2000, "--hidden-size", 160, "--worker-batch-size", 2, "--bptt", 5, "--steps", 2]
+    exchanges = ["--exchanges", f"{backend}:none", f"{backend}:2bit"]
+    done = subprocess.run([*map(str, [*benchmark, *size, *exchanges])], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    plain, compressed = json.loads((tmp_path / "network.json").read_text())["results"]
+    worker = next(iter(plain["step"]["traffic"]))
+    whole = 4 * plain["elements"]
+    for found, share in ((plain, 1), (compressed, 1 / 16)):
+        sent, received = found["step"]["traffic"][worker]
+        assert share * whole <= sent <= 1.14 * share * whole
+        # What is pulled from a server is as much as ever.
+        assert received >= whole if backend == "dist_sync" else received <= 1.14 * share * whole
+    assert f"| {backend} 2bit |" in done.stdout
+
+
+# ---------------------------------------------------------------- over ssh
+
+
+class Sshd:
+    """An sshd with a host key, a port and a configuration of its own, and the ssh that finds its way to it.
+
+    Parameters
+    ----------
+    folder : Path
+    hosts : sequence of str
+        Addresses of the hosts that it answers for.
+    network : Network, optional
+        Where these hosts are; by default they are addresses of this machine.
+    """
+
+    def __init__(self, folder, hosts, network=None):
+        folder.mkdir()
+        for name in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where it locks itself in
+        (folder / "sshd_config").write_text(
+            f"Port {port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPidFile none\nUsePAM no\n"
+            "PasswordAuthentication no\nStrictModes no\nPermitRootLogin yes\n"
+            + "".join(f"ListenAddress {host}\n" for host in hosts)
+        )
+        key = (folder / "host.pub").read_text()
+        (folder / "known_hosts").write_text("".join(f"[{host}]:{port} {key}" for host in hosts))
+        (folder / "ssh_config").write_text(
+            f"Port {port}\nUser {getpass.getuser()}\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
+            f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile none\nStrictHostKeyChecking yes\n"
+        )
+        ssh = folder / "ssh"
+        ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+        ssh.chmod(0o755)
+        self.path = f"{folder}:{os.environ['PATH']}"
+        self._log = open(folder / "log", "w")
+        command = [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
+        commands = [command] if network is None else [network.command(host, *command) for host in hosts]
+        self._processes = [
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._log) for command in commands
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self._processes:
+            process.terminate()
+            process.wait(20)
+        self._log.close()
+
+
+def processes_in(folder):
+    """Ids of the processes that run in a folder, but for the tests' own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd").startswith(str(folder)) and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except OSError:
+            pass  # it ended meanwhile
+    return found
+
+
+def start_cluster(project, sshd, hosts, *flags, timeout_s=60, network=None):
+    """Start a cluster of two workers on these hosts, from the first one where they are in a network."""
+    (project.path / "hosts.txt").write_text("".join(f"{host}\n" for host in hosts))
+    command = [sys.executable, "-m", "gluon_lm.launch", "--hostfile", "hosts.txt", "--timeout", timeout_s]
+    command = [*map(str, (*command, "--", *FLAGS, *flags))]
+    return subprocess.Popen(
+        command if network is None else network.command(hosts[0], *command),
+        cwd=project.path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": sshd.path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def parameters(run):
+    with np.load(run / "latest/parameters.npz") as arrays:
+        return dict(arrays)
+
+
+def assert_same_parameters(project, run, other):
+    expected = parameters(project.path / other)
+    for name, found in parameters(project.path / run).items():
+        assert np.linalg.norm(found - expected[name]) <= 1e-5 * np.linalg.norm(expected[name])
+
+
+@with_sshd
+def test_hosts_that_are_reached_by_ssh_train_as_one_process(project):
+    flags = ("--max-steps", 6)
+    project.run("train", *FLAGS, *flags, "--save", "alone")
+    hosts = ("127.0.0.2", "127.0.0.3")
+    with Sshd(project.path / "sshd", hosts) as sshd:
+        cluster = start_cluster(project, sshd, hosts, *flags, "--save", "together")
+        output, _ = cluster.communicate(timeout=240)
+    assert cluster.returncode == 0, output
+    assert_same_parameters(project, "together", "alone")
+
+
+@with_sshd
+def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(project, network):
+    flags = ("--checkpoint-every", 4, "--eval-every", 1000)
+    hosts = network.addresses
+    with Sshd(project.path / "sshd", hosts, network) as sshd:
+        cluster = start_cluster(
+            project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=20, network=network
+        )
+        deadline = time.monotonic() + 120
+        while not (project.path / "run/latest").exists():
+            assert cluster.poll() is None, cluster.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        network.cut(hosts[1])
+        output, _ = cluster.communicate(timeout=100)
+        assert cluster.returncode == 2, output
+        assert re.match(rf"error: .*\bhost {re.escape(hosts[1])}\b", output.splitlines()[-1]), output
+        deadline = time.monotonic() + 60  # an agent that the launcher cannot reach ends by itself
+        while left := processes_in(project.path):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+    reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
+    goal = ("--epochs", 1000, "--max-steps", reached + 3)
+    project.run("train", "--resume", "run", "--kvstore", "none", *goal)
+    project.run("train", *FLAGS, *flags, *goal, "--save", "alone")
+    assert_same_parameters(project, "run", "alone")
