@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.util
 import json
@@ -30,11 +31,11 @@ with_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd here: apt-get insta
 @pytest.fixture
 def network():
     """Two hosts on a fast network."""
-    try:
-        network = Network(2).__enter__()
-    except OSError as error:
-        pytest.skip(str(error))
-    with network:
+    with contextlib.ExitStack() as stack:
+        try:
+            network = stack.enter_context(Network(2))
+        except OSError as error:
+            pytest.skip(str(error))
         yield network
 
 
