@@ -594,6 +594,13 @@ class Trainer:
                 [array[:, start : start + width].as_in_context(device) for array in checkpoint.carried]
                 for start, device in zip(starts, devices)
             ]
-        if checkpoint.num_devices == len(devices) * self._communicator.size:
+        num_devices = len(devices) * self._communicator.size
+        if checkpoint.num_devices == num_devices:
             self._communicator.load_state_dict(checkpoint.communicator)
             self._communicator.load_residuals(checkpoint.residuals)
+        elif checkpoint.communicator:
+            LOGGER.warning(
+                "the gradients of %d devices were compressed, and there are %d now: what had not been sent is lost",
+                checkpoint.num_devices,
+                num_devices,
+            )
