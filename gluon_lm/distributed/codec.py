@@ -141,6 +141,11 @@ class TwoBitCodec:
             some_element += mx.nd.take(self._table, rank[self._num_bytes - 1 :]).sum()
 
 
+def residual_size(sizes: Sequence[int]) -> int:
+    """Elements of the residual of parameters of these sizes."""
+    return sum(-(-size // CODES_PER_BYTE) * CODES_PER_BYTE for size in sizes)
+
+
 def _cut(sizes: Sequence[int], piece_size: int) -> Iterator[_Piece]:
     offset = 0
     for parameter, size in enumerate(sizes):

@@ -18,12 +18,13 @@ from mxnet import gluon
 
 from ..errors import DistributedError
 from ..logs import LOGGER
-from .codec import TwoBitCodec
+from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
 from .compression import GradientScales
 
 # One of these numbers the process, according to what started it: horovodrun, Open MPI, MPICH or Slurm.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+GROUP_ELEMENTS = 1 << 20  # of compressed gradients that travel together: less is not worth a round of messages
 _START = "start several together, as in horovodrun -np 2 python -m gluon_lm.train --horovod --data ptb"
 
 
@@ -63,7 +64,7 @@ class HorovodCommunicator(Communicator):
             )
         self._compression, self._threshold = compression, threshold
         self._scales = GradientScales() if compression == "2bit" else None
-        self._codec: TwoBitCodec | None = None
+        self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None
         self._restored_threshold = threshold
 
@@ -107,16 +108,25 @@ class HorovodCommunicator(Communicator):
                 gradient.wait_to_read()
 
     def _add_up_codes(self, gradients: list[mx.nd.NDArray], factors: list[float]) -> None:
-        if self._codec is None:
-            self._codec = TwoBitCodec(
-                [gradient.size for gradient in gradients],
-                [self._threshold / factor for factor in factors],
-                self.devices[0],
-                self._restored_residual,
-            )
+        """The gradients of the last layers are there first, so they go first; on their way, the next are encoded."""
+        if not self._codecs:
+            self._make_codecs([gradient.size for gradient in gradients], factors)
+        parts = [(codec, gradients[which]) for which, codec in reversed(self._codecs)]
+        for number, bytes_B in enumerate([codec.encode(part) for codec, part in parts]):
+            bytes_WB = self._allgather(f"codes.{number}", bytes_B).reshape((self.size, -1))
+            codec, part = parts[number]
+            codec.decode(bytes_WB, part)
+
+    def _make_codecs(self, sizes: list[int], factors: list[float]) -> None:
+        groups = list(_groups(sizes))
+        residuals: list[mx.nd.NDArray | None] = [None] * len(groups)
+        if self._restored_residual is not None:
+            ends = np.cumsum([residual_size(sizes[which]) for which in groups[:-1]]).tolist()
+            residuals = [self._restored_residual[start:end] for start, end in zip([0, *ends], [*ends, None])]
             self._restored_residual = None
-        bytes_WB = self._allgather("codes", self._codec.encode(gradients)).reshape((self.size, -1))
-        self._codec.decode(bytes_WB, gradients)
+        for which, residual in zip(groups, residuals):
+            thresholds = [self._threshold / factor for factor in factors[which]]
+            self._codecs.append((which, TwoBitCodec(sizes[which], thresholds, self.devices[0], residual)))
 
     # ---------------------------------------------------------------- objects
 
@@ -187,10 +197,13 @@ class HorovodCommunicator(Communicator):
             By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps it; empty where nothing waits, and on all ranks
             but the first.
         """
-        own = self._restored_residual if self._codec is None else self._codec.residual
-        if own is None:
+        if self._codecs:
+            own = np.concatenate([codec.residual.asnumpy() for _, codec in self._codecs])
+        elif self._restored_residual is not None:
+            own = self._restored_residual.asnumpy()
+        else:
             return {}
-        workers = self.gather_arrays([own.asnumpy()])
+        workers = self.gather_arrays([own])
         return {str(rank): mx.nd.array(residual) for rank, (residual,) in enumerate(workers)}
 
     def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
@@ -202,10 +215,20 @@ class HorovodCommunicator(Communicator):
             return
         # In units of the threshold, which may be another now.
         self._restored_residual = residuals[str(self.rank)] * (self._restored_threshold / self._threshold)
-        self._codec = None
+        self._codecs = []
 
     def close(self):
         self._hvd.shutdown()
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Cut parameters into groups of neighbours with about `GROUP_ELEMENTS` elements or more, but for the last."""
+    start = elements = 0
+    for stop, size in enumerate(sizes, 1):
+        elements += size
+        if elements >= GROUP_ELEMENTS or stop == len(sizes):
+            yield slice(start, stop)
+            start, elements = stop, 0
 
 
 def local_rank() -> int:

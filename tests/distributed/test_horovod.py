@@ -24,7 +24,7 @@ from mxnet import gluon
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
-from gluon_lm.distributed import SingleDevice
+from gluon_lm.distributed import SingleDevice, horovod
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
@@ -172,6 +172,7 @@ def run_resumed(folder):
 
 def take_compressed_steps(notes, folder, start, end):
     """Go on from the state in the folder, where there is one, and leave there that of the end."""
+    horovod.GROUP_ELEMENTS = 20  # so that there are several groups of parameters
     communicator, parameters = HorovodCommunicator([CPU], "2bit", THRESHOLD), make_parameters()
     state, residuals = Path(folder) / "state.json", Path(folder) / "residuals.npz"
     if start:
