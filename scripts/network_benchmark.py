@@ -400,7 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     if any(exchange.startswith("horovod") for exchange in options.exchanges) and find_spec("horovod") is None:
         note("Horovod is not installed here: run 'bash scripts/install_horovod.sh', or leave it out of --exchanges")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
     about, results, plain = machine(), [], {}
     cases = [
@@ -430,9 +431,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         note(f"error: {error}")
         return 2
-    except KeyboardInterrupt:
-        note("stopped; what was measured before is in " + str(options.output))
-        return 130
     print((options.output / "network.md").read_text(encoding="utf-8"))
     return 0
 
