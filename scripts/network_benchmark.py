@@ -15,7 +15,7 @@ Measured for each exchange of gradients, as the mean over the steps:
 - step: whole training steps, in which gradients travel as soon as they are there;
 - step, one after the other: the same, but nothing travels before all is computed;
 - exchange: sending, adding up and compression alone;
-- compute: the step without any exchange;
+- compute: forwards and backwards alone;
 - traffic: what the kernel has counted at each machine's interface in a whole step.
 
 2-bit compression is measured with the thresholds of one step's gradients. It writes a table (Markdown), every number
@@ -167,7 +167,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
         communicator.load_state_dict(communicator.broadcast_object(thresholds_of_one_step(parameters)))
     take_step()
     found = {"step": measure("step", take_step)}
-    communicator.reduce_gradients = reduce_when_all_is_there  # type: ignore[method-assign]
+    communicator.reduce_gradients = reduce_when_all_is_there
     found["step, one after the other"] = measure("step, one after the other", take_step)
     found["exchange"] = measure("exchange", exchange)
     found["compute"] = measure("compute", compute)
@@ -351,18 +351,22 @@ def rate(text: str) -> float:
     return value
 
 
+def be_part(role: str, case_json: str, network_name: str, addresses: str, result: str) -> int:
+    """Be a worker, or the supervisor of some; `measure_case` gives the arguments."""
+    case = Case(**json.loads(case_json))
+    if role == "work":
+        work(case, network_name, addresses.split(","), Path(result))
+        return 0
+    from gluon_lm.cli import run_command
+
+    worker = [sys.executable, __file__, "work", case_json, network_name, addresses, result]
+    return run_command(lambda _: supervise(case, addresses.split(","), worker), [])
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["work"], ["supervise"]):
-        case, network_name, addresses, result = argv[1:]
-        arguments = Case(**json.loads(case)), network_name, addresses.split(","), Path(result)
-        if argv[0] == "work":
-            work(*arguments)
-            return 0
-        from gluon_lm.cli import run_command
-
-        worker = [sys.executable, __file__, "work", *argv[1:]]
-        return run_command(lambda _: supervise(arguments[0], arguments[2], worker), [])
+        return be_part(*argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -400,10 +404,12 @@ def main(argv: list[str] | None = None) -> int:
     if any(exchange.startswith("horovod") for exchange in options.exchanges) and find_spec("horovod") is None:
         note("Horovod is not installed here: run 'bash scripts/install_horovod.sh', or leave it out of --exchanges")
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
 
-    about, results, plain = machine(), [], {}
+    about = machine()
+    results: list[Measured] = []
+    plain: dict[tuple[float, int, str], dict[str, Any]] = {}
     cases = [
         Case(
             rate_mbit,
