@@ -31,7 +31,6 @@ from .runtime import cpu_flags, cpu_model, keep_freed_memory, physical_cores
 _IMPORT_SECONDS = 120
 _SAMPLE_BYTES = 64 << 20
 _ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-_FOR_PYTHON = (3, 9), (3, 12)
 
 
 @dataclass(frozen=True)
@@ -219,17 +218,13 @@ def _examine_folder(folder: Path) -> dict[str, Any]:
 
 def _errors(facts: dict[str, Any]) -> list[str]:
     mxnet, lines = facts["mxnet"], []
-    first, last = _FOR_PYTHON
-    if not first <= sys.version_info[:2] <= last:
-        lines.append(
-            f"Python {facts['python']['version']}: this package is tested on {first[0]}.{first[1]} to "
-            f"{last[0]}.{last[1]}; make the environment with one of these"
-        )
     if mxnet["library"] is None and mxnet["problem"]:
+        pinned = " ".join(f"{name}=={version}" for name, version in mxnet["packages"].items())
         lines.append(
-            "MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for NVIDIA GPUs"
-            if not mxnet["packages"]
-            else f"{' and '.join(mxnet['packages'])} is damaged, {mxnet['problem']}: pip install --force-reinstall it"
+            f"MXNet: {mxnet['problem']}, and its library is not where its package has it: pip install "
+            f"--force-reinstall --no-deps {pinned}"
+            if pinned
+            else "MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for NVIDIA GPUs"
         )
     elif mxnet["missing_libraries"]:
         lines += how_to_bring(mxnet["missing_libraries"])
@@ -240,6 +235,8 @@ def _errors(facts: dict[str, Any]) -> list[str]:
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     mxnet, gpus, lines = facts["mxnet"], facts["gpus"], []
+    if not (3, 9) <= sys.version_info[:2] <= (3, 12):
+        lines.append(f"this package is tested on Python 3.9 to 3.12, and not on {facts['python']['version']}")
     packages = list(mxnet["packages"])
     if len(packages) > 1:
         lines.append(
