@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import gluon_lm  # noqa: F401  # before any test imports MXNet
 
-settings.register_profile("gluon_lm", deadline=None)  # no test is timed
+# No test is timed, and each run of the tests is like the last. To look for more: --hypothesis-profile search
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
+settings.register_profile("gluon_lm", settings.get_profile("search"), max_examples=50, derandomize=True)
 settings.load_profile("gluon_lm")
 
 
