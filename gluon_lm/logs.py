@@ -97,12 +97,12 @@ def log_to_file(path: Path) -> Iterator[None]:
     text = AppendedText(path)
     file = _Handler(text)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    for held in [h for h in LOGGER.handlers if isinstance(h, logging.handlers.MemoryHandler)]:
-        held.setTarget(file)
-        held.close()
-        LOGGER.removeHandler(held)
-    LOGGER.addHandler(file)
     try:
+        for held in [h for h in LOGGER.handlers if isinstance(h, logging.handlers.MemoryHandler)]:
+            LOGGER.removeHandler(held)
+            held.setTarget(file)
+            held.close()
+        LOGGER.addHandler(file)
         yield
     finally:
         LOGGER.removeHandler(file)
