@@ -42,6 +42,7 @@ ONNX = [
     "onnxruntime>=1.15,<2",
 ]
 SERVE = ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1", "pydantic>=2,<3"]
+DOCS = ["pdoc>=14,<17"]
 TENSORBOARD = ["tensorboardX>=2.6,<3"]
 PLOT = ["matplotlib>=3.7,<4"]
 
@@ -54,6 +55,7 @@ EXTRAS = {
     "horovod": ["horovod==0.28.1"],
     "serve": SERVE,
     "onnx": ONNX,
+    "docs": [*DOCS, *SERVE, *ONNX, *TENSORBOARD, *PLOT],  # the reference imports every module
     "tensorboard": TENSORBOARD,
     "plot": PLOT,
     "test": [
@@ -65,6 +67,7 @@ EXTRAS = {
         "types-PyYAML",
         "vulture>=2.10,<3",
         "coverage>=7.10,<8",
+        *DOCS,
         *ONNX,
         *SERVE,
         *TENSORBOARD,

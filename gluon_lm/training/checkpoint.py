@@ -1,12 +1,13 @@
 """Checkpoints: one directory each, whole or absent, with all that a resumed run needs to go on as if never stopped.
 
-parameters.npz      the model, by parameter name; once weights are averaged, their averages
-unaveraged.npz      then the weights that training goes on from
-optimizer.npz       optimiser state, by parameter name
-residuals.npz       what 2-bit compression has not sent yet, where it can be kept
-carried.npz         recurrent state between two windows, all streams side by side
-state.json          counters, decisions, the communicator's state, the sha256 of every other file, a digest of itself
-config.yaml, vocab.txt
+- ``parameters.npz``: the model, by parameter name; once weights are averaged, their averages
+- ``unaveraged.npz``: then the weights that training goes on from
+- ``optimizer.npz``: optimiser state, by parameter name
+- ``residuals.npz``: what 2-bit compression has not sent yet, where it can be kept
+- ``carried.npz``: recurrent state between two windows, all streams side by side
+- ``state.json``: counters, decisions, the communicator's state, the sha256 of every other file, a digest of
+  itself
+- ``config.yaml``, ``vocab.txt``
 """
 
 from __future__ import annotations
