@@ -203,7 +203,8 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if not path.is_dir():
         raise CheckpointError(f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/)")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
-        return RunFolder(path), None
+        # A link such as runs/latest may name another run before this one is done with.
+        return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
     if checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "config.yaml").is_file():
         return RunFolder(checkpoint.parent.parent), checkpoint

@@ -86,6 +86,15 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
     assert project.results("grown")[-1] == project.results("whole")[-1]
 
 
+def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
+    project.train("runs/first", "--max-steps", 4)
+    run = project.path / "runs/first"
+    for max_steps in (6, 8):
+        project.run("train", "--resume", "runs/latest", "--max-steps", max_steps)
+        assert (project.path / "runs/latest").resolve() == run
+        assert os.readlink(run / "latest") == f"checkpoints/step-{max_steps}"
+
+
 def test_a_checkpoint_goes_on_with_other_devices(project):
     project.train("run", "--epochs", 1, "--dropout", 0)
     project.train("whole", "--epochs", 2, "--dropout", 0)
