@@ -1,0 +1,353 @@
+"""The documentation holds what it says: its commands work, its links lead somewhere, the files and flags it names exist.
+
+The commands of a page run in order, in one folder, with a small text under the name of each corpus. They are read as they
+stand; what would take hours is shortened by flags behind theirs (`SHORTENED`), GPUs and workers become as many contexts of
+the CPU, and what is not run at all stands in `NOT_RUN`, with its reason. A command that is none of this fails its page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import glob
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pages
+import pytest
+import serving
+from pages import ROOT, Block, Command
+
+from gluon_lm.__main__ import COMMANDS
+from gluon_lm.cli import normalise_argv, parse_train
+from gluon_lm.config import resolve, validate
+
+# Flags behind those of a command. They keep what it is about, and leave out what takes long.
+_TRAINING = ("--max-steps", "2", "--embed-size", "8", "--hidden-size", "8", "--bptt", "5", "--log-interval", "1")
+SHORTENED = {
+    "train": _TRAINING,
+    "finetune": _TRAINING,
+    "dynamiceval": ("--max-batches", "2"),
+    "generate": ("--words", "10"),
+}
+RESUMED = ("--max-steps", "4")  # another two steps
+
+NOT_RUN = {
+    "git clone": "there is no network here",
+    "cd": "every command runs in the page's folder, which stands for the checkout",
+    "pip install": "the extras that it names are looked up in setup.py instead",
+    "bash scripts/environment.sh": "installs; the extras that it names are looked up in setup.py instead",
+    "bash scripts/quickstart.sh": "installs, and trains for minutes",
+    "bash scripts/test.sh": "runs these tests; the paths that it names must exist",
+    "bash scripts/get_data.sh": "there is no network here",
+    "bash scripts/install_horovod.sh": "compiles for minutes",
+    "python -m ruff": "the set-up of the tests runs it",
+    "python -m mypy": "the set-up of the tests runs it",
+    "apt-get install": "is for whoever owns the machine",
+}
+PLAIN = ("printf", "ls", "cat", "head", "gcc")  # run as they are, by bash
+_GPU_FLAGS = {"--gpus": 1, "--gpu": 1, "--cuda": 0, "--accel": 0, "--single-gpu": 0}
+_PYTHON = ("python", "gluon-lm")
+
+
+# ---------------------------------------------------------------- what a reader has
+
+
+def write_text(path: Path, num_lines: int) -> None:
+    """Lines of ten words; each of the words comes ten times or more in a text that is long enough to train on."""
+    words = "the a cat dog bird sees hears tree house river president war fellow citizens".split()
+    lines = (" ".join(words[(3 * n + n * k // 7) % len(words)] for k in range(9)) + " ." for n in range(num_lines))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A folder like a reader's: a checkout, the corpora, text of one's own."""
+    from gluon_lm.data import corpora
+    from gluon_lm.data.download import PublishedFile
+    from gluon_lm.files import file_hash
+
+    sizes = {"train": 600, "valid": 8, "test": 8}
+    for spec in list(corpora.CORPORA.values()):
+        files = getattr(spec, "files", None) or {split: PublishedFile(f"{split}.txt", "") for split in sizes}
+        folder = spec.default_folder(tmp_path / "data")
+        for split, file in files.items():
+            write_text(folder / file.name, sizes[split])
+        stand_in = corpora.PublishedCorpus(
+            spec.name,
+            spec.licence,
+            spec.aliases,
+            spec.tokenizer,
+            folder=folder.name,
+            files={split: PublishedFile(f.name, f"sha256:{file_hash(folder / f.name)}") for split, f in files.items()},
+        )
+        monkeypatch.setitem(corpora.CORPORA, spec.name, stand_in)
+    for split, num_lines in sizes.items():
+        write_text(tmp_path / "my_folder" / f"{split}.txt", num_lines)
+    write_text(tmp_path / "my_text.txt", 600)
+    for name in ("configs", "scripts", "tests", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / ".cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.ExitStack() as servers:
+        yield Reader(monkeypatch, servers)
+
+
+class Reader:
+    """Somebody who tries what a page says, block by block."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, servers: contextlib.ExitStack) -> None:
+        self._patch, self._servers = patch, servers
+        self._names: dict[str, object] = {}
+        self._url = ""
+
+    def tries(self, block: Block) -> None:
+        if block.language == "bash":
+            for command in block.commands():
+                self._run(command)
+        elif block.language == "python":
+            exec(compile(block.body, block.where, "exec"), self._names)
+        elif block.language == "yaml":
+            resolved = resolve(config_file=block.body)
+            assert validate(resolved.config, resolved.sources) == [], block.where
+        elif block.language == "json":
+            for line in block.body.splitlines():
+                json.loads(line)
+        else:
+            assert block.language == "text", f"{block.where}: ```{block.language} is bash, python, yaml, json or text"
+            ours = re.search(r"gluon_lm\.\w+ |gluon-lm |(bash|python) scripts/", block.body)
+            assert ours is None, f"{block.where}: {ours[0]!r} in a block of text would not be tried; make it ```bash"
+
+    def _run(self, command: Command) -> None:
+        words = [name for word in command.words for name in (sorted(glob.glob(word)) or [word])]
+        with self._patch.context() as patch:
+            for name, value in command.environment.items():
+                patch.setenv(name, value)
+            if not words:
+                self._patch.setenv(*next(iter(command.environment.items())))
+            elif words[0] == "python" and words[1].startswith("scripts/"):
+                parse_alone(words[1], words[2:], patch)
+            elif words[0] == "horovodrun":
+                start = words.index("python")
+                workers = int(words[words.index("-np") + 1])
+                assert words[start + 1 : start + 3] == ["-m", "gluon_lm.train"], command.where
+                self._train(in_one_process(words[start + 3 :], workers, command.where), command)
+            elif words[0] == "curl":
+                self._shell(command.text.replace("http://127.0.0.1:8000", self._url), command)
+            elif words[0] in PLAIN:
+                self._shell(command.text, command)
+            elif (ours := name_of(words)) is not None:
+                self._run_ours(*ours, command)
+            else:
+                reasons = [start for start in NOT_RUN if " ".join(words).startswith(start)]
+                assert reasons, f"{command.where}: {command.text!r} is not run; teach {Path(__file__).name} to, or say why"
+                look_over(words, command.where)
+
+    def _run_ours(self, name: str, flags: list[str], command: Command) -> None:
+        if name == "serve":
+            run, *flags = without(flags, {"--port": 1})
+            server = self._servers.enter_context(serving.Server(Path(run), *on_cpu(flags)))
+            self._url = server.url
+        elif name == "launch":
+            split = flags.index("--")
+            with self._patch.context() as patch:
+                launched: list[int] = []
+                patch.setattr("gluon_lm.launch.Supervisor.run", lambda supervisor: launched.append(1) or 0)
+                self._call("launch", flags, command)
+                assert launched, command.where
+            at = flags.index("--workers") if "--workers" in flags[:split] else None
+            workers = int(flags[at + 1]) if at is not None else 2
+            self._train(in_one_process(flags[split + 1 :], workers, command.where), command)
+        elif name == "train":
+            self._train(flags, command)
+        else:
+            self._call(name, [*on_cpu(flags), *SHORTENED.get(name, ())], command)
+
+    def _train(self, flags: list[str], command: Command) -> None:
+        parse_train(flags)
+        is_resumed = {"--resume", "--continue-train"} & set(normalise_argv(flags))
+        self._call("train", [*on_cpu(flags), *(RESUMED if is_resumed else SHORTENED["train"])], command)
+
+    def _call(self, name: str, flags: list[str], command: Command) -> None:
+        main = importlib.import_module(f"gluon_lm.{name}").main
+        printed, complaints = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
+            code = main(flags)
+        said = f"{command.where}: {command.text}\nrun as {name} {shlex.join(flags)}\n"
+        assert code == 0, said + printed.getvalue() + complaints.getvalue()
+        if command.output is not None:
+            Path(command.output).write_text(printed.getvalue(), encoding="utf-8")
+
+    def _shell(self, text: str, command: Command) -> None:
+        environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=60, env=environment
+        )
+        assert done.returncode == 0, f"{command.where}: {text}\n{done.stdout}{done.stderr}"
+        for problem in ('"detail"', "Not Found"):
+            assert problem not in done.stdout, f"{command.where}: {text}\n{done.stdout}"
+
+
+def name_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """The command of ours that is meant, and its flags."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("gluon_lm."):
+        return words[2].partition(".")[2], words[3:]
+    for start in (["python", "-m", "gluon_lm"], ["gluon-lm"]):
+        if words[: len(start)] == start:
+            rest = words[len(start) :]
+            return (rest[0], rest[1:]) if rest and rest[0] in COMMANDS else ("__main__", rest)
+    return None
+
+
+def without(flags: list[str], names: dict[str, int]) -> list[str]:
+    """Flags without those in `names`, which says how many values each takes."""
+    kept, skip = [], 0
+    for word in normalise_argv(flags):
+        if skip:
+            skip -= 1
+        elif word in names:
+            skip = names[word]
+        else:
+            kept.append(word)
+    return kept
+
+
+def on_cpu(flags: list[str]) -> list[str]:
+    """As many contexts of the CPU in the place of GPUs."""
+    words = normalise_argv(flags)
+    kept = without(words, _GPU_FLAGS)
+    if kept == words:
+        return flags
+    given = [words[words.index(name) + 1] for name in ("--gpus", "--gpu") if name in words]
+    return [*kept, "--cpus", str(len(given[0].split(",")) if given else 1)]
+
+
+def in_one_process(flags: list[str], workers: int, where: str) -> list[str]:
+    """As many contexts of the CPU in the place of workers, which the tests of clusters start for real."""
+    as_worker = parse_train(flags if "--horovod" in flags or "--kvstore" in flags else [*flags, "--kvstore", "dist_sync"])
+    assert as_worker.config.devices.has_workers, where
+    fp16 = {"--gctype": 1} if as_worker.config.devices.gctype == "fp16" else {}
+    return [*without(flags, {"--horovod": 0, "--kvstore": 1, **_GPU_FLAGS, **fp16}), "--cpus", str(workers)]
+
+
+class _Parsed(Exception):
+    """A script has read its flags."""
+
+
+def parse_alone(script: str, flags: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Let a script read its flags, and stop it there: what it does takes minutes, and has tests of its own."""
+    read = argparse.ArgumentParser.parse_known_args
+
+    def known(parser, args=None, namespace=None):
+        read(parser, args, namespace)
+        raise _Parsed
+
+    def all_of_them(parser, args=None, namespace=None):
+        _, rest = read(parser, args, namespace)
+        assert not rest, f"{script}: {rest}"
+        raise _Parsed
+
+    patch.setattr(argparse.ArgumentParser, "parse_known_args", known)
+    patch.setattr(argparse.ArgumentParser, "parse_args", all_of_them)
+    patch.setattr(sys, "argv", [script, *flags])
+    patch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    with pytest.raises(_Parsed):
+        module.main()
+
+
+def look_over(words: list[str], where: str) -> None:
+    """What can be said of a command that is not run: its script, its extras and its paths exist."""
+    for word in words:
+        extras = re.search(r"\[([\w,]+)\]", word)
+        named = extras[1].split(",") if extras else words[2:] if words[1:2] == ["scripts/environment.sh"] else []
+        assert set(named) <= extras_of_setup(), f"{where}: {named}"
+        if word.startswith(("scripts/", "tests/")):
+            assert (ROOT / word.partition("::")[0]).exists(), f"{where}: {word}"
+
+
+def extras_of_setup() -> set[str]:
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (extras,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "EXTRAS")
+    return {key.value for key in extras.keys}
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("page", [*pages.PAGES, *pages.CONFIGS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_works(page, reader):
+    for block in pages.blocks(page):
+        reader.tries(block)
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for link in pages.links(page):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in pages.anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+# Files of a reader, and not of the repository.
+_READERS = ("RUN/", "runs/", "data/", "my_", "checkpoints/", "docs/api/", "build/", ".venv", "PTB", "~")
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(page):
+    names = [span for span in pages.spans(page) if re.fullmatch(r"[\w./-]+/[\w.-]*|[\w-]+\.(py|sh|md|c)", span)]
+    ours = [name for name in names if not name.startswith((*_READERS, "/", "step-"))]
+    places = (ROOT, ROOT / "gluon_lm", page.parent)
+    assert [name for name in ours if not any((place / name).exists() for place in places)] == []
+
+
+@pytest.fixture(scope="module")
+def flags_of_commands():
+    """Every flag that some command of ours has."""
+    found: set[str] = set()
+    for name in COMMANDS:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            importlib.import_module(f"gluon_lm.{name}").main(["--help"])
+        found |= set(re.findall(r"--[a-z][a-z0-9-]+", printed.getvalue()))
+    return found
+
+
+# Flags of other programs, and of ours that are no more than answered.
+_OTHERS = {"--hybridize", "--static-alloc", "--static-shape", "--no-deps"}
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_flag_that_is_named_exists(page, flags_of_commands):
+    ours = (span for span in pages.spans(page) if span.startswith(("--", "python -m gluon_lm")))
+    named = {flag.replace("_", "-") for span in ours for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", span)}
+    assert named - flags_of_commands - _OTHERS == set()
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_training_that_is_named_in_the_text_can_be_read(page):
+    for span in pages.spans(page):
+        words = shlex.split(span) if span.startswith("python -m gluon_lm.train ") else []
+        if words and "--help" not in words:
+            parse_train(words[3:])
