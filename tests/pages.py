@@ -1,4 +1,4 @@
-"""The documentation as tests read it: pages, their fenced blocks, the commands in these, and what is named in between."""
+"""The documentation as tests read it: pages, fenced blocks, the commands in these, and what is named in between."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Command:
     text : str
         As it stands there, its continued lines joined.
     words : list of str
-        Its words, without a comment, the settings of variables before it, and a ``> file`` behind it.
+        Its words, without a comment, the settings of variables before it, and a ``> file`` behind it; none where a
+        variable is set for the commands after it.
     environment : dict of str to str
     output : str or None
         The file that its output goes to.
@@ -55,6 +56,9 @@ class Block:
         page, _, first = self.where.rpartition(":")
         for number, line in _joined_lines(self.body):
             where = f"{page}:{int(first) + number}"
+            if assignment := re.fullmatch(r"([A-Z_]+)=(\$\(.*\))", line):
+                yield Command(where, line, [], {assignment[1]: assignment[2]})
+                continue
             lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
             lexer.whitespace_split, lexer.commenters = True, "#"
             words: list[str] = []
