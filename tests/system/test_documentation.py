@@ -1,9 +1,10 @@
 """The documentation is true: its commands work, its links lead somewhere, the files and flags that it names exist.
 
-The commands of a page run in order, in one folder, with a small text under the name of each corpus. What would take
-hours is shortened by flags behind theirs (`SHORTENED`), GPUs and workers become as many contexts of the CPU once the
-command has been read as it stands, scripts read their flags and no more, and what is not run at all is in `NOT_RUN`,
-with the reason. A command that is none of this fails its page.
+The blocks of a page are run in order, by bash, in one folder with a small text under the name of each corpus; `python`
+and other programs are functions there, which hand their words to this process (`PRELUDE`), where MXNet is loaded
+already. What would take hours is shortened by flags behind those of a command (`SHORTENED`), GPUs and workers become as
+many contexts of the CPU once the command has been read as it stands, scripts read their flags and no more, and what is
+not run at all is in `NOT_RUN`, with the reason. Any other program fails its page.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import glob
 import importlib
 import importlib.util
 import io
@@ -19,14 +19,18 @@ import json
 import os
 import re
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pages
 import pytest
 import serving
-from pages import ROOT, Block, Command
+from pages import ROOT, Block
 
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.cli import normalise_argv, parse_train
@@ -54,9 +58,25 @@ NOT_RUN = {
     "python -m ruff": "the set-up of the tests runs it",
     "python -m mypy": "the set-up of the tests runs it",
     "apt-get install": "is for whoever owns the machine",
-    ". .venv/bin/activate": "the tests have their environment",
 }
-PLAIN = ("printf", "ls", "cat", "head", "gcc", "./predict")  # run as they are, by bash
+# Bash reads this before each block. Programs that are neither functions here nor in `PLAIN` are not found.
+PRELUDE = """
+set -euo pipefail
+ask() {
+    { printf '%s\\0' "${BASH_LINENO[1]}" "$#" "$@"; $ENV -0; printf '\\0'; } >&$ASK
+    local code said
+    read -r code said <&$ANSWER
+    $CAT "$said"
+    return "$code"
+}
+python() { if [ "$1" = -c ]; then $PYTHON "$@"; else ask python "$@"; fi; }
+gcc() { PATH=$REAL_PATH command gcc "$@"; }
+sudo() { ask "$@"; }
+for program in gluon-lm horovodrun mpirun curl pip git bash cd apt-get; do
+    eval "$program() { ask $program \\"\\$@\\"; }"
+done
+"""
+PLAIN = ("ls", "cat", "head", "grep")
 _GPU_FLAGS = {"--gpus": 1, "--gpu": 1, "--cuda": 0, "--accel": 0, "--single-gpu": 0}
 
 
@@ -102,6 +122,8 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / ".cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
     with contextlib.ExitStack() as servers:
         yield Reader(monkeypatch, servers)
 
@@ -113,96 +135,147 @@ class Reader:
         self._patch, self._servers = patch, servers
         self._names: dict[str, object] = {}
         self._url = ""
+        self._home = Path(".reader").absolute()
+        (self._home / "bin").mkdir(parents=True)
+        (self._home / "prelude").write_text(PRELUDE)
+        for name in PLAIN:
+            (self._home / "bin" / name).symlink_to(shutil.which(name))
 
     def tries(self, block: Block) -> None:
         if block.language == "bash":
-            for command in block.commands():
-                self._run(command)
+            self._run_block(block)
         elif block.language == "python":
-            exec(compile(block.body, block.where, "exec"), self._names)
+            exec(compile(block.body, block.at(), "exec"), self._names)
         elif block.language == "yaml":
             resolved = resolve(config_file=block.body)
-            assert validate(resolved.config, resolved.sources) == [], block.where
+            assert validate(resolved.config, resolved.sources) == [], block.at()
         elif block.language == "json":
             for line in block.body.splitlines():
                 json.loads(line)
         else:
-            assert block.language == "text", f"{block.where}: ```{block.language} is bash, python, yaml, json or text"
+            assert block.language in ("", "text"), f"{block.at()}: must be bash, python, yaml, json or text"
             ours = re.search(r"gluon_lm\.\w+ |gluon-lm |(bash|python) scripts/", block.body)
-            assert ours is None, f"{block.where}: {ours[0]!r} in a block of text would not be tried; make it ```bash"
+            assert ours is None, f"{block.at()}: {ours[0]!r} would not be tried; mark the block as bash"
 
-    def _run(self, command: Command) -> None:
-        words = [name for word in command.words for name in (sorted(glob.glob(word)) or [word])]
-        if not words:
-            for name, value in command.environment.items():
-                self._patch.setenv(name, self._shell(f'printf %s "{value}"', command))
-            return
-        with self._patch.context() as patch:
-            for name, value in command.environment.items():
-                patch.setenv(name, value)
-            if words[0] == "python" and words[1].startswith("scripts/"):
-                parse_alone(words[1], words[2:], patch)
-            elif words[0] == "horovodrun":
-                start = words.index("python")
-                workers = int(words[words.index("-np") + 1])
-                assert words[start + 1 : start + 3] == ["-m", "gluon_lm.train"], command.where
-                self._train(in_one_process(words[start + 3 :], workers, command.where), command)
-            elif words[0] == "curl":
-                self._shell(command.text.replace("http://127.0.0.1:8000", self._url), command)
-            elif words[0] in PLAIN:
-                self._shell(command.text, command)
-            elif (ours := name_of(words)) is not None:
-                self._run_ours(*ours, command)
-            else:
-                reasons = [start for start in NOT_RUN if " ".join(words).startswith(start)]
-                assert reasons, f"{command.where}: teach {Path(__file__).name} to run this, or say why not: {words}"
-                look_over(words, command.where)
+    def _run_block(self, block: Block) -> None:
+        """Let bash run a block, and answer for the programs whose words it sends."""
+        (self._home / "block").write_text(block.body)
+        (ask_from, ask_to), (answer_from, answer_to) = os.pipe(), os.pipe()
+        environment = {
+            "BASH_ENV": str(self._home / "prelude"),
+            "PATH": str(self._home / "bin"),
+            "REAL_PATH": os.environ["PATH"],
+            "PYTHON": sys.executable,
+            "ENV": shutil.which("env"),
+            "CAT": shutil.which("cat"),
+            "ASK": str(ask_to),
+            "ANSWER": str(answer_from),
+        }
+        with open(self._home / "said", "w") as said:
+            bash = subprocess.Popen(
+                [shutil.which("bash"), str(self._home / "block")],
+                env={**os.environ, **environment},
+                pass_fds=(ask_to, answer_from),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+        os.close(ask_to), os.close(answer_from)
+        with open(ask_from, "rb") as asked, open(answer_to, "w") as answers:
+            for line, words, variables in _requests(asked):
+                printed = io.StringIO()
+                try:
+                    with self._patch.context() as patch, contextlib.redirect_stdout(printed):
+                        for name in variables.keys() - environment.keys() - {"_", "SHLVL"}:
+                            if os.environ.get(name) != variables[name]:
+                                patch.setenv(name, variables[name])
+                        self._run(words, block.at(line), patch)
+                except BaseException as error:
+                    bash.kill()
+                    bash.wait()
+                    error.args = (f"{block.at(line)}: {shlex.join(words)}\n{error}\n{printed.getvalue()[-2000:]}",)
+                    raise
+                (self._home / "answer").write_text(printed.getvalue())
+                answers.write(f"0 {self._home / 'answer'}\n")
+                answers.flush()
+        assert bash.wait() == 0, f"{block.at()}:\n{(self._home / 'said').read_text()}"
 
-    def _run_ours(self, name: str, flags: list[str], command: Command) -> None:
+    def _run(self, words: list[str], where: str, patch: pytest.MonkeyPatch) -> None:
+        if words[0].endswith("/python"):
+            words = ["python", *words[1:]]
+        if words[0] == "python" and words[1].startswith("scripts/"):
+            parse_alone(words[1], words[2:], patch)
+        elif words[0] in ("horovodrun", "mpirun"):
+            start, workers = words.index("python"), int(words[words.index("-np") + 1])
+            assert words[start + 1 : start + 3] == ["-m", "gluon_lm.train"]
+            self._train(in_one_process(words[start + 3 :], workers))
+        elif words[0] == "curl":
+            self._curl([word.replace("http://127.0.0.1:8000", self._url) for word in words])
+        elif (ours := name_of(words)) is not None:
+            self._run_ours(*ours, patch)
+        else:
+            reasons = [start for start in NOT_RUN if " ".join(words).startswith(start)]
+            assert reasons, f"teach {Path(__file__).name} to run this, or say why not"
+            look_over(words)
+
+    def _run_ours(self, name: str, flags: list[str], patch: pytest.MonkeyPatch) -> None:
         if name == "serve":
             run, *flags = without(flags, {"--port": 1})
-            server = self._servers.enter_context(serving.Server(Path(run), *on_cpu(flags)))
-            self._url = server.url
+            self._url = self._servers.enter_context(serving.Server(Path(run), *on_cpu(flags))).url
         elif name == "launch":
-            split = flags.index("--")
-            with self._patch.context() as patch:
-                launched: list[int] = []
-                patch.setattr("socket.gethostbyname", lambda name: "127.0.0.1")
-                patch.setattr("gluon_lm.launch.Supervisor.run", lambda supervisor: launched.append(1) or 0)
-                self._call("launch", flags, command)
-                assert launched, command.where
-            at = flags.index("--workers") if "--workers" in flags[:split] else None
-            workers = int(flags[at + 1]) if at is not None else 2
-            self._train(in_one_process(flags[split + 1 :], workers, command.where), command)
+            launched: list[int] = []
+            find = socket.getaddrinfo
+            patch.setattr("socket.getaddrinfo", lambda host, *how: find("127.0.0.1", *how))
+            patch.setattr("gluon_lm.launch.Supervisor.run", lambda supervisor: launched.append(1) or 0)
+            self._call("launch", flags)
+            assert launched
+            cluster, flags = flags[: flags.index("--")], flags[flags.index("--") + 1 :]
+            workers = int(cluster[cluster.index("--workers") + 1]) if "--workers" in cluster else 2
+            self._train(in_one_process(flags, workers))
         elif name == "train":
-            self._train(flags, command)
+            self._train(flags)
         else:
-            self._call(name, [*on_cpu(flags), *SHORTENED.get(name, ())], command)
+            self._call(name, [*on_cpu(flags), *SHORTENED.get(name, ())])
 
-    def _train(self, flags: list[str], command: Command) -> None:
+    def _train(self, flags: list[str]) -> None:
         parse_train(flags)
         is_resumed = {"--resume", "--continue-train"} & set(normalise_argv(flags))
-        self._call("train", [*on_cpu(flags), *(RESUMED if is_resumed else SHORTENED["train"])], command)
+        self._call("train", [*on_cpu(flags), *(RESUMED if is_resumed else SHORTENED["train"])])
 
-    def _call(self, name: str, flags: list[str], command: Command) -> None:
-        main = importlib.import_module(f"gluon_lm.{name}").main
-        printed, complaints = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
-            code = main(flags)
-        said = f"{command.where}: {command.text}\nrun as {name} {shlex.join(flags)}\n"
-        assert code == 0, said + printed.getvalue() + complaints.getvalue()
-        if command.output is not None:
-            Path(command.output).write_text(printed.getvalue(), encoding="utf-8")
+    def _call(self, name: str, flags: list[str]) -> None:
+        complaints = io.StringIO()
+        with contextlib.redirect_stderr(complaints):
+            code = importlib.import_module(f"gluon_lm.{name}").main(flags)
+        assert code == 0, f"run as {name} {shlex.join(flags)}: {complaints.getvalue()}"
 
-    def _shell(self, text: str, command: Command) -> str:
-        environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    def _curl(self, words: list[str]) -> None:
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=60, env=environment
+            [*words, "--silent", "--show-error", "--fail"], capture_output=True, text=True, timeout=60
         )
-        assert done.returncode == 0, f"{command.where}: {text}\n{done.stdout}{done.stderr}"
-        for problem in ('"detail"', "Not Found"):
-            assert problem not in done.stdout, f"{command.where}: {text}\n{done.stdout}"
-        return done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)
+
+
+def _requests(asked: BinaryIO) -> Iterator[tuple[int, list[str], dict[str, str]]]:
+    """What `ask` of the prelude sends: line, words and environment of a program that is to be run."""
+    rest = b""
+
+    def fields() -> Iterator[str]:
+        nonlocal rest
+        while True:
+            while b"\0" not in rest:
+                part = os.read(asked.fileno(), 1 << 16)
+                if not part:
+                    return
+                rest += part
+            field, _, rest = rest.partition(b"\0")
+            yield field.decode()
+
+    read = fields()
+    for line in read:
+        words = [next(read) for _ in range(int(next(read)))]
+        variables = dict(entry.split("=", 1) for entry in iter(lambda: next(read), ""))
+        yield int(line), words, variables
 
 
 def name_of(words: list[str]) -> tuple[str, list[str]] | None:
@@ -239,11 +312,11 @@ def on_cpu(flags: list[str]) -> list[str]:
     return [*kept, "--cpus", str(len(given[0].split(",")) if given else 1)]
 
 
-def in_one_process(flags: list[str], workers: int, where: str) -> list[str]:
+def in_one_process(flags: list[str], workers: int) -> list[str]:
     """As many contexts of the CPU in the place of workers, which the tests of clusters start for real."""
     names_how = {"--horovod", "--kvstore"} & set(flags)
     as_worker = parse_train(flags if names_how else [*flags, "--kvstore", "dist_sync"])
-    assert as_worker.config.devices.has_workers, where
+    assert as_worker.config.devices.has_workers
     fp16 = {"--gctype": 1} if as_worker.config.devices.gctype == "fp16" else {}
     return [*without(flags, {"--horovod": 0, "--kvstore": 1, **_GPU_FLAGS, **fp16}), "--cpus", str(workers)]
 
@@ -277,14 +350,14 @@ def parse_alone(script: str, flags: list[str], patch: pytest.MonkeyPatch) -> Non
         module.main()
 
 
-def look_over(words: list[str], where: str) -> None:
+def look_over(words: list[str]) -> None:
     """What can be said of a command that is not run: its script, its extras and its paths exist."""
     for word in words:
         extras = re.search(r"\[([\w,]+)\]", word)
         named = extras[1].split(",") if extras else words[2:] if words[1:2] == ["scripts/environment.sh"] else []
-        assert set(named) <= extras_of_setup(), f"{where}: {named}"
+        assert set(named) <= extras_of_setup(), named
         if word.startswith(("scripts/", "tests/")):
-            assert (ROOT / word.partition("::")[0]).exists(), f"{where}: {word}"
+            assert (ROOT / word.partition("::")[0]).exists(), word
 
 
 def extras_of_setup() -> set[str]:
