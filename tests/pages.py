@@ -11,7 +11,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 _FENCE = re.compile(r"^ *```(?P<language>\w*)\n(?P<body>.*?)^ *```$", re.MULTILINE | re.DOTALL)
-_COMMENTED = re.compile(r"^# (?P<body>python -m .*(?:\\\n#.*)*\n)", re.MULTILINE)
+_COMMENTED = re.compile(r"^# (?P<body>python -m (?:.*\\\n#)*.*\n)", re.MULTILINE)
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|source)[^>]*\b(?:src|srcset)=\"([^\"]+)\"")
 

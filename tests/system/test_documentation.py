@@ -37,7 +37,8 @@ from gluon_lm.cli import normalise_argv, parse_train
 from gluon_lm.config import resolve, validate
 
 # Flags behind those of a command. They keep what it is about, and leave out what takes long.
-_TRAINING = ("--max-steps", "2", "--embed-size", "8", "--hidden-size", "8", "--bptt", "5", "--log-interval", "1")
+_SIZES = ("--embed-size", "8", "--hidden-size", "8", "--last-hidden-size", "8")
+_TRAINING = ("--max-steps", "2", *_SIZES, "--bptt", "5", "--log-interval", "1")
 SHORTENED = {
     "train": _TRAINING,
     "finetune": _TRAINING,
