@@ -283,7 +283,7 @@ class SampledSoftmax:
 
     def __init__(self, head: SampledHead, ids_S: np.ndarray, expected_V: np.ndarray) -> None:
         self._head, self.ids_S, self.expected_V = head, ids_S, expected_V
-        self.logits_width = len(ids_S) + 1
+        self.logits_width, self.products = len(ids_S) + 1, head.products
 
     def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
         """An array (S, C) on a device: a column for the target, and one for each word of the sample."""
