@@ -78,7 +78,8 @@ class RunHistory:
             raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
         try:
             self.config = Config.from_yaml(folder.config)
-            self.events = [event for _, event in read_events(folder.metrics)] if folder.metrics.exists() else []
+            lines = read_events(folder.metrics) if folder.metrics.exists() else ()
+            self.events = [_checked(event) for _, event in lines]
             self.state, self.reason = self._read_state()
             self.checkpoints = [self._read_checkpoint(saved) for saved in folder.saved_checkpoints()]
         except ConfigError as error:
@@ -207,6 +208,17 @@ class RunHistory:
             "tokens_per_second": self.tokens_per_second,
             "updated": self.updated,
         }
+
+
+def _checked(event: dict[str, Any]) -> dict[str, Any]:
+    """An event that has what is asked of it; `ValueError` for another."""
+    numbers = {name: value for name, value in event.items() if name != "event"}
+    for name, value in numbers.items():
+        if not (value is None or isinstance(value, (int, float))):
+            raise ValueError(f"metrics.jsonl step {event['step']}: {name} {value!r} is no number")
+    if event["event"] in ("valid", "test") and "loss" not in event:
+        raise ValueError(f"metrics.jsonl step {event['step']}: {event['event']} has no loss")
+    return event
 
 
 def _perplexity(result: dict[str, Any] | None) -> float | None:

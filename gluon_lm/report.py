@@ -129,7 +129,7 @@ def _write_texts(folders: Sequence[Path], options: ReportOptions, device_config:
             writings.append(Writing([], f"No text: {error}"))
             continue
         steps = generate(predictor, options.words, num_samples=options.samples, seed=options.seed)
-        texts = [" ".join(str(word) for word in words).replace(f" {EOS} ", "\n") for words in zip(*steps)]
+        texts = [" ".join("\n" if word == EOS else str(word) for word in words) for words in zip(*steps)]
         writings.append(Writing(texts, f"Written by the best checkpoint, seed {options.seed}, temperature 1."))
     return writings
 

@@ -60,6 +60,9 @@ def _runs(argv: Sequence[str]) -> int:
         return 0
     for line in _table(runs) if runs else [f"no runs in {folder}"]:
         print(line)
+    for run in runs:
+        if run["state"] == "failed":
+            print(f"{show(run['name'])}: failed ({' '.join((run['reason'] or 'no reason is known').split())})")
     for run in broken:
         print(f"{show(run['name'])}: broken ({run['problem']})")
     return 0

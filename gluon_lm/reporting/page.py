@@ -115,6 +115,11 @@ def _number(value: float | None, form: str = ",", unit: str = "") -> _Cell:
     return _Cell(_EMPTY if value is None else escape(f"{value:{form}}{unit}"), is_number=True)
 
 
+def _size(num_bytes: int | None) -> _Cell:
+    scaled = 0.0 if num_bytes is None else num_bytes / 1e6
+    return _number(None if num_bytes is None else scaled, ",.0f" if scaled >= 100 else ",.2f", " MB")
+
+
 def _table(caption: str | None, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
     """A table whose rows have a heading each, given as HTML; on a narrow screen a row is a list of its own."""
     first = rows[0][1]
@@ -178,7 +183,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
             _perplexity(summary, "test_perplexity", leads),
             _number(run.tokens_per_second, ",.0f"),
             _Cell(_EMPTY if seconds is None else duration(seconds), is_number=True),
-            _number(None if memory is None else memory / 1e6, ",.0f", " MB"),
+            _size(memory),
         ]
         rows.append((escape(name), cells))
     note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."
@@ -206,7 +211,7 @@ def _checkpoints(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
             cells = [
                 _number(saved.epoch),
                 _number(loss, ",.2f"),
-                _number(saved.num_bytes / 1e6, ",.1f", " MB"),
+                _size(saved.num_bytes),
                 _text(", ".join(marks) or None),
             ]
             rows.append((f"step {saved.step:,}", cells))

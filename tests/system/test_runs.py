@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import signal
 import sys
 import time
@@ -64,7 +64,8 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
     assert (done["steps"], done["epoch"], done["epochs"]) == (events[-1]["step"], 2, 2)
     assert abs(time.time() - done["updated"]) < 600
 
-    header, *rows = project.run("runs", "all").splitlines()
+    header, *rows, failure = project.run("runs", "all").splitlines()
+    assert failure.startswith("diverged: failed (step ") and "must be finite" in failure
     assert header.split() == "run state model corpus steps epoch valid ppl test ppl written".split()
     assert [row.split()[:2] for row in sorted(rows)] == [
         ["diverged", "failed"],
@@ -81,18 +82,22 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     for name, file, content in [
         ("cut", "metrics.jsonl", '{"event": "train", "st\n'),
         ("listy", "metrics.jsonl", "[1]\n"),
+        ("wordy", "metrics.jsonl", '{"event": "valid", "step": 3, "loss": "low"}\n'),
+        ("lossless", "metrics.jsonl", '{"event": "test", "step": 3}\n'),
         ("unknown", "config.yaml", "nhidden: 5\n"),
         ("odd", "status.json", '{"state": "flying", "reason": null}\n'),
     ]:
-        os.system(f"cp -a all/good all/{name} && rm -r all/{name}/finetune_model")
+        shutil.copytree("all/good", f"all/{name}", symlinks=True, ignore=shutil.ignore_patterns("finetune_model"))
         (project.path / "all" / name / file).write_text(content)
-    os.system("mkdir all/bare all/notes && mkdir all/bare/checkpoints && ln -s good all/latest")
+    (project.path / "all/bare/checkpoints").mkdir(parents=True)
+    (project.path / "all/notes").mkdir()
+    (project.path / "all/latest").symlink_to("good")
     runs, broken = listed(project)
     assert runs.keys() == {"good", "good/finetune_model"}
-    assert broken.keys() == {"cut", "listy", "unknown", "odd", "bare"}
+    assert broken.keys() == {"cut", "listy", "wordy", "lossless", "unknown", "odd", "bare"}
     assert "nhidden" in broken["unknown"] and "no config.yaml" in broken["bare"]
     printed = project.run("runs", "all").splitlines()
-    assert len(printed) == 1 + 2 + 5 and any(line.startswith("cut: broken (") for line in printed)
+    assert len(printed) == 1 + 2 + 7 and any(line.startswith("cut: broken (") for line in printed)
     (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
     assert "finished" in row
     assert project.run("runs", "all/notes") == "no runs in all/notes\n"
