@@ -35,7 +35,7 @@ def _list_commands() -> str:
         [
             f"gluon_lm {__version__}: word-level language models in MXNet Gluon",
             "",
-            "python -m gluon_lm COMMAND [flags]",
+            "python -m gluon_lm COMMAND [flags], or gluon-lm COMMAND [flags]",
             "",
             *lines,
             "",

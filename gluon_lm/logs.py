@@ -36,9 +36,14 @@ class _Handler(logging.StreamHandler):
 
 
 class _Terminal(_Handler):
-    """Standard output, with progress bars out of the way of each line."""
+    """Standard output, with progress bars out of the way of each line; what only --verbose says is no output."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._output, self._asides = sys.stdout, sys.stderr
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(self._output if record.levelno >= DETAIL else self._asides)
         with _above_bars():
             super().emit(record)
 
@@ -58,7 +63,7 @@ def log_to_terminal(verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False)
     hold : bool
         Keep the lines as well, for the file of a run that is made later.
     """
-    terminal = _Terminal(sys.stdout)
+    terminal = _Terminal()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     course = logging.INFO if has_bars() else DETAIL
     terminal.setLevel({Verbosity.QUIET: RESULT, Verbosity.NORMAL: course, Verbosity.VERBOSE: logging.DEBUG}[verbosity])

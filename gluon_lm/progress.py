@@ -122,12 +122,21 @@ class TrainingBar:
         self._bar = tqdm(bar_format=bar_format, total=1, leave=False, dynamic_ncols=True, file=sys.stderr)
         self._figures = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, file=sys.stderr)
         self._started_at: float | None = None  # in epochs
-        self._started = self._last_step = time.monotonic()
+        self._started = 0.0
         self._next_drawing = 0.0
         self._losses = self._targets = self._seconds = self._steps = 0.0  # of late: older steps count ever less
 
     def show(
-        self, epoch: int, window: int, windows: int, step: int, lr: float, loss: float, targets: int, norm: float
+        self,
+        epoch: int,
+        window: int,
+        windows: int,
+        step: int,
+        lr: float,
+        loss: float,
+        targets: int,
+        norm: float,
+        seconds: float,
     ) -> None:
         """Take note of a step.
 
@@ -145,13 +154,12 @@ class TrainingBar:
         targets : int
         norm : float
             Of the gradient.
+        seconds : float
+            That the step took.
         """
         if self._bar is None or self._figures is None:
             return
         now = time.monotonic()
-        # Evaluation and the like, between two steps, is no part of the speed.
-        seconds = min(now - self._last_step, 5 * self._seconds / self._steps if self._steps > 1 else math.inf)
-        self._last_step = now
         keep = math.exp(-seconds / _MEMORY_S)
         self._losses, self._targets = keep * self._losses + loss, keep * self._targets + targets
         self._seconds, self._steps = keep * self._seconds + seconds, keep * self._steps + 1

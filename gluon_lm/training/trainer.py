@@ -168,10 +168,10 @@ class Trainer:
         OutOfMemory
         """
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
-        if self._communicator.is_primary:
-            self._open_trackers()
-        self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
         try:
+            if self._communicator.is_primary:
+                self._open_trackers()
+            self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
             with explained(self._need), StopRequest() as stop:
                 longest = self._windows.longest()
                 if longest is not None:
@@ -228,21 +228,30 @@ class Trainer:
                 return
             if self._finished():
                 return
+            started = time.perf_counter()
             result = self._take_step(stop)
             interval.add(result)
-            self._show(result)
+            self._show(result, time.perf_counter() - started)
             if state.step % CHECK_EVERY == 0:
                 self._check_agreement()
             if interval.num_steps == training.log_interval:
                 self._log_interval(interval)
                 interval = _Interval(time.perf_counter())
 
-    def _show(self, result: StepResult) -> None:
-        """Have the progress bar show a step that was taken."""
+    def _show(self, result: StepResult, seconds: float) -> None:
+        """Have the progress bar show a step that was taken, in so many seconds."""
         state, windows = self.state, len(self._epoch[1])
         epoch, window = (state.epoch, state.window) if state.window else (state.epoch - 1, windows)
         self._bar.show(
-            epoch, window, windows, state.step, state.lr, result.loss_sum, result.num_targets, result.grad_norm
+            epoch,
+            window,
+            windows,
+            state.step,
+            state.lr,
+            result.loss_sum,
+            result.num_targets,
+            result.grad_norm,
+            seconds,
         )
 
     def _must_stop(self, stop: StopRequest) -> bool:

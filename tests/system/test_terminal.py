@@ -15,6 +15,7 @@ import termios
 from pathlib import Path
 
 from gluon_lm import progress
+from gluon_lm.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 1, "--log-interval", 10)
@@ -153,6 +154,15 @@ def test_quiet_says_the_result_alone_and_verbose_says_more(project):
     assert any(re.match(r"\| epoch +1 \| +10/", line) for line in lines)
     assert any(re.search(r"checkpoints/step-\d+ written in [\d.]+ s", line) for line in lines)
     assert any(FIGURES.fullmatch(state) for state in states)
+
+
+def test_what_verbose_says_is_no_part_of_the_output(project, capsys):
+    project.train("run", "--epochs", 1)
+    assert main(["run", "--words", "30"]) == 0
+    text = capsys.readouterr().out
+    assert main(["run", "--words", "30", "--verbose"]) == 0
+    said = capsys.readouterr()
+    assert said.out == text and len(text.split()) == 30 and "OMP_NUM_THREADS" in said.err and "done in" in said.err
 
 
 def test_quiet_with_verbose_is_refused(project):

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 
-from gluon_lm.progress import PlainProgress, progress_bar
+import pytest
+
+from gluon_lm.logs import LOGGER
+from gluon_lm.progress import PlainProgress, TrainingBar, progress_bar
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_of_messages(monkeypatch):
+    """As in a process that ran no command before."""
+    monkeypatch.setattr(LOGGER, "handlers", [])
+    monkeypatch.setattr(LOGGER, "level", logging.NOTSET)
 
 
 class Terminal(io.StringIO):
@@ -47,3 +58,24 @@ def test_work_without_a_name_shows_nothing_on_a_terminal_either(monkeypatch):
     with progress_bar(total=2) as bar:
         bar.update(2)
     assert terminal.getvalue() == ""
+
+
+def test_the_training_bar_tells_the_mean_and_the_time_that_is_left(monkeypatch):
+    """Against a clock of its own: 0.5 s a step, 10 steps an epoch, and 5 s for the evaluation after each."""
+    terminal, clock = Terminal(), [100.0]
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = TrainingBar(epochs=4)
+    for step in range(1, 16):
+        clock[0] += 0.5 + 5 * (step == 11)
+        epoch, window = divmod(step - 1, 10)
+        bar.show(epoch, window + 1, 10, step, lr=0.25, loss=40 * 3.0, targets=40, norm=1.5, seconds=0.5)
+    told = terminal.getvalue()
+    bar.close()
+    # Of 40 steps 25 are left; the 14 since the first one took 12 s. Five of them end the epoch, half a second each.
+    last = [state for state in told.replace("\n", "\r").split("\r") if "/10" in state][-1]
+    assert last.startswith("epoch   2/4  50%|") and last.rstrip().endswith("5/10, 0:02 left, 0:21 to the end")
+    assert "loss  3.00 | ppl    20.09 | lr 0.25 | norm 1.500 | 80 tokens/s" in told
+    assert terminal.getvalue().rstrip(" ").endswith("\r")
