@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         for table in BENCHMARKS[name].run(options):
             print(table.markdown(), flush=True)
             tables.append(table)
+    if not tables:  # what could not be measured here has said so
+        return 2
     about["load_average_at_end"] = machine()["load_average"]
     print(f"{load_average()} at the end")
     for path, text in (

@@ -59,7 +59,7 @@ class Size:
 
     def tiny(self) -> Size:
         """The same in kind, and so small that a step takes milliseconds."""
-        model = replace(self.model, embed_size=8, hidden_size=8)
+        model = replace(self.model, embed_size=16, hidden_size=16)
         if model.num_experts:
             model = replace(model, num_experts=2, last_hidden_size=6)
         return replace(self, model=model, batch_size=10, bptt=4, warmup=1, steps=2, vocab_size=50)
