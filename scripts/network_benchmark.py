@@ -41,7 +41,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark import SEED, SIZES, load_average, machine, note, positive, print_table, zipf_ids
+from benchmark import positive
+from benchmarks.harness import SEED, SIZES, note, zipf_ids
+from benchmarks.machine import load_average, machine
 from namespaces import Network, read_traffic
 
 from gluon_lm.config import DeviceConfig, ModelConfig
@@ -328,6 +330,12 @@ def plot(results: list[Measured], path: Path) -> None:
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    print(f"\n**{title}**\n")
+    for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+        print(f"| {' | '.join(row)} |")
 
 
 def report(results: list[Measured], about: dict[str, Any], folder: Path) -> None:

@@ -397,7 +397,8 @@ def test_every_link_leads_somewhere(page):
 
 
 # Files of a reader and of the systems that are replaced, and not of the repository.
-_READERS = ("RUN/", "runs/", "data/", "my_", "checkpoints/", "docs/api/", "finetune_model/", "dynamiceval/", "~")
+_READERS = ("RUN/", "runs/", "checkpoints/", "finetune_model/", "dynamiceval/", "tensorboard/", "data/", "my_", "~")
+_READERS += ("docs/api/",)
 _THEIRS = {"main.py", "app.py", "language_model.py", "run.py", "get_data.sh"}
 _THEIRS |= {"word_language_model.py", "example/gluon/word_language_model"}
 
@@ -435,8 +436,13 @@ def test_every_flag_that_is_named_exists(page, known_flags):
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_training_that_is_named_in_the_text_can_be_read(page):
+def test_every_training_and_script_that_is_named_in_the_text_can_be_read(page):
     for span in pages.spans(page):
-        words = shlex.split(span) if span.startswith("python -m gluon_lm.train ") else []
-        if words and not {"FLAGS", "--help"} & set(words):
+        words = shlex.split(span) if span.startswith("python ") else []
+        if {"FLAGS", "ROW", "--help"} & set(words):
+            continue
+        if words[:3] == ["python", "-m", "gluon_lm.train"] and len(words) > 3:
             parse_train(words[3:])
+        elif words and words[1].startswith("scripts/"):
+            with pytest.MonkeyPatch.context() as patch:
+                parse_alone(words[1], words[2:], patch)
