@@ -98,6 +98,7 @@ class TensorBoard:
                 self._writer.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
+        """Write what is left, and let go of the file."""
         self._writer.close()
 
 
