@@ -53,6 +53,11 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
+    if not options.words:
+        settings = {name: s for name, s in parsed.settings.items() if name not in DebugOptions.__dataclass_fields__}
+        idle = [setting.source[len("flag ") :] for name, setting in settings.items() if name not in ("output", "words")]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave it out")
     folders = [find_run(name)[0].path for name in parsed.arguments.runs or [None]]
     names = _names(folders)
     output = _output(options.output, folders)

@@ -197,6 +197,7 @@ def test_a_report_without_plots_texts_or_results(folder, tmp_path, monkeypatch, 
         (["first", "--output", "page.txt"], "--output page.txt: must end in .html; write --output page.html"),
         (["first", "--output", "none/page.html"], "--output none/page.html: must be a file in a folder that exists"),
         (["nothing"], "nothing: there is no such run"),
+        (["first", "--words", "0", "--seed", "3"], "--seed: has no effect with --words 0"),
     ],
 )
 def test_what_cannot_be_reported_is_refused(folder, monkeypatch, capsys, words, complaint):
