@@ -26,6 +26,7 @@ from .cli import CommandParser, DebugOptions, run_command
 from .config import Section, option, switch
 from .gpus import has_machine_code, lacks_machine_code, query_driver
 from .libraries import how_to_bring, mxnet_distributions, mxnet_library, resolve, wheel_folders
+from .logs import LOGGER, log_to_terminal
 from .runtime import cpu_flags, cpu_model, keep_freed_memory, physical_cores
 
 _IMPORT_SECONDS = 120
@@ -51,10 +52,14 @@ def _doctor(argv: Sequence[str]) -> int:
         "Say what this machine is to MXNet: versions, GPUs, libraries, cores, settings, and what is wrong.",
         "python -m gluon_lm.doctor --json",
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", default="runs", help="folder that runs are written to (runs)")
+    parser.add_argument(
+        "run", nargs="?", metavar="RUN", default="runs", help="folder that runs are written to (default: runs)"
+    )
     parser.add_section(DoctorOptions, "report")
-    parser.add_section(DebugOptions, "debugging")
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
+    log_to_terminal(parsed.verbosity)
+    LOGGER.debug("importing MXNet in a process of its own, for at most %d s", _IMPORT_SECONDS)
     facts = examine(Path(parsed.arguments.run))
     print(json.dumps(facts, indent=2) if parsed.build(DoctorOptions).json else describe(facts))
     return 2 if facts["errors"] else 0

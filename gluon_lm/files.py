@@ -13,11 +13,12 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from .errors import ConfigError, reason
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
@@ -98,6 +99,8 @@ def write_arrays(path: Path | BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]
     `numpy.savez` needs all at once, takes none named ``file``, and on a full disk leaves a writer that complains once
     more.
     """
+    import numpy as np
+
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -112,6 +115,8 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     ValueError
         With the reason, on one line, where the file is not one or cannot be read.
     """
+    import numpy as np
+
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
             for name in arrays.files:
