@@ -24,7 +24,16 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # gluon_lm of this source tree, installed or not
 
-from benchmarks import compression, floor, generation, mixture, startup, training  # noqa: E402, F401  (they register)
+from benchmarks import (  # noqa: E402, F401  (they register)
+    compression,
+    encoding,
+    floor,
+    generation,
+    mixture,
+    startup,
+    training,
+    vocabulary,
+)
 from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note  # noqa: E402
 from benchmarks.machine import describe, load_average, machine  # noqa: E402
 from benchmarks.report import ReportError, changes, comparison, read_report, to_json, to_markdown  # noqa: E402
@@ -104,6 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help="how often each case is measured (default 3)")
     parser.add_argument("--steps", type=positive, help="timed training steps (default 40, C: 3, D: 4, memory: 1000)")
     parser.add_argument("--warmup", type=positive, help="steps before the clock runs (default 8, C and D: 1)")
+    parser.add_argument("--tokens", type=positive, default=100_000_000, help="words to encode (default 100 million)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="measure ours alone")
     parser.add_argument(
         "--torch", metavar="PYTHON", help="a Python that has PyTorch, numpy and PyYAML (default: this one)"
