@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # gluon_lm of this source tree, installed or not
 
 from benchmarks import (  # noqa: E402, F401  (they register)
+    amp,
     compression,
     encoding,
     floor,

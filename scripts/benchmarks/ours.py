@@ -46,8 +46,12 @@ def ours_step(size: Size, max_seq_len_delta: int | None = None, devices: DeviceC
     return TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
 
 
-def train_ours(size: Size, warmup: int, steps: int, devices: DeviceConfig | None = None) -> dict[str, float]:
+def train_ours(
+    size: Size, warmup: int, steps: int, devices: DeviceConfig | None = None, amp: str | None = None
+) -> dict[str, float]:
     step = ours_step(size, devices=devices)
+    if amp is not None:
+        step._model.train_in_half_precision(amp)
     from gluon_lm.data.windows import Streams
 
     streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt, size.vocab_size), size.batch_size, eos=0)
