@@ -340,8 +340,11 @@ def selected(patterns: list[str], rows: dict[str, Row]) -> list[Row]:
 
 
 def has_gpu() -> bool:
-    asked = [sys.executable, "-c", "import mxnet; print(mxnet.context.num_gpus())"]
-    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() not in ("", "0")
+    asked = [sys.executable, "-c", "import gluon_lm, mxnet; print(mxnet.context.num_gpus())"]
+    answer = subprocess.run(asked, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode:
+        raise Problem("MXNet cannot be imported, see above; python -m gluon_lm.doctor says why")
+    return int(answer.stdout) > 0
 
 
 # ---------------------------------------------------------------- tables
