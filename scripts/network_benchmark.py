@@ -117,7 +117,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     communicator = create_communicator(case.devices)
     model = LanguageModel(case.model, case.vocab_size)
     model.initialize_parameters(SEED, communicator.devices)
-    model.hybridize_for_use()
+    model.hybridize_for_use(by_layer=True)
     parameters = list(model.named_parameters().values())
     communicator.broadcast_parameters(parameters)
     step = TrainingStep(model, create_optimizer(OPTIM), communicator, OPTIM.clip_norm)

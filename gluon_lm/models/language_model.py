@@ -214,13 +214,20 @@ class LanguageModel(gluon.HybridBlock):
             return self.encoder.layer_sizes[-1] ** -0.5
         return 0.0 if name.endswith("bias") else 0.1
 
-    def hybridize_for_use(self) -> None:
+    def hybridize_for_use(self, by_layer: bool = False) -> None:
         """Compile the encoder into one graph that keeps its memory from call to call.
 
         The head stays as it is: its few operators work in place on a chunk of logits, and a graph of its own would hold
         several chunks for good.
+
+        Parameters
+        ----------
+        by_layer : bool
+            Make a graph of each layer. MXNet hands out the gradients of a graph all at once, when it has gone back
+            through the whole of it; so those of the last layer can travel while the layers before are computed.
         """
-        self.encoder.hybridize(static_alloc=True)
+        for block in (self.encoder.embedding, *self.encoder.layers) if by_layer else (self.encoder,):
+            block.hybridize(static_alloc=True)
 
     def train_in_half_precision(self, kind: str) -> None:
         """Let training compute products in ``bfloat16`` or ``float16`` from now on; nothing else changes.

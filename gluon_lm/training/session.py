@@ -127,7 +127,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         LOGGER.warning("%s", warning)
     with explained(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
-        model.hybridize_for_use()
+        model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
             model.train_in_half_precision(config.training.amp)
         _check_alike(config, corpus, communicator)
