@@ -42,7 +42,8 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     MXNet takes half of the processors it counts, as if each core showed two. So it is told the number of cores,
     shared out over the CPU contexts. A lone context's threads wait for work actively, for about a millisecond: a time
     step of a recurrent layer is too short to wake a sleeping thread for, and a processor held for longer would be
-    missed by other processes. What the user has set in the environment stays.
+    missed by other processes. Operators get room to work in, as much as a gradient that is added up takes, once and not
+    four times in turn, for a context's operators run one after another. What the user has set in the environment stays.
 
     Parameters
     ----------
@@ -67,6 +68,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         raise MemoryError(f"{allowed >> 20} MB are allowed, and MXNet alone takes {_LIBRARY_BYTES >> 20}")
     if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
+    os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
