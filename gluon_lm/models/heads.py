@@ -297,10 +297,13 @@ class SampledSoftmax:
         ones_1F = mx.nd.ones((1, features_RF.shape[1]), ctx=device)
         features_RF.attach_grad()
         with mx.autograd.record():
-            # The first column is overwritten by the targets, and its gradient is zero.
-            weight_CF, bias_C = self._rows(np.append(self.ids_S[:1], self.ids_S), device)
-            logits_RC = mx.nd.FullyConnected(features_RF, weight_CF, bias_C, num_hidden=len(bias_C), out=logits_RC)
-            weight_RF, bias_R = self._rows(ids_R, device)
+            # The first column is overwritten by the targets, and its gradient is zero. All rows are looked up at once:
+            # of two look-ups in one matrix autograd adds up the gradients as two whole matrices.
+            rows, biases = self._rows(np.concatenate([self.ids_S[:1], self.ids_S, ids_R]), device)
+            num_columns = len(self.ids_S) + 1
+            weight_CF, weight_RF = rows[:num_columns], rows[num_columns:]
+            bias_C, bias_R = biases[:num_columns], biases[num_columns:]
+            logits_RC = mx.nd.FullyConnected(features_RF, weight_CF, bias_C, num_hidden=num_columns, out=logits_RC)
             products_R1 = mx.nd.FullyConnected(features_RF * weight_RF, ones_1F, no_bias=True, num_hidden=1)
             target_logits_R1 = products_R1 + bias_R.reshape((-1, 1))
         logits_RC[:, :1] = target_logits_R1.detach()
