@@ -15,7 +15,7 @@ from pathlib import Path
 from .config import Config
 from .errors import OutOfMemory
 
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
 _STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that an optimiser keeps
 _RECURRENT_FLOATS = 20  # for each unit and token of a window, kept for the way back
@@ -34,7 +34,8 @@ class Need:
     ----------
     parameters : int
         Parameters, gradients, and what the optimiser and the average keep; on the CPU the largest one's gradient twice,
-        because MXNet adds to it what it has computed elsewhere.
+        because MXNet adds to it what it has computed elsewhere, or in mixed precision because a cast and its gradient
+        are kept.
     logits : int
         The room for a chunk's logits, in training and in evaluation.
     window : int
@@ -82,9 +83,10 @@ def training_need(
         copies += 1  # where gradients are added up
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
     window = _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
+    bytes_a_logit = _FLOAT if config.training.amp == "none" else _FLOAT + _HALF
     return Need(
         _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing),
-        _FLOAT * logits * num_sharing,
+        bytes_a_logit * logits * num_sharing,
         _FLOAT * window * num_sharing,
     )
 

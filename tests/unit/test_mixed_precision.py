@@ -148,7 +148,12 @@ def test_loss_and_gradient_are_off_by_no_more_than_the_products_roundings(kind, 
         assert (np.abs(found + share_S1) <= share_S1 * share_off + 1e-5).all()
 
 
-HEADS = {"softmax": {}, "tied": {"tied": True, "embed_size": 5}, "mixture": {"num_experts": 3, "embed_size": 5}}
+HEADS = {
+    "softmax": {},
+    "tied": {"tied": True, "embed_size": 5},
+    "mixture": {"num_experts": 3, "embed_size": 5},
+    "adaptive": {"hidden_size": 16, "cutoffs": (10, 25)},
+}
 
 
 @pytest.mark.parametrize("settings", HEADS.values(), ids=HEADS)
@@ -161,7 +166,8 @@ def test_but_for_the_rounding_every_head_is_as_in_float32(settings, monkeypatch)
     halved.train_in_half_precision("bfloat16")
     rng = np.random.RandomState(3)
     for _ in range(3):
-        hidden_TNH, targets_R = mx.nd.array(rng.uniform(-1, 1, (3, 4, 5))), int32(rng.randint(0, VOCAB_SIZE, 12))
+        hidden_TNH = mx.nd.array(rng.uniform(-1, 1, (3, 4, whole.encoder.layer_sizes[-1])))
+        targets_R = int32(rng.randint(0, VOCAB_SIZE, 12))
         results = []
         for model, loss_scale in ((whole, 1.0), (halved, 1024.0)):
             for parameter in model.named_parameters().values():
