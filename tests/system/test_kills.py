@@ -148,6 +148,21 @@ def check_like_the_whole(project) -> None:
     assert steps == sorted(set(steps))
 
 
+def test_links_that_a_kill_left_behind_are_mended(project):
+    """Between the moment when a checkpoint has its name and those when ``best`` and ``latest`` name it."""
+    project.train("run", "--eval-every", 14, "--max-steps", 42, "--keep-checkpoints", 100)
+    run = RunFolder(project.path / "run")
+    named = {link: os.readlink(link) for link in (run.best, run.latest)}
+    tested = project.results("run")[-1]
+    assert "checkpoints/step-14" not in named.values()
+    for link in named:
+        link.unlink()
+        link.symlink_to("checkpoints/step-14")
+    project.run("train", "--resume", "run")
+    assert {link: os.readlink(link) for link in named} == named
+    assert project.results("run")[-1] == tested
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
