@@ -77,14 +77,14 @@ def test_training_on_a_full_disk_says_so_and_goes_on_when_there_is_room(project,
     project.train("whole")
     run = Path("disk/run")
     outcomes = set()
-    for pages in (0, 1, 2, 3, 4, 6, 8, 10, 12, 14):
+    for pages in (0, 1, 2, 3, 4, 6, 9, 14):
         disk.leave(pages * PAGE)
         error = project.refused("train", *project.training_flags, "--save", run)
         assert "No space left on device" in error and "disk" in error
         outcomes.add(error.partition(": cannot")[0])
         if pages <= 1:  # not even the configuration and the vocabulary find room
             assert without_ballast(disk.path) == set()
-        if pages >= 8:
+        if pages > 8:
             disk.free()
             begun = (run / "checkpoints/step-42").exists()
             again = ("--resume", run) if begun else (*project.training_flags, "--save", run, "--overwrite")
@@ -92,7 +92,7 @@ def test_training_on_a_full_disk_says_so_and_goes_on_when_there_is_room(project,
             assert project.parameters(run) == project.parameters("whole")
             assert project.results(run) == project.results("whole")
         shutil.rmtree(run, ignore_errors=True)
-    assert len(outcomes) >= 4  # folder, log, metrics, checkpoint
+    assert len(outcomes) >= 5  # the folder, log, status, metrics, a checkpoint or the one after
 
 
 def test_a_checkpoint_that_would_not_fit_is_not_begun(project, disk):
