@@ -48,7 +48,19 @@ def test_every_benchmark_runs_and_is_reported_with_machine_and_versions(report):
     written = json.loads(report.read_text())
     assert written["machine"]["cpu"] and written["machine"]["versions"]["mxnet"]
     titles = " | ".join(table["title"] for table in written["tables"])
-    for words in ("Training, A", "Evaluation, B", "Generation", "mixture", "unrolled", "Memory", "Start-up", "codec"):
+    for words in (
+        "Training, A",
+        "Evaluation, B",
+        "Generation",
+        "mixture",
+        "unrolled",
+        "Memory",
+        "Start-up",
+        "codec",
+        "Training, W",
+        "Perplexity",
+        "Encoding",
+    ):
         assert words in titles
     assert "Large" in titles and "Encoding" in titles
     floors = [table for table in written["tables"] if table["title"].startswith("Floor")]
