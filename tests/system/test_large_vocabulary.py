@@ -77,7 +77,8 @@ def test_training_that_cannot_fit_is_refused_before_it_starts(project):
 
 def test_memory_that_is_not_to_be_had_is_one_line(project):
     code = (
-        "import sys, mxnet as mx\n"
+        "import sys\n"
+        "import gluon_lm, mxnet as mx\n"
         "from gluon_lm.cli import run_command\n"
         "sys.exit(run_command(lambda words: mx.nd.ones((1 << 30,)).wait_to_read(), []))\n"
     )
