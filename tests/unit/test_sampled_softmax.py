@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -128,6 +131,44 @@ def test_a_model_that_has_the_words_frequencies_is_left_alone():
     assert_within_five_errors(np.array(found), 0)
     with pytest.raises(AssertionError):
         assert_within_five_errors(np.array(uncorrected), 0)
+
+
+MEMORY = """
+from pathlib import Path
+from gluon_lm.runtime import prepare_process
+prepare_process(keep_up_to=1 << 20)
+from gluon_lm.losses import backward_through_head
+from gluon_lm.models import HEADS
+from gluon_lm.config import ModelConfig
+import mxnet as mx, numpy as np, sys
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+config = ModelConfig(embed_size=64, hidden_size=64, num_sampled=100 if sys.argv[1] == "sampled" else None)
+head = HEADS[config.head](config, 400_000, None)
+for parameter in head.collect_params().values():
+    parameter.initialize(mx.init.Zero())
+    parameter.grad_req = "add"
+features, targets = mx.nd.ones((8, 64)), mx.nd.zeros((8,), dtype="int32")
+head.room_for_logits(8, mx.cpu())[:] = 0
+mx.nd.waitall()
+before = peak()
+for seed in range(6):
+    backward_through_head(head.draw(np.random.default_rng(seed)) or head, features, targets)
+    mx.nd.waitall()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("head", "matrices"), [("sampled", 0), ("softmax", 1)])
+def test_room_beside_the_matrix_and_its_gradient(head, matrices):
+    """A sample needs none of that size; a whole softmax has one in which a gradient is before it is added."""
+    printed = subprocess.run(
+        [sys.executable, "-c", MEMORY, head], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert float(printed) < 102.4 * (matrices + 0.5)  # a matrix has 102.4 MB
 
 
 # ---------------------------------------------------------------- in the training step
