@@ -57,12 +57,11 @@ def test_every_benchmark_runs_and_is_reported_with_machine_and_versions(report):
         "Memory",
         "Start-up",
         "codec",
-        "Training, W",
-        "Perplexity",
+        "Large vocabulary, large",
+        "Large vocabulary, learning",
         "Encoding",
     ):
         assert words in titles
-    assert "Large" in titles and "Encoding" in titles
     floors = [table for table in written["tables"] if table["title"].startswith("Floor")]
     assert len(floors) == len(BENCHMARKS["floor"].sizes)
     markdown = report.with_suffix(".md").read_text()
