@@ -133,7 +133,8 @@ def test_ctrl_c_twice_exits_at_once(project):
 
 def test_sigterm_saves_and_exits_without_testing(project):
     process = project.start_training("run", "--epochs", 100000)
-    wait_for((project.path / "run" / "metrics.jsonl").exists, process)
+    metrics = project.path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size, process)  # the first step is taken
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
