@@ -207,7 +207,7 @@ NAMED_FLOATS = st.dictionaries(ARRAY_NAMES | st.just("file"), FLOATS, max_size=3
 ), max_size=4))  # fmt: skip
 def test_any_arrays_are_read_as_they_were_written(arrays):
     with tempfile.TemporaryDirectory() as folder:
-        write_arrays(Path(folder, "arrays.npz"), arrays)
+        write_arrays(Path(folder, "arrays.npz"), arrays.items())
         found = dict(read_arrays(Path(folder, "arrays.npz")))
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
