@@ -78,7 +78,7 @@ def train_and_evaluate(size: Size, warmup: int, steps: int) -> dict[str, float]:
 
 def heads(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Changes to the model, by what they are called."""
-    num_sampled, cutoffs = (8, (10, 30)) if options.check else (8192, (4_000, 40_000))
+    num_sampled, cutoffs = (8, (10, 30)) if options.check else (8192, (8_000, 40_000))
     return {
         "full softmax": {},
         f"sampled softmax, {num_sampled:,} words": {"num_sampled": num_sampled},
