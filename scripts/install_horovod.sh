@@ -14,7 +14,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 VERSION=0.28.1
-MENDED=mended.1  # behind its version, so that another build is known from this one
+MENDED=mended.2  # behind its version, so that another build is known from this one
 
 is_built() {
     "$VENV/bin/python" - "$VERSION+$MENDED" >/dev/null 2>&1 <<'PYTHON'
@@ -64,6 +64,8 @@ sed -i '/^void GlooContext::InitializeForProcessSet/,/^}/ s/iface = gloo_iface_;
     "$connections"
 grep -q "iface = global_context.gloo_iface_;" "$connections" ||
     fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $connections"
+# horovodrun imports this to learn how it was built, and MXNet finds what newer numpy has not only after gluon_lm.
+sed -i '0,/^from /s//import gluon_lm\n&/' "$sources/horovod-$VERSION/horovod/mxnet/__init__.py"
 mkdir "$sources/hook"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
 echo "import gluon_lm" >"$sources/hook/sitecustomize.py"
 HOROVOD_LOCAL_VERSION="$MENDED" PYTHONPATH="$sources/hook${PYTHONPATH:+:$PYTHONPATH}" \

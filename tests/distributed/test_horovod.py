@@ -32,6 +32,8 @@ from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.training.step import TrainingStep
 
 CPU = mx.cpu(0)
+# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
+THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
 SHAPES = [(6, 4), (5,), (1,), (300, 7)]
 SIZES = (3.0, 1e-2, 1.0, 2e-4)
 THRESHOLD = 0.5
@@ -291,7 +293,7 @@ def runs(request, tmp_path_factory):
     found = []
     folder = tmp_path_factory.mktemp("horovod")
     for scenario in ("first", "resumed"):
-        code, printed = horovodrun(request.param, folder, __file__, scenario, folder)
+        code, printed = horovodrun(request.param, folder, *THIS_FILE, scenario, folder)
         assert code == 0, printed
         found.append(Found(folder, request.param))
     return found
@@ -504,7 +506,7 @@ def test_workers_that_are_left_alone_say_so_in_one_line(first):
 
 @with_horovod
 def test_when_a_process_is_killed_all_end(tmp_path):
-    code, _ = horovodrun(2, tmp_path, __file__, "killed", tmp_path)
+    code, _ = horovodrun(2, tmp_path, *THIS_FILE, "killed", tmp_path)
     assert code != 0
     assert not (tmp_path / "survived").exists()
 
