@@ -1,9 +1,9 @@
-"""The published tables, row by row: train, evaluate and note the figures, and write them into the README.
+"""The published tables, row by row: train, evaluate and note the figures, and write them into their pages.
 
     python scripts/reproduce.py                          # every row: published, ours, where it stands
     python scripts/reproduce.py ptb-2x200-tied-40        # this row, and those that it goes on from
     python scripts/reproduce.py 'ptb-awd-small*'         # all rows of that name, one after the other
-    python scripts/reproduce.py --render                 # write the tables into README.md
+    python scripts/reproduce.py --render                 # write the tables into README.md and docs/results.md
 
 Each step of a row is the documented command in a process of its own. Ctrl-C and SIGTERM let it write a checkpoint; the
 same call later goes on from there, also after a power cut. The rows are in scripts/reproduce.yaml, the figures in
@@ -42,6 +42,7 @@ from gluon_lm.files import atomic_write  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
 RESULTS = ROOT / "scripts" / "reproduced.json"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- reproduced: begin -->", "<!-- reproduced: end -->"
 SPLITS = ("valid", "test")
 PR_SET_PDEATHSIG = 1
@@ -369,14 +370,15 @@ def shown_command(row: Row, rows: dict[str, Row]) -> str:
     return f"python -m gluon_lm.{shlex.join([name, 'RUN', *flags])}"
 
 
-def tables(rows: dict[str, Row], results: Results) -> str:
-    """The Markdown tables of all rows."""
+def tables(rows: dict[str, Row], results: Results, only_done: bool = False) -> str:
+    """The Markdown tables of all rows, or of those that have been run."""
     lines = []
-    for heading in dict.fromkeys(row.table for row in rows.values()):
+    shown = [row for row in rows.values() if is_done(row, results) or not only_done]
+    for heading in dict.fromkeys(row.table for row in shown):
         lines += [f"**{heading}**", ""]
         lines += ["| row | command | published | validation | test | words, test tokens | machine, time |"]
         lines += ["| --- | --- | --- | ---: | ---: | ---: | --- |"]
-        lines += [table_line(row, rows, results) for row in rows.values() if row.table == heading]
+        lines += [table_line(row, rows, results) for row in shown if row.table == heading]
         lines.append("")
     return "\n".join(lines)
 
@@ -408,16 +410,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def render(readme: Path, text: str) -> None:
-    """Replace what stands between the two markers of a file."""
+def render(page: Path, text: str) -> None:
+    """Replace what stands between the two markers of a page."""
     try:
-        before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     except OSError as error:
-        raise Problem(f"--readme {readme}: cannot be read ({error.strerror})") from error
+        raise Problem(f"{page}: cannot be read ({error.strerror}); name another with --readme or --page") from error
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise Problem(f"--readme {readme}: needs the line {BEGIN} and below it the line {END}")
-    with atomic_write(readme) as file:
+        raise Problem(f"{page}: needs the line {BEGIN} and below it the line {END}")
+    with atomic_write(page) as file:
         file.write(f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 
@@ -441,14 +443,17 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("rows_wanted", nargs="*", metavar="ROW", help="rows to run, by name or pattern")
-    parser.add_argument("--render", action="store_true", help="write the tables into the README, after any rows")
+    parser.add_argument("--render", action="store_true", help="write the tables into their pages, after any rows")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), help="run folders (default runs/reproduce)"
     )
     parser.add_argument("--data-dir", type=Path, help="where the corpora lie (default ./data)")
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help="the rows (default reproduce.yaml)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="the figures (reproduced.json)")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="what --render writes")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="for rows that were run"
+    )
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="for all rows (docs/results.md)")
     options = parser.parse_args(argv)
     try:
         return _main(options)
@@ -474,7 +479,8 @@ def _main(options: argparse.Namespace) -> int:
             print(f"stopped in {row.name}; the same command goes on with it", flush=True)
             return 128 + runner.stopped
     if options.render:
-        render(options.readme, tables(rows, results))
+        render(options.readme, tables(rows, results, only_done=True))
+        render(options.page, tables(rows, results))
     return 0
 
 

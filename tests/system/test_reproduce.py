@@ -45,8 +45,9 @@ TINY = {
 def arguments(project):
     """Options that keep all that the script reads and writes in the project's folder."""
     (project.path / "rows.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
-    (project.path / "README.md").write_text(f"above\n{reproduce.BEGIN}\nold\n{reproduce.END}\nbelow\n")
-    options = {"rows": "rows.yaml", "results": "found.json", "runs": "runs", "readme": "README.md"}
+    for page in ("README.md", "all.md"):
+        (project.path / page).write_text(f"above\n{reproduce.BEGIN}\nold\n{reproduce.END}\nbelow\n")
+    options = {"rows": "rows.yaml", "results": "found.json", "runs": "runs", "readme": "README.md", "page": "all.md"}
     return [word for name, value in options.items() for word in (f"--{name}", str(project.path / value))]
 
 
@@ -113,11 +114,13 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     assert figures["long"]["tokens"]["test"] == int(re.search(r"tokens (\d+)", plain["long", "test"])[1])
     assert figures["long"]["memory_mb"] > 50 and figures["long"]["seconds"] > 0
 
-    readme = (project.path / "README.md").read_text()
-    assert readme.startswith("above\n") and readme.endswith("below\n") and "old" not in readme
-    assert f"**{figures['tuned']['test']:.2f}**" in readme
-    large = next(line for line in readme.splitlines() if line.startswith("| large"))
+    readme, page = ((project.path / name).read_text() for name in ("README.md", "all.md"))
+    for text in (readme, page):
+        assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
+        assert f"**{figures['tuned']['test']:.2f}**" in text
+    large = next(line for line in page.splitlines() if line.startswith("| large"))
     assert "not run: needs a GPU" in large and "5 / 4" in large
+    assert "not run" not in readme
 
 
 def test_a_run_that_has_gone_beyond_a_row_is_not_taken_for_it(project, arguments, capsys):
@@ -133,6 +136,7 @@ def test_a_run_that_has_gone_beyond_a_row_is_not_taken_for_it(project, arguments
         (["nothing-like-it"], "nothing-like-it"),
         (["large"], "large: needs a GPU"),
         (["--readme", "no.md", "--render"], "no.md"),
+        (["--page", "no.md", "--render"], "no.md"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments, words, said, capsys, monkeypatch):
@@ -154,8 +158,9 @@ def test_each_row_is_a_command_that_is_accepted(row, project):
         assert "there is no such run" in project.run(name, *flags, code=2)  # so the flags were accepted
 
 
-def test_the_figures_that_are_kept_belong_to_rows_and_are_in_the_readme():
+def test_the_figures_that_are_kept_belong_to_rows_and_are_on_their_pages():
     kept = json.loads(reproduce.RESULTS.read_text())
     assert set(kept) <= set(ROWS)
-    shown = reproduce.tables(ROWS, reproduce.Results(reproduce.RESULTS))
-    assert shown in (reproduce.ROOT / "README.md").read_text()  # as `--render` writes it
+    results = reproduce.Results(reproduce.RESULTS)
+    assert reproduce.tables(ROWS, results, only_done=True) in reproduce.README.read_text()
+    assert reproduce.tables(ROWS, results) in reproduce.PAGE.read_text()  # as `--render` writes them
