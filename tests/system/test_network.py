@@ -44,9 +44,9 @@ def network():
 
 
 def start_benchmark(folder, *exchanges):
-    """Two steps of a small model."""
+    """Two steps of a model that is small, but large beside what processes tell each other."""
     command = [sys.executable, ROOT / "scripts/network_benchmark.py", "--rates", "unlimited", "--output", folder]
-    command += ["--vocabularies", 2000, "--hidden-size", 160, "--worker-batch-size", 2, "--bptt", 5, "--steps", 2]
+    command += ["--vocabularies", 2000, "--hidden-size", 400, "--worker-batch-size", 2, "--bptt", 5, "--steps", 2]
     return subprocess.Popen(
         [*map(str, command), "--exchanges", *exchanges],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -37,6 +37,11 @@ def examine(site, driver=None, code=0):
     return json.loads(done.stdout)
 
 
+def advice(facts):
+    """Without what there is to say of a Horovod that is installed here, which is for another MXNet than the stub."""
+    return [line for line in facts["advice"] if "Horovod" not in line]
+
+
 @needs_gcc
 def test_gpus_are_described_with_whether_this_build_runs_on_them(site, tmp_path):
     driver = compile_driver(tmp_path / "driver", [HOPPER, TURING])[0].parent
@@ -49,7 +54,7 @@ def test_gpus_are_described_with_whether_this_build_runs_on_them(site, tmp_path)
     assert (hopper["name"], hopper["compute_capability"], hopper["machine_code"]) == ("NVIDIA H200", [9, 0], False)
     assert (turing["name"], turing["compute_capability"], turing["machine_code"]) == ("Tesla T4", [7, 5], True)
     assert (hopper["memory_bytes"], turing["memory_bytes"]) == (1 << 34, 2 << 34)
-    assert facts["advice"] == [hopper["advice"]] and "MXNET_CUDA_ARCH=9.0" in hopper["advice"]
+    assert advice(facts) == [hopper["advice"]] and "MXNET_CUDA_ARCH=9.0" in hopper["advice"]
     text = run_python(site, "-m", "gluon_lm.doctor", driver=driver).stdout
     assert "NVIDIA H200, 9.0, 17.2 GB: no machine code" in text and "MXNet works here." in text
 
@@ -59,7 +64,7 @@ def test_a_driver_that_does_not_work_is_told_from_none(site, tmp_path):
     driver = compile_driver(tmp_path / "driver", init_error=999)[0].parent
     facts = examine(site, driver)
     assert facts["gpus"] == {"driver": "12.4", "devices": [], "problem": "cuInit answers with error 999"}
-    assert len(facts["advice"]) == 1 and "nvidia-smi" in facts["advice"][0]
+    assert len(advice(facts)) == 1 and "nvidia-smi" in advice(facts)[0]
     facts = examine(site, code=2)
     assert facts["gpus"]["driver"] is None and facts["mxnet"]["missing_libraries"] == ["libcuda.so.1"]
     assert len(facts["errors"]) == 1 and "gluon_lm[cpu]" in facts["errors"][0]
