@@ -451,7 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=ROWS, metavar="FILE", help="the rows (default reproduce.yaml)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="the figures (reproduced.json)")
     parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="for rows that were run"
+        "--readme", type=Path, default=README, metavar="FILE", help="for rows that were run (README.md)"
     )
     parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="for all rows (docs/results.md)")
     options = parser.parse_args(argv)
