@@ -48,7 +48,6 @@ from gluon_lm.memory import is_allocation_failure
 _Section = TypeVar("_Section", bound=Section)
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-# What MXNet and oneDNN say where an array or a thread finds no memory.
 
 
 @dataclass(frozen=True)
@@ -607,8 +606,6 @@ def _explain(error: Exception) -> list[str]:
         with contextlib.suppress(Exception):
             sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
     if is_allocation_failure(error):
-        with contextlib.suppress(Exception):
-            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory
         return [
             f"memory is short ({reason(error)}): free some, take a smaller model, lower what is worked on at once "
             "(--batch-size, --bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"

@@ -18,7 +18,7 @@ from .errors import OutOfMemory
 _FLOAT, _HALF = 4, 2
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
 _STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that an optimiser keeps
-_RECURRENT_FLOATS = 20  # for each unit and token of a window, kept for the way back
+_RECURRENT_FLOATS = 20  # for each unit and token; oneDNN's LSTM takes them twice over
 _FAILURE = re.compile(
     "failed to allocate|out of memory|alloc_failed|cudaErrorMemoryAllocation|bad_alloc|"
     "could not create a (primitive|memory object)|resource temporarily unavailable",
@@ -61,6 +61,11 @@ class Need:
         return f"about {_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
+def recurrent_bytes(config: Config, tokens: int) -> int:
+    """Estimate what the recurrent layers keep of a window of so many tokens for the way back."""
+    return _FLOAT * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
+
+
 def training_need(
     config: Config, num_parameters: int, largest: int, logits: int, tokens: int, num_sharing: int
 ) -> Need:
@@ -82,12 +87,11 @@ def training_need(
     if num_sharing > 1:
         copies += 1  # where gradients are added up
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
-    window = _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
     bytes_a_logit = _FLOAT if config.training.amp == "none" else _FLOAT + _HALF
     return Need(
         _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing),
         bytes_a_logit * logits * num_sharing,
-        _FLOAT * window * num_sharing,
+        recurrent_bytes(config, tokens) * num_sharing,
     )
 
 

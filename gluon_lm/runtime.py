@@ -12,12 +12,11 @@ from pathlib import Path
 from . import __version__
 from .config import Config
 from .logs import LOGGER
+from .memory import recurrent_bytes
 
 # Parameter numbers of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 
-# oneDNN's LSTM takes this many floats for each unit and token of a window, twice over.
-_RECURRENT_FLOATS = 20
 _LEAN_ABOVE_BYTES = 192 << 20
 _GIVEN_BACK_BYTES = 16 << 20
 _LIBRARY_BYTES = 600 << 20  # of address space; with less MXNet's library crashes while it is loaded
@@ -26,8 +25,7 @@ _LIBRARY_BYTES = 600 << 20  # of address space; with less MXNet's library crashe
 def prepare_training(config: Config) -> None:
     """`prepare_process` for a training run, in the way that suits its size."""
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
-    recurrent_bytes = 4 * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
-    is_large, varies = recurrent_bytes > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
+    is_large, varies = recurrent_bytes(config, tokens) > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
     num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.horovod else 1)
     if not config.training.tf32:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"

@@ -88,7 +88,11 @@ class TensorBoard:
     def __init__(self, folder: Path, after_step: int, configuration: str) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=after_step + 1 if after_step else None,
+            filename_suffix=f".{after_step:012}",  # its names tell seconds alone: another file in the same one is lost
+        )
         self._writer.add_text("configuration", "".join(f"    {line}\n" for line in configuration.splitlines()))
 
     def write(self, event: str, step: int, **values: Any) -> None:

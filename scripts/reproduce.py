@@ -33,12 +33,13 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # gluon_lm of this source tree, installed or not
 
-from benchmarks.machine import cpu_model, version_of  # noqa: E402
+from benchmarks.machine import version_of  # noqa: E402
 
 from gluon_lm.cli import parse_train  # noqa: E402
 from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
 from gluon_lm.files import atomic_write  # noqa: E402
+from gluon_lm.runtime import cpu_model  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
 RESULTS = ROOT / "scripts" / "reproduced.json"

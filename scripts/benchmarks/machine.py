@@ -6,19 +6,11 @@ import os
 import platform
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from gluon_lm.runtime import cpu_model
+
 PACKAGES = ("gluon_lm", "mxnet", "numpy", "gluonnlp", "torch")
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
 
 
 def version_of(package: str) -> str | None:

@@ -15,12 +15,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import wait_for
 
 from gluon_lm import exporting
 from gluon_lm.training import checkpoint
@@ -179,18 +179,10 @@ def test_short_memory_is_said_in_one_line(project, megabytes, size, said):
 # ---------------------------------------------------------------- two processes, one folder
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def test_a_run_that_is_being_trained_is_neither_continued_nor_replaced(project):
     process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
     try:
-        wait_for(project.path / "run/latest", process)
+        wait_for((project.path / "run/latest").exists, process, seconds=120)
         for flags in (("--resume", "run"), (*project.training_flags, "--save", "run", "--overwrite")):
             assert "run: another process is training this run" in project.refused("train", *flags)
         assert process.poll() is None

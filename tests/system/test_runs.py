@@ -10,15 +10,7 @@ import sys
 import time
 
 import pytest
-
-
-def wait_for(condition, process, seconds=60):
-    """Wait until `condition()` holds while a process works."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+from processes import wait_for
 
 
 def listed(project, *flags):

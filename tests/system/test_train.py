@@ -5,20 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 
 import pytest
+from processes import wait_for
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def wait_for(condition, process, seconds=60):
-    """Wait until `condition()` holds while a process works."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_training_learns_and_the_commands_agree(project):
