@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 from mxnet import gluon
+from processes import wait_for
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -226,8 +227,11 @@ with_horovod = pytest.mark.skipif(
 TIMEOUT_S = 240
 
 
-def horovodrun(num_processes, folder, *arguments):
-    """Run Python in so many processes, with arguments that name the folder; the exit code, and all that was printed."""
+def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None):
+    """Run Python in so many processes, with arguments that name the folder; the exit code, and all that was printed.
+
+    `meanwhile` is called with horovodrun's process once that has been started.
+    """
     tests = Path(__file__).parent.parent
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
     command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
@@ -242,8 +246,9 @@ def horovodrun(num_processes, folder, *arguments):
         start_new_session=True,
     ) as process:
         try:
+            meanwhile(process)
             printed, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except BaseException:
             for pid in processes_that_name(folder):  # horovodrun's own command line does, too
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -253,6 +258,17 @@ def horovodrun(num_processes, folder, *arguments):
         time.sleep(0.1)
     assert not processes_that_name(folder)
     return process.returncode, printed
+
+
+def pid_of_rank(rank, folder):
+    """Id of the process that trains as this one."""
+    (found,) = [
+        pid
+        for pid in processes_that_name(folder)
+        if f"HOROVOD_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        and Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] == os.fsencode(sys.executable)
+    ]
+    return found
 
 
 def processes_that_name(folder):
@@ -465,30 +481,41 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_on_all(first):
         assert not all(np.isfinite(array).all() for array in arrays.values())
 
 
-@with_horovod
-def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeypatch):
-    """To the bit, with compression on: the last ten of the first 30 steps and all that follow are compressed."""
-    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+def write_corpus(folder):
+    """A small text, and the command that trains two processes on it with two bits."""
     rng = np.random.RandomState(1)
     for name, num_lines in (("train", 400), ("valid", 40), ("test", 40)):
         lines = [" ".join(rng.choice(list("abcdefgh"), 8)) for _ in range(num_lines)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    new = ["--horovod", "--cpus", "1", "--gctype", "2bit", "--data", tmp_path, "--emsize", "8", "--nhid", "8"]
-    new += ["--nlayers", "1", "--batch-size", "4", "--bptt", "5", "--dropout", "0.2", "--checkpoint-every", "30"]
-    for arguments in (
-        [*new, "--save", whole, "--max-steps", "50"],
-        [*new, "--save", parts, "--max-steps", "30"],
-        ["--resume", parts, "--max-steps", "50"],
-    ):
-        code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", *arguments)
-        assert code == 0, printed
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    command = ["-m", "gluon_lm.train", "--horovod", "--cpus", "1", "--gctype", "2bit", "--data", folder]
+    command += ["--emsize", "8", "--nhid", "8", "--nlayers", "1", "--batch-size", "4", "--bptt", "5"]
+    return [*command, "--dropout", "0.2", "--checkpoint-every", "30"]
+
+
+def assert_alike(run, other, step):
+    """Two runs have the same arrays in their checkpoints of this step, to the bit."""
     for name in ("parameters.npz", "residuals.npz", "carried.npz"):
-        expected, found = (dict(np.load(run / "checkpoints" / "step-50" / name)) for run in (whole, parts))
+        expected, found = (dict(np.load(folder / "checkpoints" / f"step-{step}" / name)) for folder in (other, run))
         assert found.keys() == expected.keys()
         for key, array in expected.items():
             np.testing.assert_array_equal(found[key], array)
             assert array.any()
+
+
+@with_horovod
+def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeypatch):
+    """To the bit, with compression on: the last ten of the first 30 steps and all that follow are compressed."""
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    new = write_corpus(tmp_path)
+    for arguments in (
+        [*new, "--save", whole, "--max-steps", "50"],
+        [*new, "--save", parts, "--max-steps", "30"],
+        ["-m", "gluon_lm.train", "--resume", parts, "--max-steps", "50"],
+    ):
+        code, printed = horovodrun(2, tmp_path, *arguments)
+        assert code == 0, printed
+    assert_alike(parts, whole, 50)
 
 
 # ---------------------------------------------------------------- when it goes wrong
@@ -509,6 +536,31 @@ def test_when_a_process_is_killed_all_end(tmp_path):
     code, _ = horovodrun(2, tmp_path, *THIS_FILE, "killed", tmp_path)
     assert code != 0
     assert not (tmp_path / "survived").exists()
+
+
+@with_horovod
+def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "5")
+    whole, hung = tmp_path / "whole", tmp_path / "hung"
+    new = write_corpus(tmp_path)
+    code, printed = horovodrun(2, tmp_path, *new, "--save", whole, "--max-steps", "90")
+    assert code == 0, printed
+    stopped_at = []
+
+    def stop_one(process):
+        wait_for((hung / "checkpoints" / "step-30").exists, process)
+        os.kill(pid_of_rank(1, tmp_path), signal.SIGSTOP)
+        stopped_at.append(time.monotonic())
+
+    code, printed = horovodrun(2, tmp_path, *new, "--save", hung, "--max-steps", "100000", meanwhile=stop_one)
+    assert code != 0
+    assert time.monotonic() - stopped_at[0] < 40
+    assert "worker 0 of 2: could not exchange data with the others" in printed
+    checkpoint = hung / "checkpoints" / "step-30"
+    code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "90")
+    assert code == 0, printed
+    assert_alike(hung, whole, 90)
 
 
 def refused(*arguments):
