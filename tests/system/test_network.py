@@ -25,6 +25,9 @@ SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 FLAGS = ("--data", "text", "--recipe", "lm", "--tied", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5)
 FLAGS += ("--lr", 2, "--dropout", 0, "--cpus", 1)
 
+HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
+NO_HOROVOD = "Horovod is not installed here: bash scripts/install_horovod.sh"
+
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 with_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd here: apt-get install openssh-server")
 
@@ -60,8 +63,8 @@ def start_benchmark(folder, *exchanges):
 @pytest.mark.parametrize("backend", ["dist_sync", "horovod"])
 def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp_path, backend):
     """By the kernel's counters: what is pushed to a server, or passed between two processes."""
-    if backend == "horovod" and importlib.util.find_spec("horovod") is None:
-        pytest.skip("Horovod is not installed here: bash scripts/install_horovod.sh")
+    if backend == "horovod" and not HAS_HOROVOD:
+        pytest.skip(NO_HOROVOD)
     benchmark = start_benchmark(tmp_path, f"{backend}:none", f"{backend}:2bit")
     printed, _ = benchmark.communicate(timeout=280)
     assert benchmark.returncode == 0, printed
@@ -197,6 +200,31 @@ def test_hosts_that_are_reached_by_ssh_train_as_one_process(project):
     assert_same_parameters(project, "together", "alone")
 
 
+def wait_for_checkpoint(run, cluster):
+    deadline = time.monotonic() + 120
+    while not (run / "latest").exists():
+        assert cluster.poll() is None, cluster.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def wait_until_none_is_left(folder):
+    """On the far side, too, which the one that started all cannot reach any more."""
+    deadline = time.monotonic() + 60
+    while left := processes_in(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def assert_goes_on_to_the_same_numbers(project, flags, *alone):
+    """Resumed by one process, the run reaches what a run reaches that was never cut."""
+    reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
+    goal = ("--epochs", 1000, "--max-steps", reached + 3)
+    project.run("train", "--resume", "run", *alone, *goal)
+    project.run("train", *FLAGS, *flags, *goal, "--save", "alone")
+    assert_same_parameters(project, "run", "alone")
+
+
 @with_sshd
 def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(project, network):
     flags = ("--checkpoint-every", 4, "--eval-every", 1000)
@@ -205,21 +233,42 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
         cluster = start_cluster(
             project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=20, network=network
         )
-        deadline = time.monotonic() + 120
-        while not (project.path / "run/latest").exists():
-            assert cluster.poll() is None, cluster.stdout.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for_checkpoint(project.path / "run", cluster)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode == 2, output
         assert re.match(rf"error: .*\bhost {re.escape(hosts[1])}\b", output.splitlines()[-1]), output
-        deadline = time.monotonic() + 60  # an agent that the launcher cannot reach ends by itself
-        while left := processes_in(project.path):
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
-    reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
-    goal = ("--epochs", 1000, "--max-steps", reached + 3)
-    project.run("train", "--resume", "run", "--kvstore", "none", *goal)
-    project.run("train", *FLAGS, *flags, *goal, "--save", "alone")
-    assert_same_parameters(project, "run", "alone")
+        wait_until_none_is_left(project.path)
+    assert_goes_on_to_the_same_numbers(project, flags, "--kvstore", "none")
+
+
+@with_sshd
+@pytest.mark.skipif(not HAS_HOROVOD, reason=NO_HOROVOD)
+def test_horovods_processes_end_on_both_sides_of_the_cut(project, network):
+    flags = ("--checkpoint-every", 4, "--eval-every", 1000)
+    hosts = network.addresses
+    with Sshd(project.path / "sshd", hosts, network) as sshd:
+        horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--network-interfaces", "eth0", "-np", "2"]
+        train = [sys.executable, "-m", "gluon_lm.train", "--horovod", *FLAGS, *flags, "--epochs", 1000, "--save", "run"]
+        cluster = subprocess.Popen(
+            network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *map(str, train)),
+            cwd=project.path,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "PATH": sshd.path,
+                "OMP_NUM_THREADS": "1",
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": "5",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_for_checkpoint(project.path / "run", cluster)
+        network.cut(hosts[1])
+        output, _ = cluster.communicate(timeout=100)
+        assert cluster.returncode != 0, output
+        assert "worker 0 of 2: could not exchange data with the others" in output
+        wait_until_none_is_left(project.path)
+    assert_goes_on_to_the_same_numbers(project, flags, "--no-horovod")
