@@ -22,7 +22,7 @@ import numpy as np
 from mxnet import gluon
 
 from . import __version__
-from .config import Config, ModelConfig, show
+from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
@@ -146,7 +146,7 @@ def load_trained(name: str | Path | None) -> TrainedModel:
     run, path = find_run(name)
     path = path or best_checkpoint(run)
     checkpoint = load_checkpoint(path)
-    config = Config.from_yaml(path / CONFIG)
+    config = read_config(path / CONFIG)
     vocabulary = Vocabulary.load(path / VOCABULARY)
     with mx.name.NameManager():  # its names do not depend on what was made before
         model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")

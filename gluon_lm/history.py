@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config
+from .config import read_config
 from .errors import CheckpointError, ConfigError
 from .metrics import perplexity
 from .tracking import read_events
@@ -77,7 +77,7 @@ class RunHistory:
         if not folder.config.is_file():
             raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
         try:
-            self.config = Config.from_yaml(folder.config)
+            self.config = read_config(folder.config)
             lines = read_events(folder.metrics) if folder.metrics.exists() else ()
             self.events = [_checked(event) for _, event in lines]
             self.state, self.reason = self._read_state()

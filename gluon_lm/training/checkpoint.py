@@ -28,7 +28,7 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..config import Config, show
+from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..errors import CheckpointError, reason
 from ..files import exchange, file_hash, read_arrays, synchronise, write_arrays
@@ -345,7 +345,7 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     run, path = find_run(name)
     path = path or best_checkpoint(run)
     verify_checkpoint(path)
-    config = Config.from_yaml(path / CONFIG)
+    config = read_config(path / CONFIG)
     vocabulary = Vocabulary.load(path / VOCABULARY)
     model = LanguageModel(config.model, len(vocabulary))
     model.initialize_parameters(config.training.seed, [device])

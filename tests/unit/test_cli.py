@@ -20,7 +20,7 @@ from gluon_lm import launch
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
 from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
-from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, recipe_names, resolve
+from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
@@ -505,7 +505,7 @@ def test_resuming_changes_how_hard_a_run_is_regularised_and_not_what_is_trained(
     run = write_run("--model awd-lstm --data ptb").parent
     line = f"--resume {run} --print-config --dropouth 0.2 --wdrop 0.1 --lr 3 --no-ntasgd --when 5 --epochs 9 --alpha 1"
     assert main(shlex.split(line)) == 0
-    printed = Config.from_yaml(capsys.readouterr().out)
+    printed = read_config(capsys.readouterr().out)
     assert (printed.model.dropout_hidden, printed.model.weight_drop, printed.optim.ntasgd) == (0.2, 0.1, False)
     assert main(shlex.split(f"{line} --nhid 6 --layer-norm --optimizer adam --seed 3 --bptt 3 --data sotu")) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -600,7 +600,7 @@ def test_finetuning_keeps_text_and_architecture_and_takes_all_else_from_the_line
         assert f"\n{row}\n" in printed
     assert "\nhidden_size: 5  # flag --nhid\n" in printed
     assert f"\ndropout_hidden: 0.3  # run {path.parent}\n" in printed
-    assert Config.from_yaml(printed).optim.ntasgd is False
+    assert read_config(printed).optim.ntasgd is False
 
     line = f"{path.parent} --nhid 6 --model lstm --no-tied --max-vocab 9 --init xavier --nlayers 2 --lr 25"
     assert finetune(line) == 2

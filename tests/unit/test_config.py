@@ -24,6 +24,7 @@ from gluon_lm.config import (
     device_count,
     flag_of,
     get,
+    read_config,
     recipe_names,
     resolve,
     validate,
@@ -324,7 +325,7 @@ def test_print_config_is_yaml_that_loads_back_equal(recipe, tmp_path):
     resolved = resolve(flags(hidden_size=7, gpus=(0, 1), data=("a b", "#c", "é: d")), recipe=recipe)
     printed = resolved.config.to_yaml(resolved.sources, resolved.recipe)
     (tmp_path / "config.yaml").write_text(printed, encoding="utf-8")
-    assert Config.from_yaml(tmp_path / "config.yaml") == resolved.config
+    assert read_config(tmp_path / "config.yaml") == resolved.config
     assert set(yaml.safe_load(printed)) == {"recipe", *FIELDS}
     assert "hidden_size: 7  # flag --hidden-size\n" in printed
     assert f"recipe: {recipe}  # flag --recipe\n" in printed
@@ -364,19 +365,19 @@ CONFIGS = st.builds(
 @settings(deadline=None, max_examples=50)
 @given(CONFIGS, st.text(max_size=8))
 def test_any_configuration_survives_yaml(config, source):
-    assert Config.from_yaml(config.to_yaml()) == config
-    assert Config.from_yaml(config.to_yaml(dict.fromkeys(FIELDS, source), "lm")) == config
+    assert read_config(config.to_yaml()) == config
+    assert read_config(config.to_yaml(dict.fromkeys(FIELDS, source), "lm")) == config
 
 
 def test_yaml_takes_both_spellings_aliases_and_short_floats():
-    config = Config.from_yaml("batch-size: 3\nnhid: 4\nembed-dim: 5\nlr: 1e-4\nclip: none\ngpus: 0,1\n")
+    config = read_config("batch-size: 3\nnhid: 4\nembed-dim: 5\nlr: 1e-4\nclip: none\ngpus: 0,1\n")
     assert config.training.batch_size == 3
     assert (config.model.hidden_size, config.model.embed_size) == (4, 5)
     assert (config.optim.lr, config.optim.clip_norm, config.devices.gpus) == (1e-4, None, (0, 1))
 
 
 def test_empty_yaml_changes_nothing():
-    assert Config.from_yaml("# nothing\n") == Config()
+    assert read_config("# nothing\n") == Config()
 
 
 def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
@@ -423,7 +424,7 @@ def test_what_is_not_flat_yaml_is_refused_on_one_line(content, tmp_path):
 @given(st.text())
 def test_any_text_is_a_configuration_or_a_config_error(content):
     try:
-        assert isinstance(Config.from_yaml(content), Config)
+        assert isinstance(read_config(content), Config)
     except ConfigError as error:
         assert all("\n" not in problem for problem in error.problems)
 
@@ -431,7 +432,7 @@ def test_any_text_is_a_configuration_or_a_config_error(content):
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("data: é".encode("latin-1"))
     for name, reason in [("missing.yaml", "No such file"), ("", "directory"), ("latin.yaml", "UTF-8")]:
-        (problem,) = problems_of(Config.from_yaml, tmp_path / name)
+        (problem,) = problems_of(read_config, tmp_path / name)
         assert reason in problem and str(tmp_path) in problem
 
 
@@ -450,7 +451,7 @@ KEEP_NAMES = {
 
 
 def test_openseq2seq_names_of_switches():
-    config = Config.from_yaml("rand_start: true\nweight_tied: true\n")
+    config = read_config("rand_start: true\nweight_tied: true\n")
     assert config == Config(model=ModelConfig(tied=True), optim=OptimConfig(random_start=True))
 
 
@@ -460,13 +461,13 @@ def test_a_probability_of_keeping_is_read_as_one_of_dropping(key, name):
         resolved = resolve(config_file=f"{key}: {keep}")
         assert get(resolved.config, name) == drop  # 1 - 0.9 in floating point is not 0.1
         assert resolved.sources[name] == "config.yaml"
-    assert get(Config.from_yaml(f"{key.replace('_', '-')}: '0.7'"), name) == 0.3
+    assert get(read_config(f"{key.replace('_', '-')}: '0.7'"), name) == 0.3
     assert get(resolve(flags(**{name: 0.2}), config_file=f"{key}: 0.9").config, name) == 0.2
 
 
 @given(st.integers(1, 10**6))
 def test_keeping_and_dropping_add_up_to_one_as_decimals(millionths):
-    model = Config.from_yaml(f"recurrent_weight_keep_prob: {millionths / 10**6}").model
+    model = read_config(f"recurrent_weight_keep_prob: {millionths / 10**6}").model
     assert model.weight_drop == (10**6 - millionths) / 10**6
 
 
@@ -488,19 +489,19 @@ def test_probabilities_of_keeping_outside_their_range_are_refused_together(key, 
             f"{path} line 3: {key}: {shown}: {rule}",
         ]
     for value in (".inf", "high", "[0.5]", "1e-30", "1e9999999", "1e-999999999999999999999"):
-        assert problems_of(Config.from_yaml, f"{key}: {value}")[0].endswith(rule)
+        assert problems_of(read_config, f"{key}: {value}")[0].endswith(rule)
 
 
 @pytest.mark.parametrize("key, name", KEEP_NAMES.items())
 def test_a_probability_given_under_both_names_is_refused(key, name):
     for first, second in [(key, name), (name, key), (key, key.replace("_", "-"))]:
-        assert problems_of(Config.from_yaml, f"{first}: 0.5\n{second}: 0.5\n") == [
+        assert problems_of(read_config, f"{first}: 0.5\n{second}: 0.5\n") == [
             f"config.yaml line 2: {second}: given a second time, first in line 1; keep one of them"
         ]
 
 
 def test_a_misspelt_openseq2seq_name_gets_the_nearest():
-    assert problems_of(Config.from_yaml, "recurent_keep_prob: 0.5") == [
+    assert problems_of(read_config, "recurent_keep_prob: 0.5") == [
         "config.yaml line 1: unknown key recurent_keep_prob; did you mean recurrent_keep_prob?"
     ]
 

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from gluon_lm.config import SECTIONS, Config, Setting, get, resolve
+from gluon_lm.config import SECTIONS, Config, Setting, get, read_config, resolve
 from gluon_lm.data import Vocabulary
 from gluon_lm.data.encoding import Cache, Text, build_vocabulary, encode_text
 from gluon_lm.data.windows import TrainingWindows
@@ -144,7 +144,7 @@ MARKS = st.text(st.sampled_from(list("&*!|>%@`{}[]:,#-?\"'<=~ \n\t\r0aé\x85\u20
 def test_whatever_yaml_is_read_it_is_a_configuration_or_refused_on_lines(content, position, inserted):
     for text in (content, content[:position] + inserted + content[position:]):
         try:
-            assert isinstance(Config.from_yaml(text), Config)
+            assert isinstance(read_config(text), Config)
         except ConfigError as error:
             assert error.problems and all("\n" not in problem and problem.strip() for problem in error.problems)
 

@@ -1,0 +1,59 @@
+"""What a run is: every knob, declared once, and how flags, YAML files and recipes become one frozen `Config`.
+
+Where values come from, highest first: flags, ``--config``, the recipe, the default.
+"""
+
+from .kinds import Kind, choice, integer, option, optional, read_value, real, show, switch, text, texts
+from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
+from .rules import LINKED, device_count, share_problems, validate, vocabulary_problems
+from .sections import (
+    SECTIONS,
+    TAIL_FACTOR,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    TrainingConfig,
+    flag_of,
+    get,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DeviceConfig",
+    "Kind",
+    "LINKED",
+    "Layer",
+    "ModelConfig",
+    "OptimConfig",
+    "SECTIONS",
+    "Section",
+    "Setting",
+    "TAIL_FACTOR",
+    "TrainingConfig",
+    "build",
+    "choice",
+    "config_folder",
+    "device_count",
+    "flag_of",
+    "get",
+    "integer",
+    "nearest",
+    "option",
+    "optional",
+    "read_config",
+    "read_value",
+    "real",
+    "recipe_names",
+    "resolve",
+    "share_problems",
+    "show",
+    "switch",
+    "text",
+    "texts",
+    "validate",
+    "vocabulary_problems",
+]

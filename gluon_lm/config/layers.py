@@ -1,0 +1,298 @@
+"""Flags over a YAML file over a recipe over the defaults: how these become one `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..errors import ConfigError
+from .kinds import keep_probability, key_of, read_value, show
+from .rules import device_problems, named_setting
+from .sections import (
+    OPTIMIZER_LR,
+    REGULARISED_CELLS,
+    SECTIONS,
+    Config,
+    DeviceConfig,
+    Section,
+    fields_by_name,
+    keep_names,
+    names_by_key,
+)
+
+DEFAULT_RECIPE = "lm"
+
+_Section = TypeVar("_Section", bound=Section)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it comes from (``flag --nhid``, ``my.yaml``, ``recipe lm``)."""
+
+    value: Any
+    source: str
+
+
+Layer = dict[str, Setting]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` where one of `known` is close to `name`, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _FlatLoader(yaml.SafeLoader):
+    """Knows no aliases of lists and mappings: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            mark = node.start_mark if node else None
+            raise yaml.composer.ComposerError(None, None, "an alias may stand for a single value only", mark)
+        return node
+
+
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
+    """The settings of a flat YAML file and the recipe that it names."""
+    layer: Layer = {}
+    recipe: str | None = None
+    try:
+        content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
+        loader = _FlatLoader(content)
+        node = loader.get_single_node()
+        if node is None:
+            return layer, recipe
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{origin}: must be lines of the form name: value, for example hidden_size: 200")
+        read = partial(loader.construct_object, deep=True)
+        pairs = [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
+    except OSError as error:
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror}); name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # PyYAML's constructors raise all of these for explicit tags that do not fit their value.
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        what = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{origin}{where}: is not YAML that can be read ({what}); write name: value lines") from None
+
+    seen: dict[str, int] = {}
+    for key, raw, line in pairs:
+        where = f"{origin} line {line}:"
+        keep = keep_names().get(key_of(key)) if isinstance(key, str) else None
+        name = (
+            "recipe" if key == "recipe" else keep or names_by_key().get(key_of(key)) if isinstance(key, str) else None
+        )
+        if name is None:
+            known = [n.replace("-", "_") for n in (*names_by_key(), *keep_names())]
+            hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
+            problems.append(f"{where} unknown key {show(key)}{hint}")
+        elif name in seen:
+            problems.append(f"{where} {key}: given a second time, first in line {seen[name]}; keep one of them")
+        elif name == "recipe":
+            recipe = str(raw)
+        else:
+            kind = keep_probability(name) if keep else None
+            layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
+        if name is not None:
+            seen.setdefault(name, line)
+    return layer, recipe
+
+
+def config_folder() -> Path:
+    """The folder of the recipes: in the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def _choose_recipe(flags: Layer, file: Layer) -> str:
+    both = {**file, **flags}
+    if "num_experts" in both and both["num_experts"].value is not None:
+        return "mos"
+    if "model" in both and both["model"].value in REGULARISED_CELLS:
+        return "awd"
+    return DEFAULT_RECIPE
+
+
+def _replaced_by(layer: Layer) -> set[str]:
+    """The fields that `layer` takes the place of in the layers below, because both together make no sense.
+
+    So ``--cpus 2`` continues a run that was configured with GPUs, and ``--vocab FILE`` goes with any recipe.
+    """
+    values = {name: setting.value for name, setting in layer.items()}
+    replaced: set[str] = set()
+    if values.get("cpus"):
+        replaced |= {"gpus", "cuda", "single_gpu"}
+    if values.get("gpus"):
+        replaced |= {"cpus", "cuda", "single_gpu"}
+    if values.get("single_gpu"):
+        replaced |= {"cpus", "gpus"}
+    if values.get("cuda"):
+        replaced |= {"cpus"}
+    if values.get("cuda") is False:
+        replaced |= {"gpus", "single_gpu"}
+    if values.get("gctype") in ("none", "fp16"):
+        replaced |= {"gcthreshold"}
+    if values.get("horovod"):
+        replaced |= {"kvstore"}
+    if values.get("kvstore"):
+        replaced |= {"horovod"}
+    if values.get("vocab"):
+        replaced |= {"min_freq", "max_vocab"}
+    if values.get("min_freq") or values.get("max_vocab"):
+        replaced |= {"vocab"}
+    if values.get("optimizer") == "adam":
+        replaced |= {"ntasgd", "asgd", "nonmono"}
+    if values.get("ntasgd"):
+        replaced |= {"asgd", "lr_decay"}
+    if values.get("asgd"):
+        replaced |= {"ntasgd", "lr_decay"}
+    if values.get("shuffle"):
+        replaced |= {"max_seq_len_delta"}
+    if values.get("max_seq_len_delta") is not None:
+        replaced |= {"shuffle"}
+    return replaced
+
+
+def _value(layer: Layer, name: str) -> Any:
+    """A field's value in `layer`, or its default."""
+    return layer[name].value if name in layer else fields_by_name()[name].default
+
+
+def _merge(layers: Iterable[Layer]) -> Layer:
+    """Lay `layers`, lowest first, over each other."""
+    merged: Layer = {}
+    for layer in layers:
+        gpus, cuda = layer.get("gpus"), layer.get("cuda")
+        if gpus and gpus.value == (-1,) and not (cuda and cuda.value):
+            layer = {**layer, "gpus": Setting(None, gpus.source), "cuda": Setting(False, gpus.source)}
+        optimizer = layer.get("optimizer")
+        if optimizer and "lr" not in layer and _value(merged, "optimizer") != optimizer.value:
+            # A learning rate is good for one optimiser only.
+            layer = {**layer, "lr": Setting(OPTIMIZER_LR[optimizer.value], optimizer.source)}
+        for name in _replaced_by(layer):
+            merged.pop(name, None)
+        merged.update(layer)
+        averaging = ("ntasgd", "asgd")
+        is_off = not any(name in merged and merged[name].value for name in averaging)
+        if is_off and not layer.keys().isdisjoint(averaging) and "nonmono" not in layer:
+            merged.pop("nonmono", None)  # it began the averaging that this layer turns off
+    return merged
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, the source of each value by field name (and of ``recipe``), and the recipe."""
+
+    config: Config
+    sources: dict[str, str]
+    recipe: str | None
+
+
+def resolve(
+    flags: Layer | None = None,
+    config_file: str | Path | None = None,
+    recipe: str | None = None,
+    default_recipe: str | None = DEFAULT_RECIPE,
+) -> Resolved:
+    """Lay flags over the file over the recipe over the defaults.
+
+    Parameters
+    ----------
+    flags : Layer, optional
+        What was given on the command line.
+    config_file : Path or str, optional
+        A YAML file, or YAML text if it is a `str`.
+    recipe : str, optional
+        Name of a recipe; without it the file's, else the one that the model asks for, else `default_recipe`.
+    default_recipe : str or None
+        None: where nobody names a recipe, none is used.
+
+    Raises
+    ------
+    ConfigError
+        With every problem of the file and the recipe. Rules between fields are `validate`'s.
+    """
+    problems: list[str] = []
+    flags = flags or {}
+    file: Layer = {}
+    file_recipe: str | None = None
+    origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
+    if config_file is not None:
+        try:
+            file, file_recipe = _read_yaml(config_file, origin, problems)
+        except ConfigError as error:
+            problems.extend(error.problems)
+
+    if recipe is not None:
+        recipe_source = "flag --recipe"
+    elif file_recipe is not None:
+        recipe, recipe_source = file_recipe, origin
+    else:
+        recipe, recipe_source = (_choose_recipe(flags, file) if default_recipe else None), "default"
+
+    base: Layer = {}
+    if recipe is not None and recipe not in recipe_names():
+        hint = nearest(recipe, recipe_names())
+        named = named_setting("recipe", recipe, {"recipe": recipe_source})
+        problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
+    elif recipe is not None:
+        base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
+
+    # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
+    file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
+    merged = _merge((base, file, flags))
+    if problems:
+        raise ConfigError(problems)
+    sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}
+    sources = {name: merged[name].source if name in merged else "default" for name in fields_by_name()}
+    return Resolved(Config(**sections), {"recipe": recipe_source, **sources}, recipe)
+
+
+def read_config(source: str | Path) -> Config:
+    """Read a YAML file (a `Path`) or YAML text (a `str`) over its recipe, if any, and the defaults.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or holds keys or values that do not exist. Combinations are `validate`'s.
+    """
+    return resolve(config_file=source, default_recipe=None).config
+
+
+def _make(section: type[_Section], values: Layer) -> _Section:
+    return section(**{f.name: values[f.name].value for f in dataclasses.fields(section) if f.name in values})
+
+
+def build(section: type[_Section], values: Layer) -> _Section:
+    """One section from the settings that were given, the defaults elsewhere.
+
+    Raises
+    ------
+    ConfigError
+        With every problem of a combination, where `section` is `DeviceConfig`.
+    """
+    merged = _merge([values])
+    made = _make(section, merged)
+    if isinstance(made, DeviceConfig):
+        sources = {name: setting.source for name, setting in merged.items()}
+        problems = device_problems(made, sources, made.count or 1)
+        if problems:
+            raise ConfigError(problems)
+    return made

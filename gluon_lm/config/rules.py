@@ -1,0 +1,254 @@
+"""Rules between the fields of a configuration: what contradicts, has no effect, or cannot be shared out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from .kinds import read_value, show
+from .sections import TAIL_FACTOR, Config, DeviceConfig, fields_by_name, flag_of, get
+
+# The fields that the rules below read. Where one of these is wrong in itself, the rules blame the wrong flag.
+LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
+    "batch_size",
+    "num_experts",
+    "num_sampled",
+    "amp",
+    "cutoffs",
+    "vocab",
+    "min_freq",
+    "max_vocab",
+    "model",
+    "num_layers",
+    "dropout",
+    "dropout_input",
+    "dropout_hidden",
+    "dropout_inner_input",
+    "dropout_last_input",
+    "optimizer",
+    "lr_decay",
+    "ntasgd",
+    "asgd",
+    "nonmono",
+    "when",
+    "epochs",
+    "bptt",
+    "shuffle",
+    "max_seq_len_delta",
+}
+
+
+def device_count(config: Config) -> int | None:
+    """Number of devices that the run asks for; None where it takes every GPU (the mixture)."""
+    return config.devices.count if config.devices.count or config.model.num_experts else 1
+
+
+def vocabulary_problems(config: Config, vocab_size: int, sources: Mapping[str, str] | None = None) -> list[str]:
+    """What does not fit a vocabulary of that size, a line each."""
+    model, problems = config.model, []
+
+    def refuse(name: str, value: Any, fix: str) -> None:
+        named = named_setting(name, value, sources or {})
+        problems.append(f"{named}: must be below the number of words in the vocabulary, {vocab_size}; {fix}")
+
+    if model.num_sampled is not None and model.num_sampled >= vocab_size:
+        refuse("num_sampled", model.num_sampled, "lower it, or leave it out for the full softmax")
+    if model.cutoffs is not None and model.cutoffs[-1] >= vocab_size:
+        refuse("cutoffs", model.cutoffs, "lower the last one, or leave it out")
+    return problems
+
+
+def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] | None = None) -> list[str]:
+    """What cannot be shared out evenly over so many devices, a line each."""
+    problems = []
+    for name in ("batch_size", "small_batch_size"):
+        size = get(config, name)
+        if size is not None and size % num_devices:
+            below = size // num_devices * num_devices
+            fix = f"use {below} or {below + num_devices}" if below else f"use {num_devices}"
+            named = named_setting(name, size, sources or {})
+            problems.append(f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}")
+    return problems
+
+
+def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: int | None) -> list[str]:
+    """What is wrong with devices of which so many are asked for (None: the machine decides), a line each."""
+    problems = []
+
+    def named(name: str) -> str:
+        return named_setting(name, getattr(devices, name), sources)
+
+    def refuse_both(one: str, other: str) -> None:
+        problems.append(f"{named(one)} with {named(other)}: one contradicts the other; leave one of them out")
+
+    if devices.cpus is not None:
+        for name in ("gpus", "cuda", "single_gpu"):
+            if getattr(devices, name) not in (None, False):
+                refuse_both(name, "cpus")
+    if devices.gpus is not None:
+        if -1 in devices.gpus:
+            problems.append(f"{named('gpus')}: -1 means the CPU and goes with no GPU; leave -1 or the GPUs out")
+        if devices.cuda is False:
+            refuse_both("gpus", "cuda")
+        if devices.single_gpu and len(devices.gpus) > 1:
+            refuse_both("gpus", "single_gpu")
+    if devices.single_gpu and devices.cuda is False:
+        refuse_both("single_gpu", "cuda")
+
+    if devices.kvstore == "dist_async":
+        problems.append(
+            f"{named('kvstore')}: workers would train on stale parameters, and no run could be repeated; use dist_sync"
+        )
+    if devices.horovod:
+        if devices.kvstore is not None:
+            refuse_both("horovod", "kvstore")
+        if count is not None and count > 1:
+            problems.append(
+                f"{named('horovod')}: each process has one device, not {count}; name one, and start more processes, as "
+                "in horovodrun -np 4"
+            )
+    elif devices.gctype == "fp16":
+        problems.append(f"{named('gctype')}: only Horovod sends half precision; add --horovod, or use --gctype 2bit")
+    if count == 1 and not devices.has_workers:
+        reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
+        if devices.gctype == "2bit":
+            problems.append(f"{named('gctype')}: nothing to compress, {reason}")
+        if devices.kvstore is not None:
+            problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
+    if devices.gctype == "2bit" and devices.kvstore in ("local", "nccl"):
+        cannot = f"{devices.kvstore} cannot compress"
+        problems.append(f"{named('gctype')} with {named('kvstore')}: {cannot}; use --kvstore device")
+    if devices.kvstore == "nccl" and (devices.cpus is not None or devices.cuda is False):
+        which = "cpus" if devices.cpus is not None else "cuda"
+        problems.append(f"{named('kvstore')} with {named(which)}: NCCL joins GPUs only; use --kvstore device")
+    if devices.gctype != "2bit" and _is_asked_for("gcthreshold", devices.gcthreshold, sources):
+        problems.append(
+            f"{named('gcthreshold')}: has no effect without 2-bit compression; add --gctype 2bit, or leave it out"
+        )
+    return problems
+
+
+def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
+    """Every rule that `config` breaks, a line each; empty if it is sound.
+
+    Parameters
+    ----------
+    sources : mapping, optional
+        Where each value comes from, as in `Resolved`, to name it in the messages.
+    """
+    sources = sources or {}
+    problems: list[str] = []
+    for name, declared in fields_by_name().items():
+        read_value(declared, get(config, name), flag_of(name), problems)
+    if problems:
+        return problems
+
+    count = device_count(config)
+    problems += share_problems(config, count or 1, sources)
+    if config.data.vocab is not None:
+        for name in ("min_freq", "max_vocab"):
+            if get(config, name) is not None:
+                named = named_setting(name, get(config, name), sources)
+                problems.append(f"{named} with --vocab: the file already names every word; leave one of them out")
+    problems += _contradictions(config, sources) + _without_effect(config, sources)
+    return problems + device_problems(config.devices, sources, count)
+
+
+def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
+    """Knobs of model and optimiser that cannot both be meant."""
+    problems = []
+
+    def refuse(name: str, other: str, reason: str, fix: str = "leave one of them out") -> None:
+        both = " with ".join(named_setting(n, get(config, n), sources) for n in (name, other))
+        problems.append(f"{both}: {reason}; {fix}")
+
+    optim = config.optim
+    if optim.ntasgd and optim.asgd:
+        refuse("ntasgd", "asgd", "averaging starts either when validation stops improving or at once")
+    for averaging in ("ntasgd", "asgd"):
+        if get(config, averaging):
+            if optim.optimizer != "sgd":
+                fix = "use --optimizer sgd, and a --lr for it"
+                refuse(averaging, "optimizer", "the weights are averaged under SGD only", fix)
+            if optim.lr_decay is not None:
+                fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
+                refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
+    if optim.shuffle and optim.max_seq_len_delta is not None:
+        refuse("shuffle", "max_seq_len_delta", "shuffled windows are all of one length")
+    model = config.model
+    if model.tied and not model.num_experts and model.last_hidden_size not in (None, model.embed_size):
+        reason = f"a tied output layer needs the last layer as wide as the embedding, {model.embed_size}"
+        refuse("last_hidden_size", "tied", reason, "leave one of them out, or mix softmaxes with --n-experts K")
+    one_head = "each is an output layer of its own"
+    for name, other in itertools.combinations(("num_experts", "num_sampled", "cutoffs"), 2):
+        if get(config, name) is not None and get(config, other) is not None:
+            refuse(name, other, one_head)
+    if model.num_sampled is not None and config.training.amp == "bfloat16":
+        reason = "bfloat16 is for the products of the whole output layer, of which a sample computes none"
+        refuse("amp", "num_sampled", reason, "leave one of them out, or use --cutoffs")
+    if model.cutoffs is not None:
+        if model.tied:
+            reason = "the rarer words have vectors that are narrower than the embedding's, so they cannot be the same"
+            refuse("tied", "cutoffs", reason, "use --no-tied, or --num-sampled, which goes with --tied")
+        width, num_tails = model.layer_sizes[-1], len(model.cutoffs)
+        if width < TAIL_FACTOR**num_tails:
+            named = named_setting("cutoffs", model.cutoffs, sources)
+            problems.append(
+                f"{named}: the last layer has {width} units, too few to be divided by {TAIL_FACTOR} {num_tails} times; "
+                f"name fewer, or raise --nhid to {TAIL_FACTOR**num_tails} or more"
+            )
+    small, batch_size = optim.small_batch_size, config.training.batch_size
+    if small is not None and batch_size % small:
+        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        fix = f"use {', '.join(map(str, divisors))}"
+        refuse("small_batch_size", "batch_size", "the batch must be made of such parts", fix)
+    if model.cell != "lstm":
+        for name in ("dropout_candidate", "layer_norm"):
+            if get(config, name):
+                refuse(name, "model", "only an LSTM has it")
+    return problems
+
+
+def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
+    """Knobs that a flag or the user's file sets, and that do nothing beside the others."""
+    model, optim, training = config.model, config.optim, config.training
+    idle: dict[str, str] = {}
+    if not (optim.ntasgd or optim.asgd):
+        idle["nonmono"] = "add --ntasgd"
+    if model.num_layers == 1:
+        idle["dropout_hidden"] = idle["dropout_inner_input"] = "there is one layer; raise --num-layers"
+    if not any([model.dropout, *model.layer_dropouts]):
+        idle["locked"] = "there is no dropout that it could lock; add --dropout P"
+    if not model.num_experts:
+        idle["dropout_latent"] = "there is one softmax; add --n-experts K"
+    if training.bptt == 1:
+        idle["beta"] = "a window of one word has no change over time; raise --bptt"
+    if optim.when is not None and min(optim.when) >= training.epochs:
+        idle["when"] = f"training ends after {training.epochs} epochs; name an earlier one"
+    return [
+        f"{named_setting(name, get(config, name), sources)}: has no effect here, {reason}, or leave it out"
+        for name, reason in idle.items()
+        if get(config, name) not in (None, False, 0) and _is_asked_for(name, get(config, name), sources)
+    ]
+
+
+def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
+    """Whether a flag, or a file that differs from the default, sets a value; a recipe's or a run's nobody asked for."""
+    source = sources.get(name, "")
+    is_own = (
+        value != fields_by_name()[name].default and source != "default" and not source.startswith(("recipe ", "run "))
+    )
+    return source.startswith("flag ") or is_own
+
+
+def named_setting(name: str, value: Any, sources: Mapping[str, str]) -> str:
+    """A flag with its value, as the user gave it, and its source where that was no flag."""
+    source = sources.get(name, "")
+    is_flag = source.startswith("flag ")
+    flag = source[len("flag ") :] if is_flag else flag_of(name)
+    if isinstance(value, bool):
+        shown = flag if value else flag_of(f"no_{name}")
+    else:
+        shown = f"{flag} {show(value)}"
+    return shown if is_flag or source in ("", "default") else f"{shown} ({source})"

@@ -1,0 +1,413 @@
+"""Every knob, declared once: flag, YAML key, help, rule and default are all read from its field here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import yaml
+
+from .kinds import ascending, choice, integer, integers, key_of, option, optional, real, show, switch, text, texts
+
+KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
+COMPRESSIONS = ("none", "2bit", "fp16")
+OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
+MODELS = CELLS + tuple(REGULARISED_CELLS)
+TAIL_FACTOR = 4  # by which the vectors of each group of rarer words are narrower (Grave et al. 2017)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the dataclasses whose fields are made with `option`."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The text and its vocabulary."""
+
+    data: tuple[str, ...] = option(
+        ("wikitext-2",),
+        texts(
+            1,
+            3,
+            rule="one corpus, folder or file, or three files (training, validation, test)",
+            metavar="DATA",
+        ),
+        "corpus (wikitext-2, wikitext-103, ptb, sotu), or your own text: a folder, one file, or three files",
+    )
+    data_dir: str = option("./data", text("DIR"), "where the corpora lie and are downloaded to")
+    tokenizer: str | None = option(
+        None,
+        optional(choice("whitespace", "words")),
+        "how text becomes words (default: the corpus's own; whitespace for your text)",
+    )
+    min_freq: int | None = option(None, optional(integer()), "leave words seen fewer times in training out")
+    max_vocab: int | None = option(
+        None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words stay"
+    )
+    vocab: str | None = option(None, optional(text("FILE")), "a vocabulary file to use instead of the training words")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The architecture and its dropouts."""
+
+    model: str = option("lstm", choice(*MODELS), "type of recurrent network")
+    embed_size: int = option(200, integer(), "size of the word embeddings", "emsize", "embed_dim")
+    hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim")
+    num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers")
+    tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer", "weight_tied")
+    init: str = option(
+        "uniform",
+        choice("uniform", "xavier"),
+        "first weights: uniform as PyTorch's example, xavier as MXNet's",
+    )
+    num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
+    num_sampled: int | None = option(
+        None,
+        optional(integer()),
+        "train with so many words, drawn anew for each window, in place of the whole vocabulary (sampled softmax)",
+    )
+    cutoffs: tuple[int, ...] | None = option(
+        None,
+        optional(ascending(1, "word ids in rising order, each a whole number, 1 or more")),
+        "where each group of rarer words begins, whose vectors are four times narrower than those of the group before "
+        "(adaptive softmax)",
+    )
+    last_hidden_size: int | None = option(
+        None,
+        optional(integer(), -1),
+        "hidden units of the last layer (default: as many as the embedding where tied or mixed, else as the others)",
+        "nhidlast",
+    )
+    dropout: float = option(
+        0.2,
+        real(0, 1),
+        "dropout on the last layer's output, and in the two places below where they are not given",
+        keep="encoder_last_output_keep_prob",
+    )
+    dropout_input: float | None = option(
+        None, optional(real(0, 1)), "dropout on the embedded words", "dropouti", "dropout_i"
+    )
+    dropout_hidden: float | None = option(
+        None,
+        optional(real(0, 1)),
+        "dropout between the layers",
+        "dropouth",
+        "dropout_h",
+        keep="encoder_dp_output_keep_prob",
+    )
+    locked: bool | None = option(
+        None,
+        optional(switch()),
+        "draw one dropout mask for all words of a window, not one a word (default: where --dropouti or --dropouth is "
+        "given, and for awd models)",
+    )
+    dropout_embed: float = option(0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e")
+    dropout_embed_elements: float = option(
+        0.0,
+        real(0, 1),
+        "dropout of elements of the input words' vectors, alike wherever a word occurs",
+        keep="encoder_emb_keep_prob",
+    )
+    dropout_inner_input: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on the input of every layer but the last, besides the above",
+        keep="encoder_dp_input_keep_prob",
+    )
+    dropout_last_input: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on the input of the last layer, besides the above",
+        keep="encoder_last_input_keep_prob",
+    )
+    dropout_candidate: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on an LSTM's candidate, tanh(j), at each word",
+        keep="recurrent_keep_prob",
+    )
+    weight_drop: float = option(
+        0.0,
+        real(0, 1),
+        "dropout on hidden-to-hidden weights",
+        "wdrop",
+        "weight_dropout",
+        keep="recurrent_weight_keep_prob",
+    )
+    input_weight_drop: float = option(
+        0.0, real(0, 1), "dropout on input-to-hidden weights", keep="input_weight_keep_prob"
+    )
+    layer_norm: bool = option(False, switch(), "normalise an LSTM's gates and cell (slower: word by word)")
+    dropout_latent: float | None = option(
+        None,
+        optional(real(0, 1), -0.2),
+        "locked dropout on the experts' vectors (default: as between the layers)",
+        "dropoutl",
+    )
+
+    @property
+    def cell(self) -> str:
+        """The recurrent cell: one of `CELLS`."""
+        return REGULARISED_CELLS.get(self.model, self.model)
+
+    @property
+    def layer_sizes(self) -> list[int]:
+        """Width of each layer, first to last."""
+        default = self.embed_size if self.tied or self.num_experts else self.hidden_size
+        return [self.hidden_size] * (self.num_layers - 1) + [self.last_hidden_size or default]
+
+    @property
+    def head(self) -> str:
+        """The output layer: a name in `gluon_lm.models.HEADS`."""
+        if self.num_experts:
+            return "mixture"
+        if self.num_sampled:
+            return "sampled"
+        return "adaptive" if self.cutoffs else "softmax"
+
+    @property
+    def needs_frequency_order(self) -> bool:
+        """Whether the output layer takes a word's id for its rank by frequency."""
+        return self.head in ("sampled", "adaptive")
+
+    @property
+    def latent_dropout(self) -> float:
+        """Probability of dropping an element of an expert's vector."""
+        given = (rate for rate in (self.dropout_latent, self.dropout_hidden) if rate is not None)
+        return next(given, self.dropout)
+
+    def without_dropout(self) -> ModelConfig:
+        """The same architecture with every dropout off."""
+        off: dict[str, Any] = {f.name: 0.0 for f in dataclasses.fields(self) if "drop" in f.name}
+        return dataclasses.replace(self, **off, locked=None)
+
+    @property
+    def has_locked_dropout(self) -> bool:
+        """Whether a dropout mask is the same for all words of a window."""
+        if self.locked is not None:
+            return self.locked
+        return self.model in REGULARISED_CELLS or not (self.dropout_input is None and self.dropout_hidden is None)
+
+    @property
+    def layer_dropouts(self) -> list[float]:
+        """Probability of dropping an element of each layer's input, first to last, all the rates above taken together.
+
+        Independent masks, one upon the other, drop as one mask that keeps with the product of their probabilities.
+        """
+        on_words = self.dropout if self.dropout_input is None else self.dropout_input
+        between = self.dropout if self.dropout_hidden is None else self.dropout_hidden
+        rates = []
+        for i in range(self.num_layers):
+            own = self.dropout_last_input if i == self.num_layers - 1 else self.dropout_inner_input
+            before = between if i else on_words
+            rates.append(max(before, own) if 0 in (before, own) else 1 - (1 - before) * (1 - own))
+        return rates
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """The optimiser, its learning rate and what is added to the loss."""
+
+    optimizer: str = option("sgd", choice(*OPTIMIZER_LR), "update rule")
+    lr: float = option(OPTIMIZER_LR["sgd"], real(0, above=True), "learning rate at the start (adam: 0.001)")
+    lr_decay: float | None = option(
+        None,
+        optional(real(1, above=True)),
+        "divide the learning rate by this when validation is not a new best; none: never (recipe lm: 4)",
+        "decay",
+    )
+    clip_norm: float | None = option(
+        0.25,
+        optional(real(0, above=True)),
+        "largest norm of the whole gradient; none: any",
+        "clip",
+        "grad_clip",
+    )
+    weight_decay: float = option(0.0, real(0), "weight decay", "wdecay", "wd")
+    alpha: float = option(0.0, real(0), "weight of the activation regularisation")
+    beta: float = option(0.0, real(0), "weight of the temporal activation regularisation")
+    ntasgd: bool = option(False, switch(), "average the weights once validation stops improving (NT-ASGD)")
+    asgd: bool = option(
+        False, switch(), "average the weights from the first step on, and end when validation stops improving"
+    )
+    nonmono: int = option(
+        5, integer(), "validation stops improving when its loss is above the lowest that is older than this many"
+    )
+    when: tuple[int, ...] | None = option(
+        None,
+        optional(integers(1, "different epochs, each a whole number, 1 or more", "+"), -1),
+        "epochs after which the learning rate is divided by 10",
+    )
+    max_seq_len_delta: int | None = option(
+        None, optional(integer(0)), "windows of random length around --bptt, at most this much longer"
+    )
+    random_start: bool = option(
+        False, switch(), "cut the text into windows at another place in each epoch", "rand_start"
+    )
+    shuffle: bool = option(
+        False, switch(), "windows in random order, each from the zero state, instead of one after the other"
+    )
+    small_batch_size: int | None = option(
+        None, optional(integer(), -1), "streams worked on at once, their gradients added up over the batch"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section):
+    """How long, in which portions, and what is noted on the way."""
+
+    epochs: int = option(40, integer(), "passes over the training text", "epoch")
+    max_steps: int | None = option(None, optional(integer()), "stop after this many steps")
+    batch_size: int = option(20, integer(), "streams of text read side by side, over all devices together")
+    bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
+    tf32: bool = option(
+        True, switch(), "let GPUs of compute capability 8.0 and later round what float32 matrix products take to TF32"
+    )
+    amp: str = option(
+        "none",
+        choice("none", "float16", "bfloat16"),
+        "mixed precision: matrix products in float16 (GPU), or the output layer's in bfloat16 (CPU with AVX512-BF16)",
+    )
+    seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
+    log_interval: int = option(200, integer(), "steps between two lines of the log")
+    eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")
+    eval_batch_size: int = option(10, integer(), "streams of the validation and test text during training")
+    patience: int | None = option(None, optional(integer()), "stop after this many evaluations with no new best")
+    checkpoint_every: int | None = option(
+        None, optional(integer()), "steps between checkpoints (default: at each evaluation)"
+    )
+    keep_checkpoints: int = option(2, integer(), "newest checkpoints to keep; the best one always stays")
+    tensorboard: bool = option(
+        False, switch(), "write metrics and configuration for TensorBoard too, to RUN/tensorboard"
+    )
+    gen_word_len: int = option(0, integer(0), "words to generate when training is done")
+
+
+@dataclass(frozen=True)
+class DeviceConfig(Section):
+    """Where it runs, and how gradients travel. Nothing given: the first usable GPU, else one CPU context."""
+
+    gpus: tuple[int, ...] | None = option(
+        None,
+        optional(integers(-1, "GPU numbers such as 0 or 0,1,2,3, or -1 for the CPU")),
+        "GPUs; -1: the CPU",
+        "gpu",
+    )
+    cpus: int | None = option(None, optional(integer()), "run on this many CPU contexts")
+    cuda: bool | None = option(None, optional(switch()), "use a GPU, or refuse to", "accel")
+    single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
+    kvstore: str | None = option(
+        None,
+        optional(choice(*KVSTORES)),
+        "how several devices add up their gradients: device, local or nccl (GPUs) in this process, dist_sync or "
+        "dist_device_sync through parameter servers (python -m gluon_lm.launch starts them)",
+    )
+    horovod: bool = option(False, switch(), "train in several processes, one device each, started by horovodrun")
+    gctype: str = option(
+        "none", choice(*COMPRESSIONS), "compression of the gradients between devices (fp16: with --horovod)"
+    )
+    gcthreshold: float = option(0.5, real(0, above=True), "threshold of the 2-bit compression")
+
+    @property
+    def count(self) -> int | None:
+        """Number of devices that the flags ask for; None where the machine decides."""
+        if self.cpus is not None:
+            return self.cpus
+        if self.gpus is not None:
+            return len(self.gpus)
+        return 1 if self.single_gpu or self.cuda is False else None
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether this process is one of several that train together."""
+        return self.horovod or (self.kvstore or "").startswith("dist")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run. A name is in one section only: YAML and flags are flat."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def to_yaml(self, sources: Mapping[str, str] | None = None, recipe: str | None = None) -> str:
+        """The configuration as flat YAML that `read_config` reads back equal.
+
+        Parameters
+        ----------
+        sources : mapping, optional
+            Where each value comes from, by field name; written behind the value as a comment.
+        recipe : str, optional
+            Name of the recipe that it started from.
+        """
+        sources = sources or {}
+        lines: list[str] = []
+
+        def add(name: str, value: Any) -> None:
+            # PyYAML reads some line breaks of Unicode back as others unless they are escaped.
+            readable = "".join(map(str, value if isinstance(value, tuple) else [value])).isprintable()
+
+            def dump(data: Any, **how: Any) -> str:
+                return str(yaml.safe_dump(data, allow_unicode=readable, width=math.inf, **how))
+
+            if isinstance(value, tuple):
+                line = f"{name}: {dump(list(value), default_flow_style=True)}"
+            else:
+                line = dump({name: value})
+            lines.append(line.rstrip("\n") + (f"  # {show(sources[name])}" if name in sources else ""))
+
+        if recipe is not None:
+            add("recipe", recipe)
+        for section in SECTIONS:
+            lines.append(f"\n# {section}" if lines else f"# {section}")
+            for name, value in vars(getattr(self, section)).items():
+                add(name, value)
+        return "\n".join(lines) + "\n"
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "devices": DeviceConfig,
+}
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field or alias: ``hidden_size`` -> ``--hidden-size``."""
+    return "--" + name.replace("_", "-")
+
+
+@cache
+def fields_by_name() -> dict[str, dataclasses.Field[Any]]:
+    """Every field of every section, by name."""
+    return {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+
+
+@cache
+def names_by_key() -> dict[str, str]:
+    """Field name of every YAML key, in its hyphenated form."""
+    return {key_of(name): f.name for f in fields_by_name().values() for name in (f.name, *f.metadata["aliases"])}
+
+
+@cache
+def keep_names() -> dict[str, str]:
+    """Field name of every YAML key that holds a probability of keeping, in its hyphenated form."""
+    return {key_of(f.metadata["keep"]): f.name for f in fields_by_name().values() if f.metadata["keep"]}
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of the field `name`, whichever section it is in."""
+    return next(values[name] for values in (vars(getattr(config, s)) for s in SECTIONS) if name in values)
