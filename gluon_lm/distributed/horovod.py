@@ -6,9 +6,13 @@ Shapes: W workers, P parameters, B bytes of one worker's codes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +29,9 @@ from .compression import GradientScales
 # One of these numbers the process, according to what started it: horovodrun, Open MPI, MPICH or Slurm.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 GROUP_ELEMENTS = 1 << 20  # of compressed gradients that travel together: less is not worth a round of messages
+TIMEOUT_VARIABLE = "GLUON_LM_TIMEOUT"
+_TIMEOUT_S = 60.0
+_ROUND_S = 1.0  # between two signs of life
 _START = "start several together, as in horovodrun -np 2 python -m gluon_lm.train --horovod --data ptb"
 
 
@@ -46,6 +53,11 @@ class HorovodCommunicator(Communicator):
     ------
     DistributedError
         For several devices; without Horovod, or where it has not started this process; for compression in one process.
+
+    Notes
+    -----
+    A process that hangs, or a cut network, ends all: over gloo by its own time-out, over MPI, which has none, after as
+    many seconds as ``GLUON_LM_TIMEOUT`` in the environment says (60).
     """
 
     def __init__(self, devices: list[mx.Context], compression: str = "none", threshold: float = 0.5) -> None:
@@ -55,8 +67,10 @@ class HorovodCommunicator(Communicator):
                 f"--horovod: each process has one device, not {len(devices)} ({devices[0]} to {devices[-1]}); name one "
                 f"and {_START}"
             )
+        timeout_s = _timeout()
         self._hvd = _start()
         self.rank, self.size = self._hvd.rank(), self._hvd.size()
+        self._watch = _Watch(self._hvd, timeout_s)
         if self.size == 1 and compression != "none":
             raise DistributedError(
                 f"--gctype {compression}: there is one process, so no gradient travels and there is nothing to "
@@ -218,7 +232,50 @@ class HorovodCommunicator(Communicator):
         self._codecs = []
 
     def close(self):
+        self._watch.close()
         self._hvd.shutdown()
+
+
+class _Watch:
+    """Ends this process when a sign of life from all has failed to come for too long.
+
+    The threads that exchange these signs are others than those that train, so work of any length does no harm.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, hvd: Any, timeout_s: float) -> None:
+        self._hvd, self._timeout_s = hvd, timeout_s
+        self._name = f"alive.{next(self._numbers)}"
+        self._closed = threading.Event()
+        self._heard = time.monotonic()
+        for act in (self._signal, self._check):
+            threading.Thread(target=act, daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _signal(self) -> None:
+        sign = mx.nd.ones((1,), dtype="uint8")
+        while not self._closed.wait(_ROUND_S):
+            try:
+                self._hvd.allgather(sign, name=self._name).wait_to_read()
+            except (mx.MXNetError, ValueError):
+                # Horovod is no more, which whoever waits for it learns for himself.
+                self._closed.set()
+            self._heard = time.monotonic()
+
+    def _check(self) -> None:
+        while not self._closed.wait(min(_ROUND_S, self._timeout_s / 4)):
+            if time.monotonic() - self._heard > self._timeout_s:
+                print(
+                    f"error: worker {self._hvd.rank()} of {self._hvd.size()}: one of the others has not been heard for "
+                    f"{self._timeout_s:g} s ({TIMEOUT_VARIABLE}): it hangs, or its network is cut; mend that, and "
+                    "continue with --resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(2)  # the thread that trains waits inside Horovod, where nothing reaches it
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[slice]:
@@ -229,6 +286,14 @@ def _groups(sizes: Sequence[int]) -> Iterator[slice]:
         if elements >= GROUP_ELEMENTS or stop == len(sizes):
             yield slice(start, stop)
             start, elements = stop, 0
+
+
+def _timeout() -> float:
+    value = os.environ.get(TIMEOUT_VARIABLE, str(_TIMEOUT_S))
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < math.inf:
+            return float(value)
+    raise DistributedError(f"{TIMEOUT_VARIABLE}={value}: must be a number of seconds above 0, or not set")
 
 
 def local_rank() -> int:

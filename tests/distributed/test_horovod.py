@@ -236,6 +236,7 @@ def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
     command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    environment["GLUON_LM_CACHE"] = str(Path(folder) / "cache")
     with subprocess.Popen(
         command,
         env=environment,
@@ -481,15 +482,20 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_on_all(first):
         assert not all(np.isfinite(array).all() for array in arrays.values())
 
 
-def write_corpus(folder):
-    """A small text, and the command that trains two processes on it with two bits."""
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of two processes and 90 steps, compressed from the 20th on: its command, without --save, and its folder."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     rng = np.random.RandomState(1)
     for name, num_lines in (("train", 400), ("valid", 40), ("test", 40)):
         lines = [" ".join(rng.choice(list("abcdefgh"), 8)) for _ in range(num_lines)]
         (folder / f"{name}.txt").write_text("\n".join(lines))
     command = ["-m", "gluon_lm.train", "--horovod", "--cpus", "1", "--gctype", "2bit", "--data", folder]
     command += ["--emsize", "8", "--nhid", "8", "--nlayers", "1", "--batch-size", "4", "--bptt", "5"]
-    return [*command, "--dropout", "0.2", "--checkpoint-every", "30"]
+    command += ["--dropout", "0.2", "--checkpoint-every", "30", "--keep-checkpoints", "9"]
+    code, printed = horovodrun(2, folder, *command, "--save", folder / "run", "--max-steps", "90")
+    assert code == 0, printed
+    return command, folder / "run"
 
 
 def assert_alike(run, other, step):
@@ -503,19 +509,17 @@ def assert_alike(run, other, step):
 
 
 @with_horovod
-def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeypatch):
+def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, uninterrupted):
     """To the bit, with compression on: the last ten of the first 30 steps and all that follow are compressed."""
-    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    new = write_corpus(tmp_path)
+    new, whole = uninterrupted
+    run = tmp_path / "run"
     for arguments in (
-        [*new, "--save", whole, "--max-steps", "50"],
-        [*new, "--save", parts, "--max-steps", "30"],
-        ["-m", "gluon_lm.train", "--resume", parts, "--max-steps", "50"],
+        [*new, "--save", run, "--max-steps", "30"],
+        ["-m", "gluon_lm.train", "--resume", run, "--max-steps", "60"],
     ):
         code, printed = horovodrun(2, tmp_path, *arguments)
         assert code == 0, printed
-    assert_alike(parts, whole, 50)
+    assert_alike(run, whole, 60)
 
 
 # ---------------------------------------------------------------- when it goes wrong
@@ -539,24 +543,30 @@ def test_when_a_process_is_killed_all_end(tmp_path):
 
 
 @with_horovod
-def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "5")
-    whole, hung = tmp_path / "whole", tmp_path / "hung"
-    new = write_corpus(tmp_path)
-    code, printed = horovodrun(2, tmp_path, *new, "--save", whole, "--max-steps", "90")
-    assert code == 0, printed
-    stopped_at = []
+@pytest.mark.parametrize(
+    "variable, line",
+    [
+        ("HOROVOD_GLOO_TIMEOUT_SECONDS", "worker 0 of 2: could not exchange data with the others"),
+        ("GLUON_LM_TIMEOUT", "worker 0 of 2: one of the others has not been heard for 5 s (GLUON_LM_TIMEOUT)"),
+    ],
+)
+def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on(
+    tmp_path, monkeypatch, uninterrupted, variable, line
+):
+    """To the same numbers. By gloo's time-out, and by our own, without which MPI would wait for ever."""
+    monkeypatch.setenv(variable, "5")
+    new, whole = uninterrupted
+    hung, stopped_at = tmp_path / "run", []
 
     def stop_one(process):
-        wait_for((hung / "checkpoints" / "step-30").exists, process)
+        wait_for((hung / "checkpoints" / "step-30").exists, process, seconds=200)
         os.kill(pid_of_rank(1, tmp_path), signal.SIGSTOP)
         stopped_at.append(time.monotonic())
 
     code, printed = horovodrun(2, tmp_path, *new, "--save", hung, "--max-steps", "100000", meanwhile=stop_one)
     assert code != 0
     assert time.monotonic() - stopped_at[0] < 40
-    assert "worker 0 of 2: could not exchange data with the others" in printed
+    assert line in printed
     checkpoint = hung / "checkpoints" / "step-30"
     code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "90")
     assert code == 0, printed
@@ -579,6 +589,13 @@ def test_without_horovod_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "horovod", None)
     monkeypatch.setitem(sys.modules, "horovod.mxnet", None)
     assert "bash scripts/install_horovod.sh" in refused([CPU])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(monkeypatch, value):
+    monkeypatch.setenv("GLUON_LM_TIMEOUT", value)
+    with pytest.raises(DistributedError, match=f"^GLUON_LM_TIMEOUT={value}: must be a number of seconds above 0"):
+        HorovodCommunicator([CPU])
 
 
 @with_horovod
