@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing and runs the tests. Arguments go to pytest: bash scripts/test.sh tests/unit -k vocabulary
 # Without any, Horovod is built where it is missing, and the linter, the type checker and the search for dead code run
-# first. -m "slow or gpu" runs what is left out otherwise.
+# first, and two processes share the tests. -m "slow or gpu" runs what is left out otherwise.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -35,13 +35,18 @@ if [ $# -eq 0 ]; then
     bash scripts/install_horovod.sh </dev/null || echo "Horovod cannot be built; the tests that need it are skipped"
 fi
 
+# The models of the tests are small, and threads that wait actively would keep each other from the processors.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 checks=0
+processes=()
 if [ $# -eq 0 ]; then
+    processes=(--numprocesses 2 --dist loadfile)
     python -m ruff check . </dev/null || checks=$?
     python -m mypy </dev/null || checks=$?
     python -m vulture </dev/null || checks=$?
 fi
 tests=0
-python -m pytest -q -m "not slow and not gpu" "$@" </dev/null || tests=$?
+python -m pytest -q -m "not slow and not gpu" "${processes[@]}" "$@" </dev/null || tests=$?
 [ "$tests" -eq 0 ] || exit "$tests"
 exit "$checks"

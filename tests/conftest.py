@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 import gluon_lm  # noqa: F401  # before any test imports MXNet
+from gluon_lm.logs import LOGGER
 
 # No test is timed, and each run of the tests is like the last. To look for more: --hypothesis-profile search
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
 settings.register_profile("gluon_lm", settings.get_profile("search"), max_examples=50, derandomize=True)
 settings.load_profile("gluon_lm")
+
+
+def pytest_runtest_setup():
+    """Forget where a command sent the log that an earlier test ran in this process."""
+    LOGGER.handlers.clear()
+    LOGGER.setLevel(logging.NOTSET)
+    LOGGER.propagate = True
 
 
 def pytest_collection_modifyitems(items):
