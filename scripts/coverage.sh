@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests and reports which lines of gluon_lm/ none of them reaches, processes that they start included; at least
-# 90 % must be reached. It takes half as long again as scripts/test.sh. Arguments go to pytest.
+# 90 % must be reached. One process runs them all, so it takes longer than scripts/test.sh. Arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
+
+import pytest
+
+HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
+NO_HOROVOD = "Horovod is not installed here: bash scripts/install_horovod.sh"
+with_horovod = pytest.mark.skipif(not HAS_HOROVOD, reason=NO_HOROVOD)
 
 
 def wait_for(condition, process, seconds=60):

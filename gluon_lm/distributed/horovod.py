@@ -261,9 +261,9 @@ class _Watch:
             try:
                 self._hvd.allgather(sign, name=self._name).wait_to_read()
             except (mx.MXNetError, ValueError):
-                # Horovod is no more, which whoever waits for it learns for himself.
-                self._closed.set()
-            self._heard = time.monotonic()
+                self._closed.set()  # Horovod is no more, which the thread that trains learns by itself
+            else:
+                self._heard = time.monotonic()
 
     def _check(self) -> None:
         while not self._closed.wait(min(_ROUND_S, self._timeout_s / 4)):

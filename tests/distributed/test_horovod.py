@@ -7,7 +7,6 @@ tests look at. Those without the mark `with_horovod` need no Horovod.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 from mxnet import gluon
-from processes import wait_for
+from processes import wait_for, with_horovod
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -220,10 +219,6 @@ if __name__ == "__main__":
 
 # ---------------------------------------------------------------- starting them
 
-HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
-with_horovod = pytest.mark.skipif(
-    not HAS_HOROVOD, reason="Horovod is not installed here: bash scripts/install_horovod.sh"
-)
 TIMEOUT_S = 240
 
 

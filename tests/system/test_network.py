@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import importlib.util
 import json
 import os
 import re
@@ -19,14 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from namespaces import Network
+from processes import HAS_HOROVOD, NO_HOROVOD, wait_for, with_horovod
 
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 FLAGS = ("--data", "text", "--recipe", "lm", "--tied", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5)
 FLAGS += ("--lr", 2, "--dropout", 0, "--cpus", 1)
-
-HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
-NO_HOROVOD = "Horovod is not installed here: bash scripts/install_horovod.sh"
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 with_sshd = pytest.mark.skipif(SSHD is None, reason="no sshd here: apt-get install openssh-server")
@@ -166,10 +163,15 @@ def start_cluster(project, sshd, hosts, *flags, timeout_s=60, network=None):
     (project.path / "hosts.txt").write_text("".join(f"{host}\n" for host in hosts))
     command = [sys.executable, "-m", "gluon_lm.launch", "--hostfile", "hosts.txt", "--timeout", timeout_s]
     command = [*map(str, (*command, "--", *FLAGS, *flags))]
+    return start(project, sshd, command if network is None else network.command(hosts[0], *command))
+
+
+def start(project, sshd, command, **environment):
+    """Start a command that reaches other hosts by this sshd."""
     return subprocess.Popen(
-        command if network is None else network.command(hosts[0], *command),
+        command,
         cwd=project.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": sshd.path},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": sshd.path, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -200,14 +202,6 @@ def test_hosts_that_are_reached_by_ssh_train_as_one_process(project):
     assert_same_parameters(project, "together", "alone")
 
 
-def wait_for_checkpoint(run, cluster):
-    deadline = time.monotonic() + 120
-    while not (run / "latest").exists():
-        assert cluster.poll() is None, cluster.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def wait_until_none_is_left(folder):
     """On the far side, too, which the one that started all cannot reach any more."""
     deadline = time.monotonic() + 60
@@ -233,7 +227,7 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
         cluster = start_cluster(
             project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=20, network=network
         )
-        wait_for_checkpoint(project.path / "run", cluster)
+        wait_for((project.path / "run/latest").exists, cluster, 120)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode == 2, output
@@ -243,29 +237,16 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
 
 
 @with_sshd
-@pytest.mark.skipif(not HAS_HOROVOD, reason=NO_HOROVOD)
+@with_horovod
 def test_horovods_processes_end_on_both_sides_of_the_cut(project, network):
     flags = ("--checkpoint-every", 4, "--eval-every", 1000)
     hosts = network.addresses
     with Sshd(project.path / "sshd", hosts, network) as sshd:
         horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--network-interfaces", "eth0", "-np", "2"]
         train = [sys.executable, "-m", "gluon_lm.train", "--horovod", *FLAGS, *flags, "--epochs", 1000, "--save", "run"]
-        cluster = subprocess.Popen(
-            network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *map(str, train)),
-            cwd=project.path,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PATH": sshd.path,
-                "OMP_NUM_THREADS": "1",
-                "HOROVOD_GLOO_TIMEOUT_SECONDS": "5",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        wait_for_checkpoint(project.path / "run", cluster)
+        command = network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *map(str, train))
+        cluster = start(project, sshd, command, OMP_NUM_THREADS="1", HOROVOD_GLOO_TIMEOUT_SECONDS="5")
+        wait_for((project.path / "run/latest").exists, cluster, 120)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode != 0, output
