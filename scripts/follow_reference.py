@@ -5,7 +5,7 @@
 
 Both draw their own dropout masks, so the losses agree but for that noise. Ours trains twice, under two seeds: how far
 these two lie apart shows how large it is. gluonnlp comes with `bash scripts/environment.sh peers`; its AWDRNN is
-trained by the loop of its word_language_model.py.
+trained by the loop of its word_language_model.py. With --json, what was interrupted goes on with the next model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gluon_lm.config import Config, resolve
+from gluon_lm.files import atomic_write
 from gluon_lm.progress import progress_bar
 from gluon_lm.runtime import prepare_training
 
@@ -146,13 +147,25 @@ def begin_with_ours(peer, ours, config: Config) -> None:
     take("embedding0_bias", 0, ours["head.decoder.bias"])  # of the tied output layer
 
 
+def finished_losses(path: Path | None, recipe: str, num_steps: int) -> dict[str, list[float]]:
+    """What an earlier call wrote about as many steps of the recipe."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["recipe"] != recipe or any(len(losses) != num_steps for losses in found["losses"].values()):
+        raise SystemExit(f"{path}: holds other losses than {num_steps} of {recipe}; name another file or remove it")
+    return found["losses"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=("awd-ptb", "awd-wikitext-2"))
     parser.add_argument("--data", help="the text (default: the recipe's corpus)")
     parser.add_argument("--data-dir", default="data", help="where the corpora lie (default ./data)")
     parser.add_argument("--steps", type=int, default=200, help="steps to compare (default 200)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every loss to FILE")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every loss to FILE; what it has already is not trained again"
+    )
     options = parser.parse_args()
     config = resolve(recipe=options.recipe).config
     prepare_training(config)
@@ -161,19 +174,25 @@ def main() -> int:
     data = config.data if options.data is None else replace(config.data, data=(options.data,))
     corpus = load_corpus(replace(data, data_dir=options.data_dir))
     windows, vocab_size = windows_of(config, corpus, options.steps), len(corpus.vocabulary)
-    losses: dict[str, list[float]] = {}
-    started = time.time()
-    losses["gluon_lm"] = train_ours(config, vocab_size, windows, config.training.seed, "gluon_lm")
-    losses["gluon_lm, another seed"] = train_ours(config, vocab_size, windows, config.training.seed + 1, "another seed")
-    losses["gluonnlp"] = train_peer(config, vocab_size, windows, "gluonnlp")
-    print(f"\n**{options.recipe}: mean loss, {len(windows)} steps, {time.time() - started:,.0f} s**\n")
+    seed = config.training.seed
+    trainings: dict[str, Callable[[str], list[float]]] = {
+        "gluon_lm": lambda what: train_ours(config, vocab_size, windows, seed, what),
+        "gluonnlp": lambda what: train_peer(config, vocab_size, windows, what),
+        "gluon_lm, another seed": lambda what: train_ours(config, vocab_size, windows, seed + 1, what),
+    }
+    losses = finished_losses(options.json, options.recipe, len(windows))
+    for what, train in trainings.items():
+        if what not in losses:
+            losses[what] = train(what)
+            if options.json is not None:
+                with atomic_write(options.json) as file:
+                    file.write(json.dumps({"recipe": options.recipe, "losses": losses}).encode() + b"\n")
+    print(f"\n**{options.recipe}: mean loss, {len(windows)} steps**\n")
     print(f"| steps | {' | '.join(losses)} |\n| --- |{' ---: |' * len(losses)}")
     for start in range(0, len(windows), INTERVAL):
         means = [np.mean(values[start : start + INTERVAL]) for values in losses.values()]
         stop = min(start + INTERVAL, len(windows))
         print(f"| {start + 1} to {stop} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"recipe": options.recipe, "losses": losses}) + "\n", encoding="utf-8")
     return 0
 
 
