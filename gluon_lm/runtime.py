@@ -18,7 +18,7 @@ from .memory import recurrent_bytes
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 
 _LEAN_ABOVE_BYTES = 192 << 20
-_GIVEN_BACK_BYTES = 16 << 20
+_GIVEN_BACK_BYTES = 4 << 20
 _LIBRARY_BYTES = 600 << 20  # of address space; with less MXNet's library crashes while it is loaded
 
 

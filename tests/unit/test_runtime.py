@@ -33,7 +33,7 @@ def test_only_models_whose_recurrent_layers_take_gigabytes_are_trained_lean(envi
         if "MXNET_USE_MKLDNN_RNN" in os.environ:
             lean.add(recipe)
         gives_back = recipe in lean or config.optim.max_seq_len_delta is not None
-        assert limits.pop() == (16 << 20 if gives_back else None)
+        assert limits.pop() == (4 << 20 if gives_back else None)
     assert {"awd", "awd-wikitext-2"} <= lean and lean.isdisjoint({"lm", "mxnet", "demo", "lm-regularised"})
 
 
@@ -54,7 +54,7 @@ def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_a
     assert (variables["NVIDIA_TF32_OVERRIDE"], variables["MXNET_GPU_MEM_POOL_TYPE"]) == ("0", "Round")
 
 
-@pytest.mark.parametrize("limit", ["None", "16 << 20"])
+@pytest.mark.parametrize("limit", ["None", "4 << 20"])
 def test_the_c_library_takes_the_setting(limit):
     code = f"from gluon_lm.runtime import keep_freed_memory; raise SystemExit(not keep_freed_memory({limit}))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
