@@ -231,6 +231,7 @@ def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
     command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"
     environment["GLUON_LM_CACHE"] = str(Path(folder) / "cache")
     with subprocess.Popen(
         command,
