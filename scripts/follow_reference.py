@@ -149,6 +149,8 @@ def begin_with_ours(peer, ours, config: Config) -> None:
 
 def finished_losses(path: Path | None, recipe: str, num_steps: int) -> dict[str, list[float]]:
     """What an earlier call wrote about as many steps of the recipe."""
+    if path is not None and not path.parent.is_dir():
+        raise SystemExit(f"--json {path}: there is no folder {path.parent}; make it first")
     if path is None or not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
