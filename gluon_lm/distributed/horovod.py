@@ -184,6 +184,8 @@ class HorovodCommunicator(Communicator):
         try:
             yield
         except mx.MXNetError as error:
+            self._watch.stop()
+            self._watch.join()  # MXNet keeps the errors of all threads in one list, which it does not lock
             with contextlib.suppress(mx.MXNetError):
                 mx.nd.waitall()  # raises the errors of the others here, where MXNet would print them at exit
             reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]
@@ -232,8 +234,9 @@ class HorovodCommunicator(Communicator):
         self._codecs = []
 
     def close(self):
-        self._watch.close()
+        self._watch.stop()
         self._hvd.shutdown()
+        self._watch.join()
 
 
 class _Watch:
@@ -249,11 +252,17 @@ class _Watch:
         self._name = f"alive.{next(self._numbers)}"
         self._closed = threading.Event()
         self._heard = time.monotonic()
-        for act in (self._signal, self._check):
-            threading.Thread(target=act, daemon=True).start()
+        self._signals = threading.Thread(target=self._signal, daemon=True)
+        self._signals.start()
+        threading.Thread(target=self._check, daemon=True).start()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Give no further sign. The one on its way is still waited for, and for no longer than any."""
         self._closed.set()
+
+    def join(self) -> None:
+        """Wait until this thread alone is in MXNet."""
+        self._signals.join()
 
     def _signal(self) -> None:
         sign = mx.nd.ones((1,), dtype="uint8")
@@ -266,8 +275,9 @@ class _Watch:
                 self._heard = time.monotonic()
 
     def _check(self) -> None:
-        while not self._closed.wait(min(_ROUND_S, self._timeout_s / 4)):
-            if time.monotonic() - self._heard > self._timeout_s:
+        while self._signals.is_alive():
+            self._signals.join(min(_ROUND_S, self._timeout_s / 4))
+            if self._signals.is_alive() and time.monotonic() - self._heard > self._timeout_s:
                 print(
                     f"error: worker {self._hvd.rank()} of {self._hvd.size()}: one of the others has not been heard for "
                     f"{self._timeout_s:g} s ({TIMEOUT_VARIABLE}): it hangs, or its network is cut; mend that, and "
