@@ -2,10 +2,13 @@
 
     python scripts/follow_reference.py awd-ptb --data-dir data --steps 200
     python scripts/follow_reference.py awd-wikitext-2 --data-dir data --steps 200 --json losses.json
+    python scripts/follow_reference.py awd-wikitext-2 --data-dir data --steps 200 --dropoute 0
 
 Both draw their own dropout masks, so the losses agree but for that noise. Ours trains twice, under two seeds: how far
-these two lie apart shows how large it is. gluonnlp comes with `bash scripts/environment.sh peers`; its AWDRNN is
-trained by the loop of its word_language_model.py. With --json, what was interrupted goes on with the next model.
+these two lie apart shows how large it is. Once hybridized, gluonnlp's embedding dropout also takes its words from the
+tied output layer, as ours does not; --dropoute 0 compares without. gluonnlp comes with `bash scripts/environment.sh
+peers`; its AWDRNN is trained by the loop of its word_language_model.py. With --json, what was interrupted goes on with
+the next model.
 """
 
 from __future__ import annotations
@@ -147,16 +150,18 @@ def begin_with_ours(peer, ours, config: Config) -> None:
     take("embedding0_bias", 0, ours["head.decoder.bias"])  # of the tied output layer
 
 
-def finished_losses(path: Path | None, recipe: str, num_steps: int) -> dict[str, list[float]]:
-    """What an earlier call wrote about as many steps of the recipe."""
+def finished_losses(path: Path | None, training: dict, num_steps: int) -> dict[str, list[float]]:
+    """What an earlier call wrote about as many steps of this training."""
     if path is not None and not path.parent.is_dir():
         raise SystemExit(f"--json {path}: there is no folder {path.parent}; make it first")
     if path is None or not path.exists():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    if found["recipe"] != recipe or any(len(losses) != num_steps for losses in found["losses"].values()):
-        raise SystemExit(f"{path}: holds other losses than {num_steps} of {recipe}; name another file or remove it")
-    return found["losses"]
+    losses = found.pop("losses")
+    if found != training or any(len(values) != num_steps for values in losses.values()):
+        rule = f"holds other losses ({json.dumps(found)}) than {num_steps} of {json.dumps(training)}"
+        raise SystemExit(f"{path}: {rule}; name another file or remove it")
+    return losses
 
 
 def main() -> int:
@@ -164,12 +169,15 @@ def main() -> int:
     parser.add_argument("recipe", choices=("awd-ptb", "awd-wikitext-2"))
     parser.add_argument("--data", help="the text (default: the recipe's corpus)")
     parser.add_argument("--data-dir", default="data", help="where the corpora lie (default ./data)")
+    parser.add_argument("--dropoute", type=float, metavar="P", help="embedding dropout (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=200, help="steps to compare (default 200)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write every loss to FILE; what it has already is not trained again"
     )
     options = parser.parse_args()
     config = resolve(recipe=options.recipe).config
+    if options.dropoute is not None:
+        config = replace(config, model=replace(config.model, dropout_embed=options.dropoute))
     prepare_training(config)
     from gluon_lm.data import load_corpus
 
@@ -182,14 +190,16 @@ def main() -> int:
         "gluonnlp": lambda what: train_peer(config, vocab_size, windows, what),
         "gluon_lm, another seed": lambda what: train_ours(config, vocab_size, windows, seed + 1, what),
     }
-    losses = finished_losses(options.json, options.recipe, len(windows))
+    training = {"recipe": options.recipe, "data": list(data.data), "dropout_embed": config.model.dropout_embed}
+    losses = finished_losses(options.json, training, len(windows))
     for what, train in trainings.items():
         if what not in losses:
             losses[what] = train(what)
             if options.json is not None:
                 with atomic_write(options.json) as file:
-                    file.write(json.dumps({"recipe": options.recipe, "losses": losses}).encode() + b"\n")
-    print(f"\n**{options.recipe}: mean loss, {len(windows)} steps**\n")
+                    file.write(json.dumps({**training, "losses": losses}).encode() + b"\n")
+    title = f"{options.recipe}, embedding dropout {config.model.dropout_embed:g}"
+    print(f"\n**{title}: mean loss, {len(windows)} steps**\n")
     print(f"| steps | {' | '.join(losses)} |\n| --- |{' ---: |' * len(losses)}")
     for start in range(0, len(windows), INTERVAL):
         means = [np.mean(values[start : start + INTERVAL]) for values in losses.values()]
