@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import re
 import sys
@@ -47,6 +48,7 @@ from gluon_lm.memory import is_allocation_failure
 
 _Section = TypeVar("_Section", bound=Section)
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
@@ -174,8 +176,13 @@ class CommandParser(argparse.ArgumentParser):
         self._declared: dict[str, dataclasses.Field[Any]] = {}
         self._instead = {**_INSTEAD, **(instead or {})}
 
-    def add_section(self, section: type[Section], title: str, only: Sequence[str] | None = None) -> None:
-        """Add a flag, under all its names, for each field of `section` (or for those that `only` names)."""
+    def add_section(
+        self, section: type[Section], title: str, only: Sequence[str] | None = None, default: str | None = None
+    ) -> None:
+        """Add a flag, under all its names, for each field of `section` (or for those that `only` names).
+
+        `default` says what holds where a flag is not given, if that is not the field's own default.
+        """
         group = self.add_argument_group(title)
         for declared in dataclasses.fields(section):
             if only is not None and declared.name not in only:
@@ -185,7 +192,7 @@ class CommandParser(argparse.ArgumentParser):
             if kind.is_switch and section in SECTIONS.values():  # a YAML file may have switched it on
                 flags.append(flag_of(f"no_{declared.name}"))
             is_told = declared.default is False or "(default: " in declared.metadata["help"]
-            note = "" if is_told else f" (default: {show(declared.default)})"
+            note = "" if is_told else f" (default: {default or show(declared.default)})"
             group.add_argument(
                 *flags,
                 action=_Store,
@@ -197,11 +204,16 @@ class CommandParser(argparse.ArgumentParser):
             )
             self._declared[declared.name] = declared
 
+    def add_device(self, title: str = "device") -> None:
+        """Add the flags that choose the one device of a command which does not train."""
+        choosing = ("gpus", "cpus", "cuda", "single_gpu")
+        self.add_section(DeviceConfig, title, only=choosing)
+        joining = [field.name for field in dataclasses.fields(DeviceConfig) if field.name not in choosing]
+        self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
+
     def add_run(self) -> None:
-        """Add what every command has that reads a run: RUN, the devices and `DebugOptions`; for the end of the help."""
+        """Add RUN, which every command has that reads a run."""
         self.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
-        self.add_section(DeviceConfig, "devices")
-        self.add_section(DebugOptions, "messages")
 
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
@@ -299,6 +311,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "dropout_inner_input",
         "dropout_last_input",
         "dropout_latent",
+        "dropout_candidate",
         "weight_drop",
         "input_weight_drop",
         "amp",
@@ -447,12 +460,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     elif resume is not None and run.save not in (None, resume):
         both = f"--save {show(run.save)} with --resume {show(resume)}"
         problems.append(f"{both}: a run continues in its own folder; leave --save out")
+    continued = "--continue-train" if run.continue_train else "--resume"
     if resume is not None and run.overwrite:
-        problems.append("--overwrite with --resume: a run is either continued or replaced; leave one of them out")
+        problems.append(f"--overwrite with {continued}: a run is either continued or replaced; leave one of them out")
     if resume is not None and run.config is not None:
-        problems.append("--config with --resume: a run continues with its own config.yaml; leave --config out")
+        problems.append(f"--config with {continued}: a run continues with its own config.yaml; leave --config out")
     if resume is not None and run.recipe is not None:
-        problems.append("--recipe with --resume: a run continues with its own config.yaml; leave --recipe out")
+        problems.append(f"--recipe with {continued}: a run continues with its own config.yaml; leave --recipe out")
 
     config_file = None if run.config is None or resume is not None else Path(run.config)
     try:
@@ -526,9 +540,9 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     )
     parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
     for name, section in SECTIONS.items():
-        if section is not DeviceConfig:
-            fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
-            parser.add_section(section, name, only=sorted(fields))
+        fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
+        parser.add_section(section, name, only=sorted(fields), default="the run's")
+    parser.add_section(DebugOptions, "messages")
     parser.add_run()
     problems: list[str] = []
     parsed = parser.parse(argv, postponed=problems)
@@ -580,6 +594,8 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     started = time.perf_counter()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
     try:
         code = work(words)
         LOGGER.debug("done in %.1f s", time.perf_counter() - started)
@@ -628,6 +644,8 @@ def _explain(error: Exception) -> list[str]:
     where = "" if error.filename is None else f"{error.filename}: "
     if isinstance(error, PermissionError):
         return [f"{where}no permission; choose another folder, or change its permissions"]
+    if error.errno in _NO_PATH:
+        return [f"{where}cannot be a file or a folder ({error.strerror}); name another"]
     if error.errno in _NOT_WRITTEN:
         return [f"{where}cannot be written ({error.strerror}); mend that, or choose another folder"]
     return []

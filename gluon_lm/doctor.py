@@ -199,10 +199,12 @@ def _examine_gpus(builds: list[str]) -> dict[str, Any]:
 
 def _examine_folder(folder: Path) -> dict[str, Any]:
     """How fast files are written where runs will lie: `_SAMPLE_BYTES`, up to and with the disk's answer."""
-    existing = folder.resolve()
+    existing = Path(os.path.realpath(folder))
     while not existing.is_dir():
         existing = existing.parent
     facts: dict[str, Any] = {"path": str(folder), "bytes_per_second": None, "problem": ""}
+    if folder.exists() and not folder.is_dir():
+        facts["problem"] = "is no folder"
     facts["free_bytes"] = shutil.disk_usage(existing).free
     block = os.urandom(1 << 20)
     try:

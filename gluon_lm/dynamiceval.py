@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch, text
 from .errors import ConfigError, DataError
 from .logs import LOGGER, RESULT, log_to_terminal
@@ -45,8 +45,10 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         "python -m gluon_lm.dynamiceval runs/latest --lamb 0.075",
     )
     parser.add_section(DynamicOptions, "dynamic evaluation")
-    parser.add_section(DataConfig, "data (default: the text of the run)", only=_DATA_FLAGS)
+    parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
     parser.add_run()
+    parser.add_device()
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(DynamicOptions), parsed.build(DeviceConfig)
     name = parsed.arguments.run

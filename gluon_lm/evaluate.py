@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, Parsed, Section, run_command
+from .cli import CommandParser, DebugOptions, Parsed, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
 from .errors import ConfigError
 from .logs import LOGGER, RESULT, log_to_terminal
@@ -51,8 +51,10 @@ def _evaluate(argv: Sequence[str]) -> int:
         "python -m gluon_lm.evaluate runs/latest --split test",
     )
     parser.add_section(EvaluateOptions, "evaluation")
-    parser.add_section(DataConfig, "data (default: the text of the run)", only=_DATA_FLAGS)
+    parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
     parser.add_run()
+    parser.add_device()
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     _check_cache(options, parsed)

@@ -17,7 +17,11 @@ from .runtime import prepare_process
 class ExportOptions(Section):
     """Where to, and as what."""
 
-    output: str | None = option(None, optional(text("DIR")), "folder to write; an older export in it is replaced")
+    output: str | None = option(
+        None,
+        optional(text("DIR")),
+        "folder to write (default: there is none, so name one); an older export in it is replaced",
+    )
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
 
 

@@ -105,7 +105,7 @@ def _write_folder(
     write_model: Callable[[TrainedModel, Path], dict[str, Any]],
     bar: Any,
 ) -> dict[str, Any]:
-    target = output.resolve()  # a link to an export stays one
+    target = Path(os.path.realpath(output))  # a link to an export stays one
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
     try:

@@ -44,20 +44,28 @@ def synchronise(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well, and else leaves no trace."""
-    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
+    """A binary file that takes the place of `path` when the block ends well, and else leaves no trace.
+
+    A link stays, and what it names is replaced; a device or a pipe is written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            yield file
+        return
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     try:
         with open(fresh, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
+        fresh.replace(target)
     except BaseException as error:
         fresh.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a full disk is not told by name
+        if isinstance(error, OSError) and error.filename in (None, str(fresh)):  # a full disk is not told by name
+            error.filename, error.filename2 = str(path), None
         raise
-    synchronise(path.parent)
+    synchronise(target.parent)
 
 
 class AppendedText:
@@ -147,17 +155,21 @@ def exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def output_file(name: str | None) -> Path | None:
-    """The file that ``--outf`` names; None for the terminal.
+def output_file(flag: str, name: str) -> Path:
+    """The file that a flag names, which is to be written after long work.
 
     Raises
     ------
     ConfigError
         If it cannot be one.
     """
-    path = None if name is None else Path(name)
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ConfigError(f"--outf {path}: must be a file in a folder that exists; name another")
+    path = Path(name)
+    folder = Path(os.path.realpath(path)).parent
+    if path.is_dir() or not folder.is_dir():
+        raise ConfigError(f"{flag} {path}: must be a file in a folder that exists; name another")
+    is_replaced = path.is_file() or not path.exists()  # and not written to, as `atomic_write` does with a device
+    if not os.access(folder if is_replaced else path, os.W_OK):
+        raise ConfigError(f"{flag} {path}: no permission to write there; name another")
     return path
 
 

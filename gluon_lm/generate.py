@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, real, switch, text, texts
 from .errors import ConfigError
 from .files import open_output, output_file
@@ -58,6 +58,8 @@ def _generate(argv: Sequence[str]) -> int:
     )
     parser.add_section(GenerateOptions, "text")
     parser.add_run()
+    parser.add_device()
+    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
     name = parsed.arguments.run
@@ -72,10 +74,12 @@ def _generate(argv: Sequence[str]) -> int:
         ]
     if problems:
         raise ConfigError(problems)
-    out = output_file(options.outf)
+    out = None if options.outf is None else output_file("--outf", options.outf)
     log_to_terminal(parsed.verbosity)
     if options.data is not None:
         LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
+    if out is None and "log_interval" in parsed.settings:
+        LOGGER.info("--log-interval %d: has no effect without --outf", options.log_interval)
     prepare_process(own_layers=True)
     from .data.tokenizers import TOKENIZERS
     from .distributed import resolve_single_device

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .config import read_config
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, reason
 from .metrics import perplexity
 from .tracking import read_events
 from .training.run_folder import RunFolder, checkpoint_step
@@ -35,6 +35,8 @@ class SavedCheckpoint:
         On the validation text, in nats a token, where it was evaluated.
     num_bytes : int
     is_best, is_latest : bool
+    corpus : str or None
+        Name of the registry's corpus that the run is trained on.
     """
 
     step: int
@@ -43,6 +45,7 @@ class SavedCheckpoint:
     num_bytes: int
     is_best: bool
     is_latest: bool
+    corpus: str | None
 
 
 class RunHistory:
@@ -74,18 +77,19 @@ class RunHistory:
 
     def __init__(self, path: Path) -> None:
         self.folder = folder = RunFolder(path)
-        if not folder.config.is_file():
-            raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
         try:
+            if not folder.config.is_file():
+                raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
             self.config = read_config(folder.config)
             lines = read_events(folder.metrics) if folder.metrics.exists() else ()
             self.events = [_checked(event) for _, event in lines]
             self.state, self.reason = self._read_state()
-            self.checkpoints = [self._read_checkpoint(saved) for saved in folder.saved_checkpoints()]
+            found = [self._read_checkpoint(saved) for saved in folder.saved_checkpoints()]
+            self.checkpoints = [saved for saved in found if saved is not None]
         except ConfigError as error:
             raise CheckpointError("; ".join(error.problems)) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({reason(error)}); mend or move what is damaged") from error
         written = [folder.config, folder.metrics, folder.log, folder.status]
         self.updated = max(file.stat().st_mtime for file in written if file.exists())
 
@@ -97,20 +101,28 @@ class RunHistory:
         status = json.loads(self.folder.status.read_text(encoding="utf-8"))
         if status["state"] == "running":
             return "stopped", "killed"
-        if status["state"] not in STATES:
-            raise ValueError(f"{self.folder.status.name}: state {status['state']!r}")
+        if status["state"] not in STATES or not isinstance(status["reason"], (str, type(None))):
+            raise ValueError(f"{self.folder.status.name}: state {status['state']!r}, reason {status['reason']!r}")
         return status["state"], status["reason"]
 
-    def _read_checkpoint(self, path: Path) -> SavedCheckpoint:
+    def _read_checkpoint(self, path: Path) -> SavedCheckpoint | None:
+        """None for one that has just been taken away, as a run does that keeps the newest alone."""
         step = checkpoint_step(path)
-        training = json.loads((path / "state.json").read_text(encoding="utf-8"))["training"]
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            num_bytes = sum(file.stat().st_size for file in path.iterdir())
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            return None
         return SavedCheckpoint(
             step,
-            training["epoch"],
+            int(state["training"]["epoch"]),
             next((event["loss"] for event in self.of("valid") if event["step"] == step), None),
-            sum(file.stat().st_size for file in path.iterdir()),
+            num_bytes,
             path.resolve() == self.folder.best.resolve(),
             path.resolve() == self.folder.latest.resolve(),
+            state.get("text", {}).get("name"),
         )
 
     def of(self, event: str) -> list[dict[str, Any]]:
@@ -131,7 +143,7 @@ class RunHistory:
     @property
     def epoch(self) -> int:
         """Passes over the training text that were begun."""
-        return max((event["epoch"] for event in self.events if "epoch" in event), default=0)
+        return max((event["epoch"] for event in self.events if event.get("epoch") is not None), default=0)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -157,14 +169,11 @@ class RunHistory:
             words.append(f"mixture of {config.num_experts}")
         return " ".join(words)
 
-    @functools.cached_property
+    @property
     def corpus(self) -> str:
         """What it is trained on: a corpus of the registry, or the user's files."""
-        for saved in reversed(self.folder.saved_checkpoints()):
-            text = json.loads((saved / "state.json").read_text(encoding="utf-8")).get("text", {})
-            if text.get("name"):
-                return str(text["name"])
-        return " ".join(Path(name).name for name in self.config.data.data)
+        names = [saved.corpus for saved in self.checkpoints if saved.corpus]
+        return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
 
     @functools.cached_property
     def num_parameters(self) -> int | None:

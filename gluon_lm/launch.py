@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, normalise_argv, parse_train, run_command
-from .config import Section, integer, option, optional, real, switch, text
+from .config import Section, device_count, integer, option, optional, real, share_problems, switch, text
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
+from .train import main as train
+from .train import settle
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
 
@@ -53,6 +55,14 @@ def _launch(argv: Sequence[str]) -> int:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
     flags = _train_flags([*words[split + 1 :], *messages])
+    command = parse_train(flags)
+    if command.print_config:
+        return train(flags)
+    if options.hostfile is None:  # or else the run lies on another machine, it may be
+        command, _, _ = settle(command)
+        problems = share_problems(command.config, options.workers * (device_count(command.config) or 1))
+        if problems:
+            raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)

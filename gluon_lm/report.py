@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import CheckpointError, ConfigError
-from .files import atomic_write
+from .files import atomic_write, output_file
 from .history import RunHistory
 from .logs import LOGGER, RESULT, log_to_terminal
 from .progress import counted
@@ -49,7 +49,7 @@ def _report(argv: Sequence[str]) -> int:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: the newest run)")
     parser.add_section(ReportOptions, "report")
-    parser.add_section(DeviceConfig, "devices (for the texts)")
+    parser.add_device("device (for the texts)")
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
@@ -108,12 +108,10 @@ def _output(name: str | None, folders: Sequence[Path]) -> Path:
         If it cannot be one.
     """
     if name is None:
-        return folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    path = Path(name)
+        name = str(folders[0] / "report.html") if len(folders) == 1 else "report.html"
+    path = output_file("--output", name)
     if path.suffix not in (".html", ".htm"):
         raise ConfigError(f"--output {name}: must end in .html; write --output {path.stem}.html")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--output {name}: must be a file in a folder that exists; name another")
     return path
 
 

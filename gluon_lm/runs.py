@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,12 +78,14 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         found = [path for path in inside if path.is_dir() and _looks_like_a_run(path)]
     for path in found:
         yield path
-        if (path / FINETUNED).is_dir():
+        if os.access(path, os.X_OK) and (path / FINETUNED).is_dir():
             yield path / FINETUNED
 
 
 def _looks_like_a_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    """A folder that cannot be looked into may be one."""
+    may_look = os.access(path, os.X_OK)
+    return not may_look or any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 def _table(runs: list[dict[str, Any]]) -> list[str]:

@@ -46,13 +46,13 @@ def _score(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or exported folder")
     parser.add_argument("file", metavar="FILE", help="text, a line for each candidate; - reads standard input")
     parser.add_section(ScoreOptions, "output")
-    parser.add_section(DeviceConfig, "devices")
+    parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ScoreOptions)
     if options.words and options.format == "jsonl":
         raise ConfigError("--words with --format jsonl: JSON has the words anyway; leave --words out")
-    out = output_file(options.outf)
+    out = None if options.outf is None else output_file("--outf", options.outf)
     lines = _read(parsed.arguments.file)
     log_to_terminal(parsed.verbosity)
     prepare_process()
@@ -82,7 +82,8 @@ def _read(name: str) -> list[str]:
     where = "standard input" if name == "-" else name
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        lines = content.decode("utf-8").splitlines()
+        text_ = content.decode("utf-8-sig").replace("\r\n", "\n")
+        lines = text_.removesuffix("\n").split("\n") if text_ else []
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror}); name a text file") from error
     except UnicodeDecodeError as error:

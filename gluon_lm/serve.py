@@ -48,7 +48,7 @@ def _serve(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or exported folder")
     parser.add_section(ServeOptions, "address")
     parser.add_section(Limits, "limits")
-    parser.add_section(DeviceConfig, "devices")
+    parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, limits = parsed.build(ServeOptions), parsed.build(Limits)

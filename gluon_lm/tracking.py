@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -86,24 +87,45 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, after_step: int, configuration: str) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter's thread dies where the disk is full
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import text
 
-        self._writer = SummaryWriter(
-            str(folder),
-            purge_step=after_step + 1 if after_step else None,
-            filename_suffix=f".{after_step:012}",  # its names tell seconds alone: another file in the same one is lost
-        )
-        self._writer.add_text("configuration", "".join(f"    {line}\n" for line in configuration.splitlines()))
+        self._folder = folder
+        with self._writing():
+            folder.mkdir(exist_ok=True)
+            # Its names tell seconds alone: another file in the same one would be lost.
+            self._events = EventsWriter(str(folder / "events"), f".{after_step:012}")
+        if after_step:
+            self._add(after_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what comes later
+        self._add(0, summary=text("configuration", "".join(f"    {line}\n" for line in configuration.splitlines())))
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Add each number of an event that is finite."""
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                self._writer.add_scalar(f"{event}/{name}", value, step)
+                self._add(step, summary=scalar(f"{event}/{name}", value))
 
     def close(self) -> None:
-        """Write what is left, and let go of the file."""
-        self._writer.close()
+        """Let go of the file."""
+        with self._writing():
+            self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with self._writing():
+            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
 
 
 def require_tensorboard() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from .cli import MAY_CHANGE_ON_RESUME, parse_train, run_command
+from .cli import MAY_CHANGE_ON_RESUME, TrainCommand, parse_train, run_command
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run, stamped, strip_model_suffix
@@ -17,17 +18,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_train, argv)
 
 
-def _train(argv: Sequence[str]) -> int:
-    command = parse_train(argv)
+def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
+    """A command, once the run folder that it names has been looked at.
+
+    Returns
+    -------
+    command : TrainCommand
+        With the whole configuration, and the place of a new run.
+    run, checkpoint : RunFolder, Path or None
+        What is continued, as `find_run` returns it; None for a new run.
+
+    Raises
+    ------
+    ConfigError, CheckpointError
+        If the folder is not free, has no run to continue, or one that goes on otherwise.
+    """
     if command.resume is not None:
         run, checkpoint = find_run(command.resume)
-        command = command.over(run.config, MAY_CHANGE_ON_RESUME)
-    elif command.save is not None and not command.print_config:
+        return command.over(run.config, MAY_CHANGE_ON_RESUME), run, checkpoint
+    if command.save is not None and not command.print_config:
         path = strip_model_suffix(command.save)
         if command.recipe == "mos":  # the reference puts the time behind the name
             path = stamped(path)
         RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
+    return command, None, None
+
+
+def _train(argv: Sequence[str]) -> int:
+    command, run, checkpoint = settle(parse_train(argv))
     if command.print_config:
         print(command.describe(), end="")
         return 0
@@ -36,7 +55,7 @@ def _train(argv: Sequence[str]) -> int:
     prepare_training(command.config)
     from .training.session import resume_run, start_run
 
-    return start_run(command) if command.resume is None else resume_run(command, run, checkpoint)
+    return start_run(command) if run is None else resume_run(command, run, checkpoint)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..config import DataConfig, nearest
+from ..config import DataConfig, nearest, show
 from ..errors import DataError
+from ..logs import LOGGER
 from .download import Mirror, ParquetMirror, PlainMirror, PublishedFile, ZipMirror, download_files
 from .encoding import EMPTY, Cache, Counts, Span, Text, build_vocabulary, encode_text, open_text
 from .vocabulary import Vocabulary
@@ -322,11 +323,11 @@ def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusS
     return next((spec for spec in corpora.values() if wanted in (spec.name, *spec.aliases)), None)
 
 
-def unknown_corpus(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> str:
-    """The message for a name that is no corpus."""
+def unknown_corpus(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA, otherwise: str = "") -> str:
+    """The message for a name that is no corpus, nor what it may be otherwise."""
     names = [known for spec in corpora.values() for known in (spec.name, *spec.aliases)]
     hint = nearest(Path(name).name.lower().replace("_", "-"), names)
-    return f"{name}: must be a corpus ({', '.join(corpora)}), or a folder or file that exists{hint}"
+    return f"{show(name)}: must be a corpus ({', '.join(corpora)}){otherwise}{hint}"
 
 
 def _find_source(
@@ -352,7 +353,7 @@ def _find_source(
     elif path.exists():
         raise DataError(f"{path}: is neither a folder nor a regular file; name a folder or text files")
     if spec is None:
-        raise DataError("--data " + unknown_corpus(name, corpora))
+        raise DataError("--data " + unknown_corpus(name, corpora, ", or a folder or file that exists"))
     return _published(spec, spec.texts(path, splits))
 
 
@@ -465,6 +466,8 @@ def load_corpus(
             f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); mend that, "
             "or name another text"
         ) from error
+    if config.data_dir != DataConfig.data_dir and not find_spec(config.data[0], corpora):
+        LOGGER.info("--data-dir %s: has no effect, --data names files of its own", config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer
     with Cache(cache_dir) as cache:
         if vocabulary is None:

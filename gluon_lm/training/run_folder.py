@@ -74,7 +74,7 @@ class RunFolder:
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
         self.check_free(overwrite)
-        place = self.path.resolve()  # a link to a run stays one
+        place = Path(os.path.realpath(self.path))  # a link to a run stays one
         fresh = RunFolder(place.with_name(f".{place.name}.new-{os.getpid()}"))
         shutil.rmtree(fresh.path, ignore_errors=True)  # of a killed process that had the same number
         with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import zipfile
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 from processes import wait_for
 
-from gluon_lm import exporting
+from gluon_lm import exporting, tracking
 from gluon_lm.training import checkpoint
 
 pytestmark = pytest.mark.timeout(300)
@@ -136,6 +137,66 @@ def test_an_output_file_on_a_full_disk_keeps_its_old_content(project, disk):
         assert (disk.path / "out.txt").read_text() == "old" and without_ballast(disk.path) == {"out.txt"}
 
 
+def test_tensorboards_files_on_a_full_disk_end_the_run_in_one_line(project, disk, monkeypatch):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    monkeypatch.setattr(tracking.AppendedText, "write", lambda file, text: None)  # or else the log is the first
+    flags = (*project.training_flags, "--max-steps", 400, "--epochs", 99, "--log-interval", 1, "--tensorboard")
+    disk.leave(4 * PAGE)
+    assert "run/tensorboard: cannot be written (No space" in project.refused("train", *flags, "--save", "disk/run")
+
+
+def test_what_is_made_of_a_run_on_a_full_disk_leaves_nothing_behind(project, disk):
+    project.train("run")
+    disk.leave(PAGE)
+    assert "disk/page.html: cannot be written (" in project.refused("report", "run", "--output", "disk/page.html")
+    assert without_ballast(disk.path) == set()
+    disk.free()
+    shutil.copytree("run", "disk/run", symlinks=True)
+    before = {path.name for path in Path("disk/run").iterdir()}
+    disk.leave(PAGE)
+    output = project.run("dynamiceval", "disk/run", "--bptt", 5, "--batch-size", 4)
+    assert "cannot be written (No space left on device)" in output
+    assert not list(Path("disk/run").glob("dynamiceval/*")) and {p.name for p in Path("disk/run").iterdir()} >= before
+
+
+def test_an_output_that_is_a_device_a_pipe_or_a_link_stays_one(project):
+    project.train("run")
+    os.mkfifo("pipe")
+    Path("target.txt").write_text("old")
+    Path("link").symlink_to("target.txt")
+    words = project.run("generate", "run", "--words", 30)
+    with subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        project.run("generate", "run", "--words", 30, "--outf", "pipe")
+        assert reader.communicate(timeout=60)[0] == words
+    project.run("generate", "run", "--words", 30, "--outf", "link")
+    assert Path("pipe").is_fifo() and Path("link").is_symlink() and Path("target.txt").read_text() == words
+    try:
+        os.mknod("null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("no device can be made here, which takes root")
+    project.run("generate", "run", "--words", 30, "--outf", "null")
+    assert Path("null").is_char_device()
+
+
+# ---------------------------------------------------------------- names that cannot be
+
+
+def test_names_that_no_file_can_have_are_said_in_one_line(project):
+    project.train("run")
+    Path("loop").symlink_to("loop")
+    for name in ("x" * 300, "loop/x", "text/train.txt/x"):
+        for command in (
+            ("train", *project.training_flags, "--save", name),
+            ("train", "--resume", name),
+            ("evaluate", name),
+            ("generate", "run", "--words", 2, "--outf", name),
+            ("export", "run", "--output", name),
+            ("report", "run", "--output", f"{name}.html"),
+            ("runs", name),
+        ):
+            assert name in project.refused(*command)
+
+
 # ---------------------------------------------------------------- no writing at all
 
 
@@ -150,6 +211,8 @@ def test_a_run_that_may_not_be_written_is_read_and_not_trained(project, disk):
     project.run("generate", "disk/run", "--words", 3)
     project.run("export", "disk/run", "--output", "exported")
     assert "disk/run" in project.refused("finetune", "disk/run")
+    assert "disk/run/report.html: " in project.refused("report", "disk/run")
+    assert "finished" in project.run("runs", "disk")
 
 
 # ---------------------------------------------------------------- memory
@@ -310,6 +373,17 @@ def test_parameters_that_are_none_are_refused(project):
         for flags in (("evaluate", "run"), ("train", "--resume", "run"), ("export", "run", "--output", "exported")):
             assert "run" in project.refused(*flags), how
     assert not (project.path / "exported").exists()
+
+
+def test_averages_and_residuals_that_are_none_are_refused(project):
+    project.train("run", "--asgd")
+    for how in each_forged(project, "unaveraged.npz", BAD_ARRAYS):
+        assert "run" in project.refused("train", "--resume", "run", "--epochs", 3), how
+    shutil.rmtree("run")
+    shutil.rmtree("whole")
+    project.train("run", "--cpus", 2, "--gctype", "2bit")
+    for how in each_forged(project, "residuals.npz", BAD_ARRAYS):
+        assert "run" in project.refused("train", "--resume", "run", "--epochs", 3), how
 
 
 def test_a_state_of_the_optimiser_that_is_none_is_refused_and_never_unpickled(project):

@@ -17,6 +17,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6
@@ -330,6 +331,9 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--", "--kvstore", "dist_async"), "stale parameters"),
         (("--", "--kvstore=device", "--cpus", 2), "--kvstore device: must be dist_sync or dist_device_sync"),
         (("--", "--droput", 0.5), "--droput: unknown flag"),
+        (("--", "--data", "text", "--save", "run"), "--save run: exists already"),
+        (("--", "--data", "text", "--batch-size", 5), "--batch-size 5: must be a multiple of the number of devices, 2"),
+        (("--", "--resume", "nowhere"), "nowhere: there is no such run"),
         (("--local", "--hostfile", "hosts.txt", "--", "--tied"), "leave one of them out"),
         (("--hostfile", "nowhere.txt", "--", "--tied"), "nowhere.txt: cannot be read (No such file or directory)"),
         (("--hostfile", "hosts.txt", "--", "--tied"), "host nowhere.invalid: has no address"),
@@ -337,8 +341,14 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
 )
 def test_what_cannot_be_started_is_one_line(project, words, said):
     (project.path / "hosts.txt").write_text("nowhere.invalid slots=2\n")
+    (project.path / "run").mkdir()
     (line,) = project.run("launch", *words, code=2).splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def test_the_configuration_is_printed_once_and_nothing_started(project):
+    printed = project.run("launch", "--workers", 3, "--", "--data", "text", "--tied", "--print-config")
+    assert yaml.safe_load(printed)["kvstore"] == "dist_sync" and printed.count("recipe:") == 1
 
 
 def test_a_port_that_is_taken_is_named(cluster):

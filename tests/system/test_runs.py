@@ -78,6 +78,11 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
         ("lossless", "metrics.jsonl", '{"event": "test", "step": 3}\n'),
         ("unknown", "config.yaml", "nhidden: 5\n"),
         ("odd", "status.json", '{"state": "flying", "reason": null}\n'),
+        ("strange", "status.json", '{"state": "failed", "reason": 5}\n'),
+        ("deep", "status.json", "[" * 200_000),
+        ("bottomless", "latest/state.json", "[" * 200_000),
+        ("mute", "latest/state.json", '{"training": {"epoch": 1}, "text": "abc"}'),
+        ("late", "latest/state.json", '{"training": {"epoch": "x"}, "text": {}}'),
     ]:
         shutil.copytree("all/good", f"all/{name}", symlinks=True, ignore=shutil.ignore_patterns("finetune_model"))
         (project.path / "all" / name / file).write_text(content)
@@ -86,10 +91,13 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all/latest").symlink_to("good")
     runs, broken = listed(project)
     assert runs.keys() == {"good", "good/finetune_model"}
-    assert broken.keys() == {"cut", "listy", "wordy", "lossless", "unknown", "odd", "bare"}
+    mistaken = {"cut", "listy", "wordy", "lossless", "unknown", "odd", "bare"}
+    assert broken.keys() == mistaken | {"strange", "deep", "bottomless", "mute", "late"}
+    for name in broken:
+        assert f"all/{name}" in project.refused("report", f"all/{name}", "--words", 0)
     assert "nhidden" in broken["unknown"] and "no config.yaml" in broken["bare"]
     printed = project.run("runs", "all").splitlines()
-    assert len(printed) == 1 + 2 + 7 and any(line.startswith("cut: broken (") for line in printed)
+    assert len(printed) == 1 + 2 + 12 and any(line.startswith("cut: broken (") for line in printed)
     (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
     assert "finished" in row
     assert project.run("runs", "all/notes") == "no runs in all/notes\n"

@@ -87,6 +87,19 @@ def test_scores_tell_what_the_model_learnt(run):
     assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
 
 
+def test_lines_are_scored_as_they_are_read_in_training(run):
+    """Neither a byte order mark nor the line breaks of Windows are words, and no other sign breaks a line."""
+    plain, marked = (
+        run.run("score", "run", name)
+        for name, content in [
+            ("plain.txt", b"the cat\n\nsees a\x0c tree\n"),
+            ("marked.txt", b"\xef\xbb\xbfthe cat\r\n\r\nsees a\xe2\x80\xa8 tree"),
+        ]
+        if (run.path / name).write_bytes(content)
+    )
+    assert plain == marked and len(plain.splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [(b"", "is empty"), (b"fine\n\xff\xfe\n", "line 2: is not UTF-8"), (None, "cannot be read")],

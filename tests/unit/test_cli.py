@@ -698,12 +698,14 @@ def test_the_commands_are_listed_with_a_line_each(capsys):
 def test_a_command_of_its_own_with_the_device_flags():
     parser = CommandParser("score", "Score a text.", "python -m gluon_lm.score RUN")
     parser.add_argument("run")
-    parser.add_section(DeviceConfig, "devices")
+    parser.add_device()
     parsed = parser.parse(["RUN", "--gpu", "1,2"])
     assert parsed.arguments.run == "RUN"
     assert parsed.build(DeviceConfig) == DeviceConfig(gpus=(1, 2))
     with pytest.raises(ConfigError, match="--cpus 1 with|with --cpus 1"):
         parser.parse(["RUN", "--cuda", "--cpus", "1"]).build(DeviceConfig)
+    with pytest.raises(ConfigError, match="--horovod: unknown flag; it joins devices"):
+        parser.parse(["RUN", "--horovod"])
     with pytest.raises(ConfigError, match="run"):
         parser.parse([])
 
