@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, normalise_argv, parse_train, run_command
+from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command
 from .config import Section, device_count, integer, option, optional, real, share_problems, switch, text
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
-from .train import main as train
 from .train import settle
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
@@ -54,30 +54,41 @@ def _launch(argv: Sequence[str]) -> int:
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
-    flags = _train_flags([*words[split + 1 :], *messages])
-    command = parse_train(flags)
+    flags, command = _train_command([*words[split + 1 :], *messages], is_here=options.hostfile is None)
     if command.print_config:
-        return train(flags)
-    if options.hostfile is None:  # or else the run lies on another machine, it may be
-        command, _, _ = settle(command)
-        problems = share_problems(command.config, options.workers * (device_count(command.config) or 1))
-        if problems:
-            raise ConfigError(problems)
+        print(command.describe(), end="")
+        return 0
+    problems = share_problems(command.config, options.workers * (device_count(command.config) or 1), command.sources)
+    if problems:
+        raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()
 
 
-def _train_flags(words: Sequence[str]) -> list[str]:
-    """The flags of each worker, checked once before any is started."""
+def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand]:
+    """The flags of each worker and what they mean, checked once before any is started.
+
+    The run's folder is looked at too if `is_here`, and not somewhere on the machines of a host file.
+    """
+
+    def understood(flags: Sequence[str]) -> TrainCommand:
+        command = parse_train(flags)
+        return settle(command)[0] if is_here else command
+
     flags = normalise_argv(words)
+    with contextlib.suppress(ConfigError):  # which may be that a single device has nothing to add up
+        command = understood(flags)
+        if command.config.devices.kvstore in _KVSTORES:
+            return flags, command
     if not any(flag.partition("=")[0] == "--kvstore" for flag in flags):
         flags += ["--kvstore", "dist_sync"]
-    devices = parse_train(flags).config.devices
-    if devices.kvstore not in _KVSTORES:
-        raise ConfigError(f"--kvstore {devices.kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
-    return flags
+    command = understood(flags)
+    kvstore = command.config.devices.kvstore
+    if kvstore not in _KVSTORES:
+        raise ConfigError(f"--kvstore {kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
+    return flags, command
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class ParameterServer(Communicator):
         # ps-lite numbers the workers by their ports, another way in each run.
         self.rank, self.size = control.index, self._store.num_workers
         self._is_compressing = False
+        self._first_key = 0
         control.join(self.rank)
 
     @property
@@ -71,11 +72,18 @@ class ParameterServer(Communicator):
         self._control.alive(step)
 
     def broadcast_parameters(self, parameters):
+        self._make_keys(parameters)
         for key, parameter in enumerate(parameters):
             own = parameter.data(self.devices[0])
-            self._store.init(key, mx.nd.zeros_like(own))
             self._store.push(key, own if self.rank == 0 else mx.nd.zeros_like(own), priority=-key)
             self._store.pull(key, out=parameter.list_data(), priority=-key)
+        for parameter in parameters:
+            for array in parameter.list_data():
+                array.wait_to_read()
+
+    def _make_keys(self, parameters: Sequence[gluon.Parameter]) -> None:
+        for key, parameter in enumerate(parameters, self._first_key):
+            self._store.init(key, mx.nd.zeros_like(parameter.data(self.devices[0])))
 
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         factors = self._scales.factors if self._scales else None
@@ -85,15 +93,18 @@ class ParameterServer(Communicator):
             self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
             self._is_compressing = True
             self.gather_object("compressing")  # rank 0 has told the servers before anyone pushes
+            # MXNet cuts a large array among the servers at other places once it is compressed.
+            self._first_key = len(parameters)
+            self._make_keys(parameters)
         non_finite = nan_unless_finite(parameters) if factors else None
-        for key, parameter in enumerate(parameters):
-            grads = parameter.list_grad()
+        for i, parameter in enumerate(parameters):
+            key, grads = self._first_key + i, parameter.list_grad()
             if factors:
-                multiply(grads, factors[key])
+                multiply(grads, factors[i])
             self._store.push(key, grads, priority=-key)
             self._store.pull(key, out=grads, priority=-key)
             if factors:
-                multiply(grads, 1 / factors[key])
+                multiply(grads, 1 / factors[i])
         if non_finite is not None:
             for grad in parameters[-1].list_grad():
                 grad += non_finite.as_in_context(grad.context)

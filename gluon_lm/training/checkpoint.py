@@ -220,11 +220,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
             text=dict(state["text"]),
             num_devices=int(state["num_devices"]),
             loss_scale=dict(state.get("loss_scale", {})),
-            unaveraged=_load_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
-            residuals=_load_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
+            unaveraged=_load_some_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
+            residuals=_load_some_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+
+
+def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
+    arrays = _load_arrays(path)
+    if not arrays:
+        raise ValueError(f"{path.name} has no arrays")
+    return arrays
 
 
 def _read_training(values: Mapping[str, Any]) -> TrainingState:

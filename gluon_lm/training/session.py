@@ -18,6 +18,7 @@ from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
+from ..files import file_hash
 from ..generation.generator import generate
 from ..logs import LOGGER, RESULT, fall_silent, log_to_file
 from ..losses import row_chunks
@@ -25,7 +26,7 @@ from ..memory import Need, check_need, explained, free_host_memory, training_nee
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
-from .checkpoint import VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
+from .checkpoint import STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point, stamped, strip_model_suffix
 from .trainer import Trainer
 
@@ -83,6 +84,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
         corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
+        _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         if "lr" in command.settings:
@@ -91,7 +93,6 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
             return 0
-        communicator.gather_object("checkpoint read")
         if not communicator.is_primary:
             return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
@@ -130,7 +131,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
             model.train_in_half_precision(config.training.amp)
-        _check_alike(config, corpus, communicator)
+        _check_alike(_facts(config, corpus, communicator), communicator)
         trainer = Trainer(config, corpus, model, communicator, run, command.describe(), need)
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
@@ -216,7 +217,23 @@ def _free_memory(communicator: Communicator) -> int | None:
     return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in communicator.devices))
 
 
-def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> None:
+def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[str, object]:
+    """What decides the result of a worker's steps, by name."""
+    devices = config.devices
+    shared = dataclasses.replace(config, data=DataConfig(), devices=DeviceConfig())
+    configuration = hashlib.sha256(shared.to_yaml().encode()).hexdigest()
+    return {
+        "gluon_lm": __version__,
+        "mxnet": mx.__version__,
+        "configuration": configuration[:12],
+        "text and vocabulary": corpus.digest[:12],
+        "number of devices": len(communicator.devices),
+        "how gradients travel": f"--kvstore {devices.kvstore} --gctype {devices.gctype} --gcthreshold "
+        f"{devices.gcthreshold:g}",
+    }
+
+
+def _check_alike(own: dict[str, object], communicator: Communicator) -> None:
     """Make sure that all workers are about to do the same.
 
     Raises
@@ -224,15 +241,6 @@ def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> 
     DistributedError
         Naming what differs, and where.
     """
-    shared = dataclasses.replace(config, data=DataConfig(), devices=DeviceConfig())
-    configuration = hashlib.sha256(shared.to_yaml().encode()).hexdigest()
-    own = {
-        "gluon_lm": __version__,
-        "mxnet": mx.__version__,
-        "configuration": configuration[:12],
-        "text and vocabulary": corpus.digest[:12],
-        "number of devices": len(communicator.devices),
-    }
     facts = communicator.gather_object(own)
     for what, expected in facts[0].items():
         others = {rank: fact[what] for rank, fact in enumerate(facts) if fact[what] != expected}
@@ -240,7 +248,7 @@ def _check_alike(config: Config, corpus: Corpus, communicator: Communicator) -> 
             shown = ", ".join(f"worker {rank} {value}" for rank, value in others.items())
             raise DistributedError(
                 f"the workers differ in {what}: worker 0 has {expected}, {shown}; start all with the same version, "
-                "flags and text"
+                "flags, text and checkpoint"
             )
 
 

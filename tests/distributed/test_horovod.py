@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 from mxnet import gluon
-from processes import wait_for, with_horovod
+from processes import Found, Notes, wait_for, with_horovod
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -100,25 +100,6 @@ def train(communicator, name, spoil=False):
 
 
 # ---------------------------------------------------------------- what each process does
-
-
-class Notes:
-    """What one rank found, kept for the tests."""
-
-    def __init__(self, folder, rank):
-        self._path, self._values, self._arrays = Path(folder) / f"rank{rank}", {}, {}
-
-    def keep(self, name, found):
-        if isinstance(found, list) and found and all(isinstance(array, np.ndarray) for array in found):
-            self._arrays.update({f"{name}/{i}": array for i, array in enumerate(found)})
-        elif isinstance(found, dict) and all(isinstance(array, np.ndarray) for array in found.values()):
-            self._arrays.update({f"{name}/{key}": array for key, array in found.items()})
-        else:
-            self._values[name] = found
-
-    def write(self):
-        np.savez(self._path.with_suffix(".npz"), **self._arrays)
-        self._path.with_suffix(".json").write_text(json.dumps(self._values))
 
 
 def run_first(folder):
@@ -284,26 +265,6 @@ def processes_that_name(folder):
         except OSError:
             pass  # it ended meanwhile
     return found
-
-
-class Found:
-    """What the ranks of one scenario kept."""
-
-    def __init__(self, folder, num_processes):
-        self.ranks = range(num_processes)
-        self._values = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in self.ranks]
-        self._arrays = [dict(np.load(folder / f"rank{rank}.npz")) for rank in self.ranks]
-
-    def values(self, name):
-        """By rank."""
-        return [values.get(name) for values in self._values]
-
-    def arrays(self, name):
-        """By rank, the arrays whose name begins so, by the rest of it."""
-        return [
-            {key[len(name) + 1 :]: array for key, array in arrays.items() if key.startswith(f"{name}/")}
-            for arrays in self._arrays
-        ]
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -109,7 +109,7 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
     for run in ("part", "other"):
         assert_same(arrays(project, run), arrays(project, "alone"))
     refused = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, workers=3, code=2)
-    assert "--batch-size 4: must be a multiple of the number of devices, 3" in refused
+    assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; use 3 or 6" in refused
 
 
 def test_two_bits_through_the_servers_train(project):
@@ -215,12 +215,14 @@ def launch_two(project, first, second, settings=None):
     return cluster.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("what", ["configuration", "text and vocabulary", "gluon_lm"])
+@pytest.mark.parametrize("what", ["configuration", "text and vocabulary", "gluon_lm", "how gradients travel"])
 def test_workers_that_differ_end_before_the_first_step(project, what):
     command = (*TRAIN, *FLAGS, *MODELS["plain"], "--kvstore", "dist_sync", "--save", "run")
     other, settings = command, {}
     if what == "configuration":
         other = (*command, "--clip", 3)
+    elif what == "how gradients travel":
+        other = (*command, "--gctype", "2bit")
     elif what == "text and vocabulary":
         shutil.copytree(project.path / "text", project.path / "other")
         with open(project.path / "other/train.txt", "a") as file:
@@ -233,8 +235,32 @@ def test_workers_that_differ_end_before_the_first_step(project, what):
         home.write_text(home.read_text().replace(f'"{gluon_lm.__version__}"', '"99.0"'))
         settings = {"PYTHONPATH": str(project.path / "later")}
     line = launch_two(project, command, other, settings)
-    assert re.match(rf"error: worker \d \(pid \d+\): the workers differ in {what}: worker 0 has \S+, worker 1 ", line)
+    assert re.match(rf"error: worker \d \(pid \d+\): the workers differ in {what}: worker 0 has .+, worker 1 ", line)
     assert not (project.path / "run").exists()
+
+
+def test_workers_that_would_go_on_from_different_checkpoints_end(project):
+    flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 3)
+    project.run("train", *flags, "--save", "run", "--max-steps", 3)
+    (project.path / "elsewhere").mkdir()
+    for name in ("text", "run"):
+        shutil.copytree(project.path / name, project.path / "elsewhere" / name, symlinks=True)
+    project.run("train", "--resume", "run", "--max-steps", 6)
+    command = (*TRAIN, "--resume", "run", "--kvstore", "dist_sync", "--max-steps", 9)
+    line = launch_two(project, command, ("sh", "-c", 'cd elsewhere && exec "$@"', "sh", *command))
+    assert re.search(r"differ in checkpoint: worker 0 has step-6 \(\w+\), worker 1 step-3 \(\w+\);", line)
+    assert os.readlink(project.path / "run/latest").endswith("step-6")
+
+
+def test_the_kind_of_server_is_that_of_the_configuration_and_of_the_run(project):
+    (project.path / "mine.yaml").write_text("kvstore: dist_device_sync\n")
+    flags = (*FLAGS, *MODELS["plain"], "--max-steps", 3)
+    for printed in (
+        launch(project, *flags, "--config", "mine.yaml", "--save", "run"),
+        launch(project, "--resume", "run", "--max-steps", 5),
+    ):
+        assert "KVStore dist_device_sync" in printed
+    assert "KVStore dist_sync" in launch(project, "--resume", "run", "--max-steps", 6, "--kvstore", "dist_sync")
 
 
 def test_a_worker_that_cannot_read_the_checkpoint_ends_all(project):

@@ -1,0 +1,164 @@
+"""The parameter servers' communicator in real processes on this machine, against numpy.
+
+This file is also the script that the workers run; what they found lies in files afterwards, which the tests look at.
+One array is so large that MXNet cuts it up among the servers.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import gluon
+from processes import Found, Notes
+
+from gluon_lm.distributed.compression import CALIBRATION_STEPS
+from gluon_lm.distributed.parameter_server import ParameterServer
+
+pytestmark = pytest.mark.timeout(300)
+SHAPES = [(6, 4), (2600, 650), (5,)]
+SIZES = (3.0, 1e-2, 2e-4)
+THRESHOLD = 0.5
+NUM_STEPS = CALIBRATION_STEPS + 4
+
+# Starts so many workers and servers; the workers run the rest of the line.
+CLUSTER = """
+import sys
+from gluon_lm.cli import run_command
+from gluon_lm.distributed.cluster import Host, parameter_server
+from gluon_lm.distributed.supervisor import Supervisor
+
+workers, servers, *command = sys.argv[1:]
+processes = parameter_server([Host()], int(workers), int(servers), [sys.executable, *command])
+sys.exit(run_command(lambda _: Supervisor(processes, 60).run(), []))
+"""
+# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
+THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
+
+
+def draw(step, rank, device=0):
+    """One device's gradients at one step, of the given sizes, in float32; the large one repeats itself."""
+    rng = np.random.RandomState(1000 * step + 10 * rank + device)
+    drawn = [np.resize(rng.standard_normal(min(4099, np.prod(shape))), shape) for shape in SHAPES]
+    return [(size * array).astype(np.float32) for size, array in zip(SIZES, drawn)]
+
+
+def reduce(communicator, parameters, gradients):
+    """Set the gradients by device, reduce them in place, and return them by device."""
+    for device, arrays in zip(communicator.devices, gradients):
+        for parameter, array in zip(parameters, arrays):
+            parameter.grad(device)[:] = mx.nd.array(array, ctx=device)
+    communicator.reduce_gradients(parameters)
+    return [[parameter.grad(device).asnumpy() for parameter in parameters] for device in communicator.devices]
+
+
+# ---------------------------------------------------------------- what each worker does
+
+
+def run_worker(folder, kvstore, num_devices, threshold):
+    devices = [mx.cpu(i) for i in range(int(num_devices))]
+    communicator = ParameterServer(devices, kvstore, float(threshold) or None)
+    rank, notes = communicator.rank, Notes(folder, communicator.rank)
+    notes.keep("rank", [rank, communicator.size, communicator.is_primary])
+    notes.keep("description", communicator.description)
+    parameters = [gluon.Parameter(f"p{i}", shape=shape) for i, shape in enumerate(SHAPES)]
+    for parameter in parameters:
+        parameter.initialize(mx.init.Constant(rank + 5), ctx=devices)
+    communicator.broadcast_parameters(parameters)
+    values = [np.unique(array.asnumpy()) for parameter in parameters for array in parameter.list_data()]
+    notes.keep("parameters", values)
+    notes.keep("gathered", communicator.gather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
+    notes.keep("broadcast", communicator.broadcast_object([rank, 0.1]))
+    notes.keep("exchanged", [communicator.exchange([rank + 0.1, np.nan, 1e300])])
+    for step in range(NUM_STEPS):
+        found = reduce(communicator, parameters, [draw(step, rank, i) for i in range(len(devices))])
+        for arrays in found[1:]:
+            for array, first in zip(arrays, found[0]):
+                np.testing.assert_array_equal(array, first)
+        if rank == step % communicator.size:  # all have the same; the large one would fill the disk
+            notes.keep(f"sum{step}", found[0])
+        communicator.heartbeat(step)
+    notes.keep("state", communicator.state_dict())
+    notes.write()
+    communicator.gather_object("end")
+    communicator.close()
+
+
+if __name__ == "__main__":
+    run_worker(*sys.argv[1:])
+    sys.exit()
+
+
+# ---------------------------------------------------------------- what they found
+
+
+def run_cluster(folder, kvstore, num_devices, threshold, workers=2, servers=2):
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    arguments = [workers, servers, *THIS_FILE, folder, kvstore, num_devices, threshold]
+    ended = subprocess.run(
+        [sys.executable, "-c", CLUSTER, *map(str, arguments)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return Found(folder, workers)
+
+
+def sums(found):
+    """By step, what the ranks had together."""
+    return [found.arrays(f"sum{step}")[step % len(found.ranks)] for step in range(NUM_STEPS)]
+
+
+def test_workers_of_several_devices_have_the_sum_of_all(tmp_path):
+    found = run_cluster(tmp_path, "dist_device_sync", 2, 0)
+    size = len(found.ranks)
+    assert found.values("rank") == [[rank, size, rank == 0] for rank in found.ranks]
+    for description in found.values("description"):
+        assert "\n" not in description and f"{size} workers, 2 devices each" in description
+    for values in found.arrays("parameters"):
+        assert len(values) == 2 * len(SHAPES) and all(np.array_equal(value, [5]) for value in values.values())
+    objects = [{"rank": rank, "text": "né\n" * rank, "none": None} for rank in found.ranks]
+    assert found.values("gathered") == [objects] * size
+    assert found.values("broadcast") == [[0, 0.1]] * size
+    for exchanged in found.arrays("exchanged"):
+        np.testing.assert_array_equal(exchanged["0"], [[rank + 0.1, np.nan, 1e300] for rank in found.ranks])
+    for step, arrays in enumerate(sums(found)):
+        for k, gradients in enumerate(zip(*(draw(step, rank, i) for rank in found.ranks for i in range(2)))):
+            expected = np.sum(gradients, axis=0, dtype=np.float64)
+            np.testing.assert_allclose(arrays[str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
+
+
+def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path):
+    found = run_cluster(tmp_path, "dist_sync", 1, THRESHOLD)
+    by_step = sums(found)
+    drawn = [[draw(step, rank) for rank in found.ranks] for step in range(NUM_STEPS)]
+    squares = [
+        np.mean([np.square(arrays[k], dtype=np.float64) for ranks in drawn[:CALIBRATION_STEPS] for arrays in ranks])
+        for k in range(len(SHAPES))
+    ]
+    # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
+    factors = [2.0 ** round(np.log2(0.25 / np.sqrt(square))) for square in squares]
+    assert [state["factors"] for state in found.values("state")] == [factors] * len(found.ranks)
+    for k, factor in enumerate(factors):
+        for step in range(CALIBRATION_STEPS):
+            expected = np.sum([arrays[k] for arrays in drawn[step]], axis=0, dtype=np.float64)
+            np.testing.assert_allclose(by_step[step][str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
+        residuals = [np.zeros(SHAPES[k], np.float32) for _ in found.ranks]
+        for step in range(CALIBRATION_STEPS, NUM_STEPS):
+            total = np.zeros(SHAPES[k], np.float32)
+            for residual, arrays in zip(residuals, drawn[step]):
+                residual += arrays[k] * np.float32(factor)
+                sent = THRESHOLD * np.clip(np.trunc(residual / THRESHOLD), -1, 1)
+                residual -= sent
+                total += sent
+            np.testing.assert_array_equal(by_step[step][str(k)], total / np.float32(factor))
