@@ -35,6 +35,7 @@ from .training.run_folder import find_run
 
 SYMBOL, PARAMETERS, VOCABULARY, MANIFEST = "model-symbol.json", "model-0000.params", "vocab.txt", "manifest.json"
 _FORMAT = 1
+_ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +201,7 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
             "embed_size": model.embed_size,
             "layer_sizes": model.layer_sizes,
             "tied": model.tied,
+            "num_experts": model.num_experts or 1,
             "vocab_size": len(trained.vocabulary),
         },
         "text": {
@@ -258,6 +260,9 @@ class ExportedPredictor(Predictor):
         text = manifest["text"]
         super().__init__(Vocabulary.load(folder / VOCABULARY), text["tokenizer"], device)
         self._manifest = manifest
+        # The graph computes all softmaxes of all rows at once.
+        width = len(self.vocabulary) * manifest["model"].get("num_experts", 1)
+        self.rows_at_once = max(1, _ELEMENTS_AT_ONCE // width)
         self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
         names = [entry["name"] for entry in manifest["inputs"]]
         with warnings.catch_warnings():

@@ -30,9 +30,12 @@ class Predictor(ABC):
     network : HybridBlock
         ``tokens_TN, *states -> scores_TNV, *new_states``: log-probabilities of the word after each token, up to a
         constant for each token. To be made part of a larger graph.
+    rows_at_once : int
+        As many tokens, T x N, as `target_losses` should be given at once, where lines can be cut so.
     """
 
     network: gluon.HybridBlock
+    rows_at_once = 4096
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
         self.vocabulary, self.tokenizer, self.device = vocabulary, tokenizer, device
@@ -57,9 +60,15 @@ class Predictor(ABC):
         self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
     ) -> tuple[mx.nd.NDArray, State]:
         """Negative log-likelihood, in nats, of the targets of the first R rows, shape (R,), and the state."""
-        log_probs_TNV, states = self.log_probs(tokens_TN, states)
-        log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: targets_R.shape[0]]
-        return -mx.nd.pick(log_probs_RV, targets_R), states
+        num_words, num_streams = tokens_TN.shape
+        words_at_once, losses = max(1, self.rows_at_once // num_streams), []
+        for start in range(0, num_words, words_at_once):
+            log_probs_TNV, states = self.log_probs(tokens_TN[start : start + words_at_once], states)
+            rows = slice(start * num_streams, min((start + words_at_once) * num_streams, targets_R.shape[0]))
+            if rows.start < rows.stop:
+                log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: rows.stop - rows.start]
+                losses.append(-mx.nd.pick(log_probs_RV, targets_R[rows]))
+        return mx.nd.concat(*losses, dim=0), states
 
 
 class ModelPredictor(Predictor):

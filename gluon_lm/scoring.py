@@ -17,7 +17,6 @@ from .metrics import perplexity
 from .prediction import Predictor
 
 _LINES_SORTED_TOGETHER = 1024
-_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,16 @@ def score_lines(predictor: Predictor, lines: Iterable[Sequence[str]]) -> Iterato
     lines = iter(lines)
     while group := list(itertools.islice(lines, _LINES_SORTED_TOGETHER)):
         scores: dict[int, LineScore] = {}
-        for batch in _batches(sorted(range(len(group)), key=lambda i: len(group[i])), group):
+        order = sorted(range(len(group)), key=lambda i: len(group[i]))
+        for batch in _batches(order, group, predictor.rows_at_once):
             scores.update(zip(batch, _score_batch(predictor, [group[i] for i in batch])))
         yield from (scores[i] for i in range(len(group)))
 
 
-def _batches(order: list[int], lines: list[Sequence[str]]) -> Iterator[list[int]]:
+def _batches(order: list[int], lines: list[Sequence[str]], rows_at_once: int) -> Iterator[list[int]]:
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * (len(lines[i]) + 1) > _TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * (len(lines[i]) + 1) > rows_at_once:
             yield batch
             batch = []
         batch.append(i)

@@ -16,6 +16,7 @@ import pytest
 
 import gluon_lm.export
 import gluon_lm.train
+from gluon_lm import exporting
 from gluon_lm.prediction import load_predictor
 
 SMALL = ("--emsize", 6, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 5, "--max-steps", 10)
@@ -164,15 +165,19 @@ def test_the_manifest_has_the_result_of_the_best_checkpoint(exports):
         assert manifest["text"]["tokenizer"] == "whitespace"
 
 
-def test_an_export_writes_and_scores_text_as_its_run_does(project):
-    project.train("run", "--max-steps", 20)
+@pytest.mark.parametrize("head", [(), ("--n-experts", 3, "--recipe", "lm")], ids=["softmax", "mixture"])
+def test_an_export_writes_and_scores_text_as_its_run_does(project, monkeypatch, head):
+    project.train("run", "--max-steps", 20, *head)
+    monkeypatch.setattr(exporting, "_ELEMENTS_AT_ONCE", 200)  # so that lines are cut
+    sources = ("run", "exported")
     project.run("export", "run", "--output", "exported")
-    for command, *flags in (("generate", "--words", 100, "--seed", 3), ("score", "text/test.txt")):
-        texts = []
-        for source in ("run", "exported"):
-            project.run(command, source, *flags, "--outf", f"{source}.txt")
-            texts.append((project.path / f"{source}.txt").read_text())
-        assert texts[0] == texts[1] and texts[0].strip()
+    texts = [project.run("generate", source, "--words", 100, "--seed", 3) for source in sources]
+    assert texts[0] == texts[1] and texts[0].strip()
+    log_probs = [
+        [json.loads(line)["log_prob"] for line in printed.splitlines()]
+        for printed in (project.run("score", source, "text/test.txt", "--format", "jsonl") for source in sources)
+    ]
+    assert log_probs[0] == pytest.approx(log_probs[1], rel=1e-5) and len(log_probs[0]) == 20
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ def test_manifest_says_what_the_files_are(tmp_path, export):
         outputs = [output.name for output in onnx.load(str(tmp_path / "exported/model.onnx")).graph.output]
     assert outputs == [entry["name"] for entry in manifest["outputs"]]
     assert manifest["model"] == {
-        "cell": "lstm", "embed_size": 4, "layer_sizes": [5, 4], "tied": True, "vocab_size": VOCAB_SIZE
+        "cell": "lstm", "embed_size": 4, "layer_sizes": [5, 4], "tied": True, "num_experts": 1,
+        "vocab_size": VOCAB_SIZE,
     }  # fmt: skip
     assert manifest["text"] == {
         "name": "tales", "licence": "CC-BY-4.0", "tokenizer": "words", "begins_with": "<eos>",

@@ -25,7 +25,7 @@ def lines(count, seed=0):
 @pytest.mark.parametrize("cell, head", [("lstm", {}), ("rnn_tanh", {}), ("lstm", {"cutoffs": (4,)})])
 def test_each_line_is_scored_on_its_own_its_end_included(cell, head, monkeypatch):
     monkeypatch.setattr(scoring, "_LINES_SORTED_TOGETHER", 7)
-    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE", 30)
+    monkeypatch.setattr(ModelPredictor, "rows_at_once", 30)
     model = build_model(model=cell, **head)
     predictor = ModelPredictor(model, VOCABULARY, "whitespace", mx.cpu())
     parameters, given = values_of(model), lines(25)
