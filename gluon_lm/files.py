@@ -63,7 +63,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         fresh.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(fresh)):  # a full disk is not told by name
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
         raise
     synchronise(target.parent)
 

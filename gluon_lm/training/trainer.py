@@ -604,7 +604,9 @@ class Trainer:
                 for start, device in zip(starts, devices)
             ]
         num_devices = len(devices) * self._communicator.size
-        if checkpoint.num_devices == num_devices:
+        if checkpoint.communicator and self.config.devices.gctype != "2bit":
+            LOGGER.warning("the gradients were compressed, and are not any more: what had not been sent is lost")
+        elif checkpoint.num_devices == num_devices:
             self._communicator.load_state_dict(checkpoint.communicator)
             self._communicator.load_residuals(checkpoint.residuals)
         elif checkpoint.communicator:

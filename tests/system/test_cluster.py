@@ -117,8 +117,12 @@ def test_two_bits_through_the_servers_train(project):
     output = launch(project, *flags, "--save", "run")
     losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
     assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
+    resumed = launch(project, "--resume", "run", "--max-steps", 61)
+    assert "what the workers had not sent yet when the run stopped is lost" in resumed
     resumed = project.run("train", "--resume", "run", "--kvstore", "device", "--cpus", 4, "--max-steps", 62)
     assert "the gradients of 2 devices were compressed, and there are 4 now: what had not been sent is lost" in resumed
+    plain = project.run("train", "--resume", "run", "--gctype", "none", "--max-steps", 63)
+    assert "the gradients were compressed, and are not any more: what had not been sent is lost" in plain
 
 
 @pytest.mark.parametrize(
