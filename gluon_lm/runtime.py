@@ -41,7 +41,9 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     shared out over the CPU contexts. A lone context's threads wait for work actively, for about a millisecond: a time
     step of a recurrent layer is too short to wake a sleeping thread for, and a processor held for longer would be
     missed by other processes. Operators get room to work in, as much as a gradient that is added up takes, once and not
-    four times in turn, for a context's operators run one after another. What the user has set in the environment stays.
+    four times in turn, for a context's operators run one after another. A GPU has one random generator and not four in
+    turn, of which the operators before would decide which one draws a mask. What the user has set in the environment
+    stays.
 
     Parameters
     ----------
@@ -67,6 +69,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")
+    os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import gluon_lm  # noqa: F401  # before any test imports MXNet
 from gluon_lm.logs import LOGGER
+
+# Before MXNet is used: on GPUs, masks as the commands draw them, and products that are those of a CPU.
+os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 # No test is timed, and each run of the tests is like the last. To look for more: --hypothesis-profile search
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)

@@ -23,6 +23,7 @@ from mxnet import gluon
 from mxnet.gluon import nn
 
 from ..config import TAIL_FACTOR, ModelConfig
+from .dropout import Dropout
 from .precision import Affine, Products
 
 _PARTS = 4  # in which the rows of an adaptive softmax's widest group are worked on, if that is all of a chunk's
@@ -176,7 +177,7 @@ class MixtureHead(Head):
         with self.name_scope():
             self.prior = nn.Dense(num_experts, in_units=input_size, use_bias=False, flatten=False)
             self.latent = nn.Dense(num_experts * embed_size, in_units=input_size, activation="tanh", flatten=False)
-            self.latent_dropout = nn.Dropout(latent_dropout, axes=(0,))
+            self.latent_dropout = Dropout(latent_dropout, axes=(0,))
             self.decoder = _decoder(vocab_size, embed_size, embedding)
 
     def hybrid_forward(self, F, hidden_RH):

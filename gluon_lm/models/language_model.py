@@ -12,6 +12,7 @@ from mxnet.gluon import nn
 
 from ..config import ModelConfig
 from ..data.windows import Window
+from .dropout import Dropout, drop
 from .heads import HEADS, SampledSoftmax
 from .precision import HalfProducts, check_half_precision, in_float16
 from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
@@ -45,13 +46,13 @@ class WordEmbedding(nn.Embedding):
         embedded_TNE = super().hybrid_forward(F, tokens_TN, weight)
         if self._word_dropout:
             ones_V1 = F.ones_like(F.BlockGrad(F.slice_axis(weight, axis=1, begin=0, end=1)))
-            mask_V1 = F.Dropout(ones_V1, p=self._word_dropout)
+            mask_V1 = drop(F, ones_V1, self._word_dropout)
             mask_TN1 = F.Embedding(tokens_TN, mask_V1, input_dim=self._vocab_size, output_dim=1)
             embedded_TNE = F.broadcast_mul(embedded_TNE, mask_TN1)
         if self._element_dropout:
             # One row of mask for each different word of the window, and not one for each word of the vocabulary.
             ones_RE = F.ones_like(F.BlockGrad(F.reshape(embedded_TNE, shape=(-3, 0))))
-            mask_RE = F.Dropout(ones_RE, p=self._element_dropout)
+            mask_RE = drop(F, ones_RE, self._element_dropout)
             mask_TNE = F.reshape_like(F.take(mask_RE, _number_of_word(F, tokens_TN)), embedded_TNE)
             embedded_TNE = embedded_TNE * mask_TNE
         return embedded_TNE
@@ -106,9 +107,9 @@ class Encoder(gluon.HybridBlock):
         return (hidden, *new_states)
 
 
-def make_dropout(rate: float, locked: bool) -> nn.Dropout:
+def make_dropout(rate: float, locked: bool) -> Dropout:
     """Dropout of elements of a (T, N, ...) array; locked, with one mask for all T."""
-    return nn.Dropout(rate, axes=(0,) if locked else ())
+    return Dropout(rate, axes=(0,) if locked else ())
 
 
 def _make_layer(config: ModelConfig, input_size: int, hidden_size: int) -> RecurrentLayer:
@@ -232,8 +233,8 @@ class LanguageModel(gluon.HybridBlock):
     def train_in_half_precision(self, kind: str) -> None:
         """Let training compute products in ``bfloat16`` or ``float16`` from now on; nothing else changes.
 
-        The output layer's products always are; the recurrent layers' are in ``float16``, and stay float32 beside
-        ``bfloat16``, which MXNet's recurrent operator has not.
+        The output layer's products are, but for those of a `SampledSoftmax`, which stay float32. The recurrent layers'
+        are in ``float16``, and stay float32 beside ``bfloat16``, which MXNet's recurrent operator has not.
 
         Raises
         ------

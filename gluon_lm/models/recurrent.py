@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from mxnet import gluon
 
+from .dropout import drop
+
 
 class Cell(NamedTuple):
     """What sets the recurrent cells apart: gates a unit has, and arrays of state a layer carries."""
@@ -67,9 +69,9 @@ class WeightDropLayer(gluon.HybridBlock):
     def drop_weights(self, F, i2h_weight, h2h_weight):
         """The matrices of one window."""
         if self._input_weight_drop:
-            i2h_weight = F.Dropout(i2h_weight, p=self._input_weight_drop)
+            i2h_weight = drop(F, i2h_weight, self._input_weight_drop)
         if self._weight_drop:
-            h2h_weight = F.Dropout(h2h_weight, p=self._weight_drop)
+            h2h_weight = drop(F, h2h_weight, self._weight_drop)
         return i2h_weight, h2h_weight
 
 
@@ -149,7 +151,7 @@ class UnrolledLSTMLayer(WeightDropLayer):
             input_NH, forget_NH, candidate_NH, output_NH = F.split(gates_NG, num_outputs=4, axis=-1)
             candidate_NH = F.tanh(norm(candidate_NH, "candidate"))
             if self._candidate_dropout:
-                candidate_NH = F.Dropout(candidate_NH, p=self._candidate_dropout)
+                candidate_NH = drop(F, candidate_NH, self._candidate_dropout)
             kept_NH = F.sigmoid(norm(forget_NH, "forget")) * cell_NH
             cell_NH = norm(kept_NH + F.sigmoid(norm(input_NH, "input")) * candidate_NH, "cell")
             hidden_NH = F.sigmoid(norm(output_NH, "output")) * F.tanh(cell_NH)

@@ -117,8 +117,8 @@ class TrainingStep:
         window : Window
             All columns; each device of each worker takes its own.
         seed, step : int
-            The run's seed, and the steps taken before. They and the worker's rank decide the dropout masks, they and
-            the place of its columns in the batch what a device samples, and nothing else does.
+            The run's seed, and the steps taken before. They, the worker's rank and the device decide the dropout masks,
+            they and the place of its columns in the batch what a device samples, and nothing else does.
         note : callable
             Gives a number that every worker is to know after this step.
         upcoming : Window, optional

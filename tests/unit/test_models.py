@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import mxnet as mx
 import numpy as np
 import pytest
@@ -270,6 +272,32 @@ def test_dropout_acts_between_the_layers(cell, hybridize):
 
     assert changed(num_layers=1) == 0
     assert changed(num_layers=2) > 0.9
+
+
+def operators(graph):
+    """The nodes of a graph in JSON, and of the loops in it."""
+    for node in graph["nodes"]:
+        yield node
+        for inner in node.get("subgraphs", []):
+            yield from operators(inner)
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [
+        ({"dropout": 0.2, "dropout_embed": 0.1, "dropout_embed_elements": 0.1}, 5),
+        ({"model": "awd-gru", "dropout": 0.2, "weight_drop": 0.3, "input_weight_drop": 0.1}, 7),
+        ({"dropout": 0.2, "dropout_candidate": 0.1}, 5),
+        ({"dropout": 0.2, "num_experts": 3}, 4),
+    ],
+    ids=["plain", "weights", "candidate", "mixture"],
+)
+def test_no_dropout_is_cudnns_which_the_seed_does_not_reach(settings, number):
+    model = build_model(**settings, hybridize=False)
+    inputs = [mx.sym.var(f"data{i}") for i in range(1 + len(begin(model)))]
+    graph = json.loads(mx.sym.Group(list(model(*inputs))).tojson())
+    found = [node["attrs"]["cudnn_off"] for node in operators(graph) if node["op"] == "Dropout"]
+    assert found == ["True"] * number
 
 
 def test_dropout_acts_on_the_embedded_words():

@@ -39,11 +39,18 @@ def test_only_models_whose_recurrent_layers_take_gigabytes_are_trained_lean(envi
 
 def test_what_the_user_has_set_stays(environment):
     variables, limits = environment
-    chosen = {"MXNET_USE_MKLDNN_RNN": "1", "OMP_NUM_THREADS": "7", "MXNET_CPU_TEMP_COPY": "2"}
+    runtime.prepare_process(own_layers=True)
+    assert (variables.pop("MXNET_CPU_TEMP_COPY"), variables.pop("MXNET_GPU_PARALLEL_RAND_COPY")) == ("1", "1")
+    chosen = {
+        "MXNET_USE_MKLDNN_RNN": "1",
+        "OMP_NUM_THREADS": "7",
+        "MXNET_CPU_TEMP_COPY": "2",
+        "MXNET_GPU_PARALLEL_RAND_COPY": "3",
+    }
     variables.update(chosen)
     runtime.prepare_process(own_layers=True)
     assert {name: variables[name] for name in chosen} == chosen
-    assert limits == [None]
+    assert limits == [None, None]
 
 
 def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_are_loaded(environment):
