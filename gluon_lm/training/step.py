@@ -134,11 +134,11 @@ class TrainingStep:
         self._filled.clear()
         factor = 1.0 if self._loss_scale is None else self._loss_scale.factor(window.num_targets)
         loss_sums = self._forward_backward(window, seed, step, factor)
+        if upcoming is not None:  # before anything waits for the devices
+            self._inputs.begin(upcoming)
         has_overflowed = self._loss_scale is not None and not self._unscale_gradients(factor)
         if not has_overflowed:
             self._communicator.reduce_gradients(self._parameters)
-        if upcoming is not None:
-            self._inputs.begin(upcoming)
         # The only read-back of a step in float32: whether to update at all depends on it.
         own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
         grad_norm = 0.0 if has_overflowed else self._gradient_norm() / window.num_targets

@@ -13,6 +13,7 @@ from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.errors import TrainingDiverged
+from gluon_lm.inputs import InputCopies
 from gluon_lm.optim.clipping import square_sums
 from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.runtime import cpu_flags
@@ -482,6 +483,24 @@ def test_steps_that_overflow_on_any_device_are_as_if_not_taken(num_devices, thre
     for i in range(num_devices):
         for name, value in values_of(expected, mx.cpu(i)).items():
             np.testing.assert_array_equal(values_of(found, mx.cpu(i))[name], value)
+
+
+def test_the_next_words_are_on_their_way_before_gradients_are_waited_for(monkeypatch):
+    events = []
+
+    class Watched(SingleDevice):
+        def exchange(self, numbers):
+            events.append("exchange")
+            return super().exchange(numbers)
+
+        def reduce_gradients(self, parameters):
+            events.append("reduce")
+
+    monkeypatch.setattr(InputCopies, "begin", lambda self, window: events.append(window))
+    _, step = build_step(Watched([mx.cpu(0)]), loss_scale=LossScale())
+    first, second = list(Streams(text(), BATCH, EOS).windows(BPTT))[:2]
+    step(first, 3, 0, upcoming=second)
+    assert events == [second, "exchange", "reduce", "exchange"]
 
 
 def test_a_step_that_overflows_on_another_worker_is_not_taken():
