@@ -34,8 +34,8 @@ class Need:
     ----------
     parameters : int
         Parameters, gradients, and what the optimiser and the average keep; on the CPU the largest one's gradient twice,
-        because MXNet adds to it what it has computed elsewhere, or in mixed precision because a cast and its gradient
-        are kept.
+        because MXNet adds to it what it has computed elsewhere; in mixed precision, on GPUs too, a cast of the largest
+        one of the output layer and its gradient, which take as much.
     logits : int
         The room for a chunk's logits, in training and in evaluation.
     window : int
@@ -75,7 +75,8 @@ def training_need(
     ----------
     config : Config
     num_parameters, largest : int
-        Elements of all parameters, and of the largest of the output layer whose gradient is added up; 0 on GPUs.
+        Elements of all parameters, and of the largest of the output layer that a second gradient, or a cast with its
+        gradient, is kept of; 0 where there is neither.
     logits : int
         Elements of a device's room for logits.
     tokens : int

@@ -197,10 +197,11 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
 
     sampled = config.model.num_sampled
     on_cpu = devices[0].device_type == "cpu"
+    largest = 0 if sampled else max(math.prod(parameter.shape) for parameter in head.collect_params().values())
     return training_need(
         config,
         num_parameters=sum(sizes.values()),
-        largest=0 if sampled or not on_cpu else max(math.prod(p.shape) for p in head.collect_params().values()),
+        largest=largest if on_cpu or training.amp != "none" else 0,
         logits=max(
             room(tokens, sampled + 1 if sampled else head.logits_width),
             room(max(ROWS_PER_WINDOW, training.eval_batch_size), head.logits_width),

@@ -1,0 +1,34 @@
+"""What training is said to take, before any of it is taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import mxnet as mx
+import pytest
+
+from gluon_lm.config import Config, ModelConfig, TrainingConfig
+from gluon_lm.models import LanguageModel
+from gluon_lm.training import session
+
+VOCAB_SIZE, WIDTH = 1000, 8
+
+
+@pytest.mark.parametrize(
+    ("device", "amp", "model", "kept"),
+    [
+        (mx.cpu(0), "none", {}, 1),  # a second gradient
+        (mx.cpu(0), "bfloat16", {}, 1),  # a cast and its gradient
+        (mx.gpu(0), "none", {}, 0),
+        (mx.gpu(0), "float16", {}, 1),
+        (mx.gpu(0), "float16", {"num_sampled": 20}, 0),
+    ],
+    ids=["cpu", "bfloat16", "gpu", "float16", "float16-sampled"],
+)
+def test_what_is_kept_beside_the_output_layer_counts(device, amp, model, kept):
+    config = Config(model=ModelConfig(embed_size=WIDTH, hidden_size=WIDTH, **model), training=TrainingConfig(amp=amp))
+    model = LanguageModel(config.model, VOCAB_SIZE)
+    need = session._need(config, model, SimpleNamespace(devices=[device], size=1))
+    recurrent = config.model.num_layers * 4 * WIDTH * (WIDTH + WIDTH + 2)
+    parameters = VOCAB_SIZE * WIDTH + recurrent + VOCAB_SIZE * (WIDTH + 1)
+    assert need.parameters == 4 * (2 * parameters + kept * VOCAB_SIZE * WIDTH)
