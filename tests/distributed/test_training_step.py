@@ -550,8 +550,18 @@ def test_two_devices_in_bfloat16_equal_one_that_works_on_halves_of_the_batch(num
 # ---------------------------------------------------------------- GPU
 
 
+MODELS = {
+    "lstm": {"model": "lstm"},
+    "gru-tied": {"model": "gru", "tied": True},
+    "mixture": {"num_experts": 3},
+    "sampled-tied": {"num_sampled": 4, "tied": True, "embed_size": 5},
+    "adaptive": {"cutoffs": (3,)},
+    "layer-norm": {"layer_norm": True},
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{"model": "lstm"}, {"model": "gru", "tied": True}], ids=["lstm", "gru-tied"])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_the_gpu_gives_the_parameters_of_the_cpu(settings):
     cpu, cpu_step = build_step(SingleDevice([mx.cpu(0)]), clip_norm=0.3, **settings)
     gpu, gpu_step = build_step(SingleDevice([mx.gpu(0)]), clip_norm=0.3, **settings)
@@ -562,12 +572,47 @@ def test_the_gpu_gives_the_parameters_of_the_cpu(settings):
 
 
 @pytest.mark.gpu
-def test_two_runs_on_the_gpu_draw_the_same_masks():
-    def run():
-        _, step = build_step(SingleDevice([mx.gpu(0)]), dropout=0.4)
-        return [result.loss_sum for result in train(step)]
+@pytest.mark.parametrize("kvstore", ["device", "local"])
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_two_gpus_give_the_parameters_of_one(kvstore, settings):
+    if mx.context.num_gpus() < 2:
+        pytest.skip("there is one GPU")
+    gpus = [mx.gpu(0), mx.gpu(1)]
+    one, one_step = build_step(SingleDevice(gpus[:1]), clip_norm=0.3, small_batch_size=BATCH // 2, **settings)
+    two, two_step = build_step(KVStoreCommunicator(gpus, kvstore), clip_norm=0.3, **settings)
+    losses = [[result.loss_sum for result in train(step)] for step in (one_step, two_step)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, value in values_of(one, gpus[0]).items():
+        for gpu in gpus:
+            assert relative_error(values_of(two, gpu)[name], value) < 1e-4, name
 
-    assert run() == pytest.approx(run(), rel=1e-5)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"dropout": 0.4}, MASKS], ids=["dropout", "awd-lstm"])
+def test_masks_on_the_gpu_follow_from_seed_and_step_and_not_from_what_was_drawn_before(settings):
+    def run(seed=3):
+        _, step = build_step(SingleDevice([mx.gpu(0)]), **settings)
+        return [result.loss_sum for result in train(step, seed=seed)]
+
+    first = run()
+    mx.nd.Dropout(mx.nd.ones((7,), ctx=mx.gpu(0)), mode="always", cudnn_off=True).wait_to_read()
+    assert run() == pytest.approx(first, rel=1e-5)
+    assert run(seed=4)[0] != pytest.approx(first[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_words_that_are_sent_ahead_to_the_gpu_are_not_overwritten_on_their_way():
+    windows = list(Streams(np.random.RandomState(4).randint(0, 10**6, 40_000).astype(np.int32), 8, EOS).windows(50))
+    copies, taken = InputCopies(), []
+    for window, upcoming in zip(windows, [*windows[1:], None]):
+        for start in (0, 4):
+            taken.append((window.columns(start, start + 4), copies.take(window, start, start + 4, mx.gpu(0))))
+        if upcoming is not None:
+            copies.begin(upcoming)
+    for expected, (tokens_TN, targets_R) in taken:
+        assert tokens_TN.context == targets_R.context == mx.gpu(0)
+        np.testing.assert_array_equal(tokens_TN.asnumpy(), expected.tokens_TN)
+        np.testing.assert_array_equal(targets_R.asnumpy(), expected.targets_TN.ravel()[: expected.num_targets])
 
 
 @pytest.mark.gpu
