@@ -85,7 +85,8 @@ def test_a_clean_environment_trains_evaluates_writes_and_exports(version, tmp_pa
     assert len(scored.splitlines()) >= 40
 
 
-def test_cuda_comes_with_pip_and_lacks_only_the_driver(tmp_path):
+@pytest.mark.parametrize("extra", ["cu112", "cu117"])
+def test_cuda_comes_with_pip_and_lacks_only_the_driver(extra, tmp_path):
     """All libraries are found without an environment variable; the driver is a stand-in without a GPU."""
     for tool in ("gcc", "nm"):
         if shutil.which(tool) is None:
@@ -95,7 +96,7 @@ def test_cuda_comes_with_pip_and_lacks_only_the_driver(tmp_path):
     if shutil.disk_usage(tmp_path).free < 12e9:
         pytest.skip("the wheels and their installation take 12 GB")
     environment = Environment(sys.executable, tmp_path)
-    environment.install("cu112")
+    environment.install(extra)
     facts = json.loads(environment.run("python", "-c", DOCTOR_WHATEVER_IT_SAYS))
     assert facts["mxnet"]["missing_libraries"] == ["libcuda.so.1"]
     assert {"libcudnn.so.8", "libnccl.so.2", "libcublas.so.11"} <= set(facts["mxnet"]["from_wheels"])
