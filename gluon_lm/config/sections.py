@@ -269,7 +269,9 @@ class TrainingConfig(Section):
     batch_size: int = option(20, integer(), "streams of text read side by side, over all devices together")
     bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
     tf32: bool = option(
-        True, switch(), "let GPUs of compute capability 8.0 and later round what float32 matrix products take to TF32"
+        True,
+        switch(),
+        "let GPUs of compute capability 8.0 and later round what float32 recurrent layers multiply to TF32",
     )
     amp: str = option(
         "none",
