@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -342,3 +343,16 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):
 def test_flags_that_cannot_be_are_refused(capsys):
     assert "--root-path" in problem_of(capsys, "run", "--root-path", "expose")
     assert "--max-texts" in problem_of(capsys, "run", "--slots", 2, "--max-waiting", 1, "--max-texts", 4)
+
+
+def test_the_load_test_measures_a_server_and_stops_it(run):
+    script = Path(__file__).resolve().parents[2] / "scripts/load_test.py"
+    words = [run, "--clients", 3, "--requests", 6, "--words", 4, "--soak", 20]
+    measured = subprocess.run(
+        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=120
+    )
+    assert measured.returncode == 0, measured.stderr
+    rows = [line.split() for line in measured.stdout.splitlines()]
+    one, three = (next(row for row in rows if row[:1] == [clients]) for clients in ("1", "3"))
+    assert float(one[2]) > 0 and three[1] == "6" and float(three[2]) > 0
+    assert "memory after 10 %" in measured.stdout
