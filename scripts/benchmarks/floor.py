@@ -126,7 +126,7 @@ def operator_rows(found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-@benchmark("floor", "A", "B", "C", "D")
+@benchmark("floor", "A", "B", "C", "D", "demo", "openseq2seq")
 def run_floor(options: argparse.Namespace) -> list[Table]:
     """The share of its matrix products' speed that training reaches, and where the rest of a step goes."""
     tables = []

@@ -91,6 +91,8 @@ SIZES = {
     "B": Size(lstm(650, dropout=0.5), OptimConfig(lr=1.0), batch_size=32, bptt=35),
     "C": of_recipe("awd-wikitext-2", warmup=1, steps=3),
     "D": of_recipe("mos-wikitext-2", warmup=1, steps=4),
+    "demo": of_recipe("demo", warmup=4, steps=16),
+    "openseq2seq": of_recipe("openseq2seq-wikitext-2", warmup=1, steps=4),
 }
 
 
