@@ -85,6 +85,32 @@ def test_a_clean_environment_trains_evaluates_writes_and_exports(version, tmp_pa
     assert len(scored.splitlines()) >= 40
 
 
+def test_every_numpy_that_is_promised_trains_the_same(tmp_path):
+    """The last of each minor version within the bounds, and numpy 2, which MXNet's wheels refuse."""
+    environment = Environment(sys.executable, tmp_path)
+    environment.install("cpu")
+    (tmp_path / "text").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "text" / f"{split}.txt").write_text("the cat sees the dog .\na bird hears the river .\n" * 20)
+    flags = ["--emsize", 16, "--nhid", 16, "--batch-size", 4, "--bptt", 5, "--epochs", 1]
+    losses = {}
+    for version in ("1.23.5", "1.24.4", "1.25.2", "1.26.4", "2.1.3"):
+        folder = tmp_path / f"numpy-{version}"
+        environment.run("pip", "install", "--quiet", "--no-deps", "--target", folder, f"numpy=={version}")
+        found = environment.run("python", "-c", "import numpy; print(numpy.__version__)", PYTHONPATH=str(folder))
+        assert found.strip() == version
+        for i, head in enumerate(
+            ([], ["--n-experts", 2, "--recipe", "lm"], ["--num-sampled", 5], ["--cutoffs", "4,8"])
+        ):
+            run = f"run-{version}-{i}"
+            command = ["train", "--data", "text", "--save", run, *flags, *head]
+            environment.run("gluon-lm", *command, PYTHONPATH=str(folder))
+            events = map(json.loads, (tmp_path / run / "metrics.jsonl").open())
+            losses.setdefault(i, []).append([e["loss"] for e in events if e["event"] != "train"])
+    for found in losses.values():
+        assert len(found) == 5 and all(loss == pytest.approx(found[0], rel=1e-6) for loss in found)
+
+
 @pytest.mark.parametrize("extra", ["cu112", "cu117"])
 def test_cuda_comes_with_pip_and_lacks_only_the_driver(extra, tmp_path):
     """All libraries are found without an environment variable; the driver is a stand-in without a GPU."""
