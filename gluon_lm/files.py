@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
 
 from .errors import ConfigError, reason
+from .heartbeat import beat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            beat()
     return digest.hexdigest()
 
 
@@ -40,6 +42,7 @@ def synchronise(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    beat()
 
 
 @contextlib.contextmanager
@@ -113,6 +116,7 @@ def write_arrays(path: Path | BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]
         for name, array in arrays:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+            beat()
 
 
 def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -131,6 +135,7 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 array = arrays[name]
                 if not isinstance(array, np.ndarray):
                     raise ValueError(f"{name} is no array")
+                beat()
                 yield name, array
     except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
         raise ValueError(reason(error)) from error

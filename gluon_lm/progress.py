@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from .heartbeat import beat
 from .logs import has_bars, is_quiet, is_terminal
 from .metrics import perplexity
 
@@ -35,6 +36,7 @@ class PlainProgress:
 
     def update(self, n: float = 1) -> None:
         """Note `n` more units of work."""
+        beat()
         self.n += n
         if self._desc is None or time.monotonic() < self._next_line:
             return
@@ -60,7 +62,7 @@ class PlainProgress:
 
 
 def progress_bar(total: float | None = None, desc: str | None = None, unit: str = "it") -> tqdm | PlainProgress:
-    """A progress bar to use in a ``with`` block and to ``update(n)``.
+    """A progress bar to use in a ``with`` block and to ``update(n)``; each is a heartbeat, shown or not.
 
     Parameters
     ----------
@@ -71,12 +73,18 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     unit : str
         Name of a unit of work.
     """
+    beat()
     if desc is None or is_quiet() or not is_terminal(sys.stderr):
         return PlainProgress(total, None if is_quiet() else desc, unit)
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def update(self, n=1):
+            beat()
+            return super().update(n)
+
     scale = 1024 if unit == "B" else 1000
-    return tqdm(
+    return Bar(
         total=total,
         desc=desc,
         unit=unit,

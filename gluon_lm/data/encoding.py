@@ -22,6 +22,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
+from ..heartbeat import beat
 from ..logs import LOGGER
 from ..progress import progress_bar
 from .tokenizers import TOKENIZERS
@@ -52,6 +53,7 @@ class Span:
             left = self.stop - self.start if self.stop is not None else None
             while block := file.read(BLOCK_BYTES if left is None else min(BLOCK_BYTES, left)):
                 left = None if left is None else left - len(block)
+                beat()
                 yield block
 
 
@@ -414,4 +416,5 @@ def _blocks(path: Path) -> Iterator[np.ndarray]:
     """The ids in a file, in blocks of bounded size."""
     ids = np.memmap(path, dtype=_DTYPE, mode="r")
     for start in range(0, len(ids), _BLOCK_TOKENS):
+        beat()
         yield ids[start : start + _BLOCK_TOKENS]

@@ -73,7 +73,7 @@ class Communicator(ABC):
         return self.gather_object(value)[0]
 
     def heartbeat(self, step: int) -> None:
-        """Called in the course of all long work: this worker is alive and gets on, at that step."""
+        """Called before each step: this worker gets on. What else takes long has `gluon_lm.heartbeat`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""

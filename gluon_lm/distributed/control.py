@@ -7,6 +7,7 @@ launcher's agent on the worker's machine, which hands them on. This module needs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -96,7 +97,7 @@ class Control:
         return self._hear()
 
     def alive(self, step: int | None = None) -> None:
-        """Say that this worker gets on, and at which step it is; cheap enough for every step.
+        """Say that this worker gets on, and at which step it is; None: as before. Cheap enough for every step.
 
         Raises
         ------
@@ -109,16 +110,10 @@ class Control:
             self._next_alive = now + _ALIVE_INTERVAL_S
             self._say("alive", self._step)
 
-    def close(self) -> None:
-        """Say that this worker is done with the others; it may end, and so may the servers."""
-        if self._outgoing.closed:
-            return
-        try:
+    def leave(self) -> None:
+        """Say that this worker is done with the others: they and the servers may end. Signs of life may follow."""
+        with contextlib.suppress(DistributedError):  # nobody is left who would want to know
             self._say("leave")
-        except DistributedError:
-            pass  # nobody is left who would want to know
-        self._outgoing.close()
-        self._incoming.close()
 
     def _say(self, *message: Any) -> None:
         line = memoryview(encode(*message))

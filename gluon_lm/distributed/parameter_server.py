@@ -12,6 +12,7 @@ from mxnet import gluon
 from mxnet.base import _LIB, check_call
 
 from ..errors import DistributedError
+from ..heartbeat import listen
 from ..logs import LOGGER
 from .communicator import Communicator
 from .compression import GradientScales, multiply, nan_unless_finite
@@ -56,6 +57,7 @@ class ParameterServer(Communicator):
         self._is_compressing = False
         self._first_key = 0
         control.join(self.rank)
+        listen(control.alive)
 
     @property
     def description(self) -> str:
@@ -121,4 +123,4 @@ class ParameterServer(Communicator):
             )
 
     def close(self):
-        self._control.close()
+        self._control.leave()

@@ -65,7 +65,7 @@ class _Member:
         # Of workers only:
         self.rank: int | None = None
         self.step: int | None = None
-        self.is_training = self.is_waiting = self.has_left = False
+        self.is_waiting = self.has_left = False
         self.value: Any = None
 
     @property
@@ -95,7 +95,7 @@ class _Member:
         if self.has_left:
             return f"ending (state {self.state})"
         said = f", having said: {self.last_complaint}" if self.last_complaint else ""
-        return (f"in state {self.state}{at}" if self.is_training else f"not ready yet (state {self.state})") + said
+        return (f"in state {self.state}{at}" if at else f"not ready yet (state {self.state})") + said
 
 
 class Supervisor(EventLoop):
@@ -277,8 +277,6 @@ class Supervisor(EventLoop):
             member.last_complaint = line.strip() or member.last_complaint
         if line.startswith(_ERROR):
             member.errors.append(line[len(_ERROR) :])
-        if not member.is_training:
-            self._idle_s = 0.0  # a worker that reads its text says so now and then
         self._printer.print(stream, f"[{member.name}] {line}")
 
     def _hear_exited(self, agent: _Agent, name: str, code: int) -> None:
@@ -317,8 +315,7 @@ class Supervisor(EventLoop):
         self._check_exchange()
 
     def _hear_alive(self, agent: _Agent, name: str, step: int | None) -> None:
-        member = self._members[name]
-        member.is_training, member.step = True, step
+        self._members[name].step = step
         self._idle_s = 0.0
 
     def _hear_leave(self, agent: _Agent, name: str) -> None:

@@ -12,6 +12,7 @@ from mxnet.gluon import nn
 
 from ..config import ModelConfig
 from ..data.windows import Window
+from ..heartbeat import beat
 from .dropout import Dropout, drop
 from .heads import HEADS, SampledSoftmax
 from .precision import HalfProducts, check_half_precision, in_float16
@@ -198,6 +199,7 @@ class LanguageModel(gluon.HybridBlock):
             for start in range(0, values.size, _BLOCK):  # numpy draws in float64: a large matrix twice over
                 stop = min(start + _BLOCK, values.size)
                 flat[start:stop] = rng.uniform(centre - bound, centre + bound, stop - start)
+                beat()
             for device in devices[1:]:
                 values.copyto(parameter.data(device))
             parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient

@@ -443,10 +443,6 @@ class Trainer:
         what: str,
         before_window: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        def alive() -> None:
-            self._communicator.heartbeat(self.state.step)
-            before_window()
-
         return evaluate(
             self.model,
             ids,
@@ -454,7 +450,7 @@ class Trainer:
             self._communicator.devices[0],
             self.config.training.eval_batch_size,
             progress=what,
-            before_window=alive,
+            before_window=before_window,
         )
 
     def _log_interval(self, interval: _Interval) -> None:

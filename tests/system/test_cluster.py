@@ -187,6 +187,30 @@ def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers
     assert_same(arrays(project, "run"), arrays(project, "alone"))
 
 
+# Encodes a text slowly: half a second for eight bytes.
+SLOW_TRAINING = """
+import sys, time
+from gluon_lm.data import encoding
+from gluon_lm.train import main
+
+def tokenize(piece):
+    time.sleep(0.5)
+    return piece.split()
+
+encoding.BLOCK_BYTES, encoding.TOKENIZERS = 8, {"whitespace": tokenize}
+sys.exit(main())
+"""
+
+
+def test_a_text_that_takes_longer_than_the_timeout_is_encoded(project):
+    for split in ("train", "valid", "test"):
+        (project.path / "text" / f"{split}.txt").write_text("the walrus sees a tree .\n" * 16)
+    train = (sys.executable, "-c", SLOW_TRAINING, *FLAGS, *MODELS["plain"], "--kvstore", "dist_sync", "--quiet")
+    started = time.monotonic()
+    last_line = launch_two(project, train, train, timeout_s=15, code=0)
+    assert time.monotonic() - started > 30 and last_line == "[worker 0] " + "=" * 89
+
+
 # Starts two workers, the second with a command line and settings of its own.
 TWO_THAT_DIFFER = """
 import dataclasses, json, sys
@@ -194,18 +218,19 @@ from gluon_lm.cli import run_command
 from gluon_lm.distributed.cluster import Host, parameter_server
 from gluon_lm.distributed.supervisor import Supervisor
 
-first, second, settings = map(json.loads, sys.argv[1:])
+timeout, *commands = sys.argv[1:]
+first, second, settings = map(json.loads, commands)
 *processes, last = parameter_server([Host()], 2, 1, first)
 processes.append(dataclasses.replace(last, argv=second, env={**last.env, **settings}))
-sys.exit(run_command(lambda _: Supervisor(processes, 60).run(), []))
+sys.exit(run_command(lambda _: Supervisor(processes, float(timeout)).run(), []))
 """
 
 
-def launch_two(project, first, second, settings=None):
-    """Run a cluster of two commands that fails; the line that says why."""
+def launch_two(project, first, second, settings=None, timeout_s=60, code=2):
+    """Run a cluster of two commands to its end; its last line."""
     commands = [list(map(str, command)) for command in (first, second)]
     cluster = subprocess.run(
-        [sys.executable, "-c", TWO_THAT_DIFFER, *map(json.dumps, (*commands, settings or {}))],
+        [sys.executable, "-c", TWO_THAT_DIFFER, str(timeout_s), *map(json.dumps, (*commands, settings or {}))],
         cwd=project.path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
@@ -214,7 +239,7 @@ def launch_two(project, first, second, settings=None):
         text=True,
         timeout=240,
     )
-    assert cluster.returncode == 2, cluster.stdout
+    assert cluster.returncode == code, cluster.stdout
     assert processes_of(project) == []
     return cluster.stdout.splitlines()[-1]
 

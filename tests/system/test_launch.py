@@ -48,6 +48,8 @@ sys.exit(run_command(run))
 WORKER = """
 import contextlib, os, signal, sys, time
 from gluon_lm.distributed.control import Control
+from gluon_lm.heartbeat import listen
+from gluon_lm.progress import progress_bar
 
 what, asked = sys.argv[1], []
 
@@ -59,18 +61,26 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, refuse if what == "deaf" else lambda number, _: asked.append(number))
 control = Control.from_environment()
 control.join(control.index)
+listen(control.alive)
 print("joined", flush=True)
 for step in range(1, 1_000_000):
     control.alive(step)
     requests = sum(control.gather(asked), [])
     if requests:
         print("stopped by itself", flush=True)
-        control.close()
+        control.leave()
         sys.exit(128 + requests[0])
     if step == 3:
         print("third step", flush=True)
         if what == "finish":
-            control.close()
+            control.leave()
+            sys.exit(0)
+        if what == "write":
+            control.leave()
+            with progress_bar() as bar:
+                for _ in range(80):
+                    time.sleep(0.1)
+                    bar.update()
             sys.exit(0)
         if what == "error":
             print("error: lr: must be smaller", file=sys.stderr)
@@ -243,6 +253,11 @@ def test_a_stopped_worker_is_named_with_its_step_after_the_timeout(cluster):
     assert "waiting for the others at step" in last_line
 
 
+def test_a_worker_that_still_writes_when_the_others_have_ended_is_let_write(cluster):
+    cluster.supervise("write", "finish", timeout_s=TIMEOUT_S)
+    cluster.end(code=0)
+
+
 def test_a_worker_that_computes_for_ever_counts_as_hanging(cluster):
     cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
     cluster.wait_for("third step", times=2)
@@ -383,7 +398,7 @@ for step in range(3):
     assert total.asnumpy().min() == total.asnumpy().max() == 111
     assert control.gather(store.rank) == [0, 1, 2]
 print("added up by", store.num_workers)
-control.close()
+control.leave()
 """
 
 

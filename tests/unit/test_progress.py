@@ -6,8 +6,11 @@ import io
 import logging
 import time
 
+import numpy as np
 import pytest
 
+from gluon_lm import heartbeat
+from gluon_lm.files import file_hash, read_arrays, synchronise, write_arrays
 from gluon_lm.logs import LOGGER
 from gluon_lm.progress import PlainProgress, TrainingBar, progress_bar
 
@@ -17,6 +20,15 @@ def nothing_said_of_messages(monkeypatch):
     """As in a process that ran no command before."""
     monkeypatch.setattr(LOGGER, "handlers", [])
     monkeypatch.setattr(LOGGER, "level", logging.NOTSET)
+
+
+@pytest.fixture
+def beats(monkeypatch):
+    """A list that grows by one with each heartbeat."""
+    beats = []
+    monkeypatch.setattr(heartbeat, "_listeners", [])
+    heartbeat.listen(lambda: beats.append(len(beats)))
+    return beats
 
 
 class Terminal(io.StringIO):
@@ -79,3 +91,28 @@ def test_the_training_bar_tells_the_mean_and_the_time_that_is_left(monkeypatch):
     assert last.startswith("epoch   2/4  50%|") and last.rstrip().endswith("5/10, 0:02 left, 0:21 to the end")
     assert "loss  3.00 | ppl    20.09 | lr 0.25 | norm 1.500 | 80 tokens/s" in told
     assert terminal.getvalue().rstrip(" ").endswith("\r")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_each_piece_of_long_work_is_a_heartbeat_shown_or_not(monkeypatch, beats, stream, level):
+    monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setattr(LOGGER, "level", level)
+    with progress_bar(total=3, desc="counting", unit="step") as bar:
+        for done in range(3):
+            before = len(beats)
+            bar.update()
+            assert len(beats) > before, done
+
+
+def test_files_are_written_and_read_with_heartbeats(tmp_path, beats):
+    path, arrays = tmp_path / "arrays.npz", {str(i): np.zeros(1 << 18) for i in range(3)}
+    for work, at_least in (
+        (lambda: write_arrays(path, arrays.items()), 3),
+        (lambda: synchronise(path), 1),
+        (lambda: file_hash(path), 6),
+        (lambda: list(read_arrays(path)), 3),
+    ):
+        before = len(beats)
+        work()
+        assert len(beats) - before >= at_least
