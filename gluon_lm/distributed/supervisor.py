@@ -321,17 +321,19 @@ class Supervisor(EventLoop):
     def _hear_leave(self, agent: _Agent, name: str) -> None:
         self._members[name].has_left = True
         self._idle_s = 0.0
-        self._check_exchange()
 
     def _check_exchange(self) -> None:
-        """Give all workers the values of all when the last one is here; fail where one will never come."""
+        """Give all workers the values of all when the last one is here; fail where one has ended without coming.
+
+        One that has only said that it leaves may be about to fail, and then says why at its end.
+        """
         if self._is_decided():
             return
         waiting = [worker for worker in self._workers if worker.is_waiting]
-        done = [worker for worker in self._workers if worker.is_done]
-        if waiting and done:
+        ended = [worker for worker in self._workers if worker.code is not None]
+        if waiting and ended:
             names = ", ".join(worker.full_name for worker in waiting)
-            self._fail(f"{done[0].full_name} has finished, while {names} waited for it")
+            self._fail(f"{ended[0].full_name} has finished, while {names} waited for it")
         elif len(waiting) == len(self._workers):
             workers = sorted(waiting, key=lambda worker: worker.process.index if worker.rank is None else worker.rank)
             values = [worker.value for worker in workers]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import wait_for
 
 import gluon_lm
 
@@ -185,6 +186,19 @@ def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers
     launch(project, "--resume", "run", *goal)
     project.run("train", *flags, *goal, "--save", "alone")
     assert_same(arrays(project, "run"), arrays(project, "alone"))
+
+
+def test_a_first_worker_that_cannot_write_its_checkpoint_says_so_in_the_last_line(project):
+    """The others wait for it by then, and it is done with them before it ends."""
+    flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 4, "--eval-every", 1000, "--epochs", 1000)
+    cluster = project.start("launch", "--workers", 2, "--", *flags, "--save", "run")
+    wait_for((project.path / "run/latest").exists, cluster, seconds=120)
+    (project.path / "run/checkpoints").rename(project.path / "elsewhere")
+    output, _ = cluster.communicate(timeout=100)
+    assert cluster.returncode == 2, output
+    assert re.match(
+        r"error: worker 0 \(pid \d+\): run/checkpoints/step-\d+: cannot be written", output.splitlines()[-1]
+    )
 
 
 # Encodes a text slowly: half a second for eight bytes.

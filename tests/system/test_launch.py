@@ -75,13 +75,13 @@ for step in range(1, 1_000_000):
         if what == "finish":
             control.leave()
             sys.exit(0)
-        if what == "write":
+        if what in ("write", "leave and fail"):
             control.leave()
             with progress_bar() as bar:
                 for _ in range(80):
                     time.sleep(0.1)
                     bar.update()
-            sys.exit(0)
+            sys.exit("error: no space left" if what == "leave and fail" else 0)
         if what == "error":
             print("error: lr: must be smaller", file=sys.stderr)
             sys.exit(2)
@@ -276,6 +276,7 @@ def test_a_worker_that_computes_for_ever_counts_as_hanging(cluster):
     [
         ("error", ": lr: must be smaller"),
         ("crash", " ended with exit code 1; its last words: ValueError: such bad luck"),
+        ("leave and fail", ": no space left"),
         ("finish", " has finished, while worker 0"),
     ],
 )
