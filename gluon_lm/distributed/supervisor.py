@@ -59,6 +59,7 @@ class _Member:
         self.process, self.agent = process, agent
         self.pid: int | None = None
         self.state = "?"
+        self.stopped_s = 0.0
         self.code: int | None = None
         self.last_words = self.last_complaint = ""  # on either stream, and on standard error
         self.errors: list[str] = []
@@ -356,16 +357,26 @@ class Supervisor(EventLoop):
         if not self._members:
             return
         self._idle_s += TICK_S
+        for member in self._members.values():
+            is_stopped = member.code is None and member.state in _STOPPED
+            member.stopped_s = member.stopped_s + TICK_S if is_stopped else 0.0
+        stopped = [member for member in self._members.values() if member.stopped_s > self._timeout_s]
         if self._idle_s > self._timeout_s:
-            if self._stop is not None:
-                self._finish(128 + self._stop)
-            self._fail(self._explain_standstill())
+            self._give_up(self._explain_standstill())
+        elif stopped:
+            names = ", ".join(member.full_name for member in stopped)
+            self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
         ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
         training = [worker for worker in self._workers if not worker.is_done]
         if ended and training:
             self._unserved_s += TICK_S  # the last one to leave may do so a little later than the servers
             if self._unserved_s > GRACE_S:
                 self._fail(f"{ended[0].full_name} has ended, while {training[0].full_name} needs it")
+
+    def _give_up(self, reason: str) -> None:
+        if self._stop is not None:
+            self._finish(128 + self._stop)
+        self._fail(reason)
 
     def _explain_standstill(self) -> str:
         silent = [

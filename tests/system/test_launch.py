@@ -82,6 +82,10 @@ for step in range(1, 1_000_000):
                     time.sleep(0.1)
                     bar.update()
             sys.exit("error: no space left" if what == "leave and fail" else 0)
+        if what == "evaluate":
+            while True:
+                control.alive(step)
+                time.sleep(0.1)
         if what == "error":
             print("error: lr: must be smaller", file=sys.stderr)
             sys.exit(2)
@@ -251,6 +255,19 @@ def test_a_stopped_worker_is_named_with_its_step_after_the_timeout(cluster):
     for worker in (f"worker 0 (pid {others[0]})", f"worker 2 (pid {others[1]})"):
         assert worker in last_line.partition("; worker 1")[2]
     assert "waiting for the others at step" in last_line
+
+
+def test_a_stopped_worker_is_named_however_long_another_one_evaluates_and_one_that_waits_is_let_wait(cluster):
+    cluster.supervise("evaluate", "train", timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=2)
+    time.sleep(1.5 * TIMEOUT_S)
+    assert cluster.process.poll() is None, cluster.lines
+    stopped = cluster.worker(1)
+    os.kill(stopped, signal.SIGSTOP)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line == (
+        f"error: worker 1 (pid {stopped}) has not gone on for {TIMEOUT_S} s: stopped (state T) at step 4"
+    )
 
 
 def test_a_worker_that_still_writes_when_the_others_have_ended_is_let_write(cluster):
