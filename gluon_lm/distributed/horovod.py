@@ -21,6 +21,7 @@ import numpy as np
 from mxnet import gluon
 
 from ..errors import DistributedError
+from ..heartbeat import listen
 from ..logs import LOGGER
 from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
@@ -32,6 +33,7 @@ GROUP_ELEMENTS = 1 << 20  # of compressed gradients that travel together: less i
 TIMEOUT_VARIABLE = "GLUON_LM_TIMEOUT"
 _TIMEOUT_S = 60.0
 _ROUND_S = 1.0  # between two signs of life
+_BUSY_SHARE = 0.5  # of a core's time, at least, for a process that computes; Horovod alone takes a tenth or two
 _START = "start several together, as in horovodrun -np 2 python -m gluon_lm.train --horovod --data ptb"
 
 
@@ -56,8 +58,9 @@ class HorovodCommunicator(Communicator):
 
     Notes
     -----
-    A process that hangs, or a cut network, ends all: over gloo by its own time-out, over MPI, which has none, after as
-    many seconds as ``GLUON_LM_TIMEOUT`` in the environment says (60).
+    A process that is stopped, or a cut network, ends all: over gloo by its own time-out, over MPI, which has none,
+    after as many seconds as ``GLUON_LM_TIMEOUT`` in the environment says (60). So do processes of which none gets on
+    for so long: they wait for each other, or for one that does nothing.
     """
 
     def __init__(self, devices: list[mx.Context], compression: str = "none", threshold: float = 0.5) -> None:
@@ -71,6 +74,7 @@ class HorovodCommunicator(Communicator):
         self._hvd = _start()
         self.rank, self.size = self._hvd.rank(), self._hvd.size()
         self._watch = _Watch(self._hvd, timeout_s)
+        listen(self._watch.beat)
         if self.size == 1 and compression != "none":
             raise DistributedError(
                 f"--gctype {compression}: there is one process, so no gradient travels and there is nothing to "
@@ -97,6 +101,10 @@ class HorovodCommunicator(Communicator):
                 self._hvd.broadcast_(parameter.data(self.devices[0]), 0, name=f"parameter.{i}", priority=-i)
             for parameter in parameters:
                 parameter.data(self.devices[0]).wait_to_read()
+                self._watch.beat()
+
+    def heartbeat(self, step):
+        self._watch.beat()
 
     # ---------------------------------------------------------------- gradients
 
@@ -120,6 +128,7 @@ class HorovodCommunicator(Communicator):
                 if array is not gradient:
                     mx.nd.cast(array, dtype=gradient.dtype, out=gradient)
                 gradient.wait_to_read()
+                self._watch.beat()
 
     def _add_up_codes(self, gradients: list[mx.nd.NDArray], factors: list[float]) -> None:
         """The gradients of the last layers are there first, so they go first; on their way, the next are encoded."""
@@ -181,8 +190,11 @@ class HorovodCommunicator(Communicator):
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
+        self._watch.is_waiting = True
         try:
             yield
+            self._watch.is_waiting = False
+            self._watch.beat()
         except mx.MXNetError as error:
             self._watch.stop()
             self._watch.join()  # MXNet keeps the errors of all threads in one list, which it does not lock
@@ -240,9 +252,16 @@ class HorovodCommunicator(Communicator):
 
 
 class _Watch:
-    """Ends this process when a sign of life from all has failed to come for too long.
+    """Ends this process when a sign of life from all has failed to come for too long, or when none of them gets on.
 
-    The threads that exchange these signs are others than those that train, so work of any length does no harm.
+    The threads that exchange these signs are others than those that train. A sign says how often its process got on,
+    and whether it waits for the others. It gets on by each `beat`, and by each second in which it computes: a step may
+    take long, and MXNet computes it in threads that report nothing.
+
+    Attributes
+    ----------
+    is_waiting : bool
+        Whether the thread that trains is exchanging something with the other processes.
     """
 
     _numbers = itertools.count()
@@ -251,10 +270,17 @@ class _Watch:
         self._hvd, self._timeout_s = hvd, timeout_s
         self._name = f"alive.{next(self._numbers)}"
         self._closed = threading.Event()
-        self._heard = time.monotonic()
+        self._beats = 0
+        self.is_waiting = False
+        self._signs_W2 = np.zeros((hvd.size(), 2), np.int32)  # the newest of all: beats, and whether it waits
+        self._unheard_s = self._idle_s = 0.0
         self._signals = threading.Thread(target=self._signal, daemon=True)
         self._signals.start()
         threading.Thread(target=self._check, daemon=True).start()
+
+    def beat(self) -> None:
+        """Note that this process gets on."""
+        self._beats += 1
 
     def stop(self) -> None:
         """Give no further sign. The one on its way is still waited for, and for no longer than any."""
@@ -265,27 +291,45 @@ class _Watch:
         self._signals.join()
 
     def _signal(self) -> None:
-        sign = mx.nd.ones((1,), dtype="uint8")
+        wall_s, busy_s = time.monotonic(), time.process_time()
         while not self._closed.wait(_ROUND_S):
+            wall_before_s, wall_s = wall_s, time.monotonic()
+            busy_before_s, busy_s = busy_s, time.process_time()
+            if busy_s - busy_before_s > _BUSY_SHARE * (wall_s - wall_before_s):
+                self.beat()
+            sign_12 = mx.nd.array([[self._beats, self.is_waiting]], dtype="int32")
             try:
-                self._hvd.allgather(sign, name=self._name).wait_to_read()
+                signs_W2 = self._hvd.allgather(sign_12, name=self._name).asnumpy()
             except (mx.MXNetError, ValueError):
                 self._closed.set()  # Horovod is no more, which the thread that trains learns by itself
-            else:
-                self._heard = time.monotonic()
+                return
+            gets_on = (signs_W2[:, 0] != self._signs_W2[:, 0]).any()
+            self._idle_s = 0.0 if gets_on else self._idle_s + _ROUND_S
+            self._signs_W2, self._unheard_s = signs_W2, 0.0
 
     def _check(self) -> None:
-        while self._signals.is_alive():
-            self._signals.join(min(_ROUND_S, self._timeout_s / 4))
-            if self._signals.is_alive() and time.monotonic() - self._heard > self._timeout_s:
-                print(
-                    f"error: worker {self._hvd.rank()} of {self._hvd.size()}: one of the others has not been heard for "
-                    f"{self._timeout_s:g} s ({TIMEOUT_VARIABLE}): it hangs, or its network is cut; mend that, and "
-                    "continue with --resume",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(2)  # the thread that trains waits inside Horovod, where nothing reaches it
+        # Both times are counted, not read off a clock: processes that were all stopped for a while go on together.
+        tick_s = min(_ROUND_S, self._timeout_s / 4)
+        while True:
+            self._signals.join(tick_s)
+            if not self._signals.is_alive():
+                return
+            self._unheard_s += tick_s
+            if self._unheard_s > self._timeout_s:
+                self._end("one of the others has not been heard", "it hangs, or its network is cut")
+            elif self._idle_s > self._timeout_s:
+                absent = [str(rank) for rank, (_, is_waiting) in enumerate(self._signs_W2) if not is_waiting]
+                hanging = f"worker {', '.join(absent)} does nothing, and the others wait for it"
+                self._end("no process has got on", hanging if absent else "each waits for the others, in vain")
+
+    def _end(self, what: str, why: str) -> None:
+        print(
+            f"error: worker {self._hvd.rank()} of {self._hvd.size()}: {what} for {self._timeout_s:g} s "
+            f"({TIMEOUT_VARIABLE}): {why}; mend that, and continue with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)  # the thread that trains waits inside Horovod, where nothing reaches it
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[slice]:

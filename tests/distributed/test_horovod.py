@@ -29,6 +29,7 @@ from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
 from gluon_lm.optim.optimizers import create_optimizer
+from gluon_lm.progress import counted
 from gluon_lm.training.step import TrainingStep
 
 CPU = mx.cpu(0)
@@ -197,7 +198,43 @@ def run_killed(folder):
     (Path(folder) / "survived").touch()
 
 
-SCENARIOS = {"first": run_first, "resumed": run_resumed, "left": run_left, "killed": run_killed}
+def run_slow(folder):
+    """The first rank works for long while the others wait: it computes, and then gets on piece by piece."""
+    communicator = HorovodCommunicator([CPU])
+    if communicator.is_primary:
+        end = time.monotonic() + 12
+        while time.monotonic() < end:
+            mx.nd.dot(mx.nd.ones((300, 300)), mx.nd.ones((300, 300))).wait_to_read()
+        for _ in counted(range(12), None, None, "piece"):
+            time.sleep(1)
+    communicator.broadcast_object("worked for long")
+    communicator.close()
+    (Path(folder) / f"done{communicator.rank}").touch()
+
+
+def run_different(folder):
+    """Each rank exchanges something else, as where they were started with other flags."""
+    communicator = HorovodCommunicator([CPU])
+    communicator.exchange([0.0] * (communicator.rank + 1))
+
+
+def run_asleep(folder):
+    """The last rank does nothing any more."""
+    communicator = HorovodCommunicator([CPU])
+    if communicator.rank == communicator.size - 1:
+        time.sleep(100_000)
+    communicator.broadcast_object("never arrives")
+
+
+SCENARIOS = {
+    "first": run_first,
+    "resumed": run_resumed,
+    "left": run_left,
+    "killed": run_killed,
+    "slow": run_slow,
+    "different": run_different,
+    "asleep": run_asleep,
+}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](sys.argv[2])
@@ -537,6 +574,30 @@ def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on(
     code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "90")
     assert code == 0, printed
     assert_alike(hung, whole, 90)
+
+
+@with_horovod
+def test_long_work_of_one_process_ends_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLUON_LM_TIMEOUT", "4")
+    code, printed = horovodrun(2, tmp_path, *THIS_FILE, "slow", tmp_path)
+    assert code == 0, printed
+    assert all((tmp_path / f"done{rank}").exists() for rank in range(2))
+
+
+@with_horovod
+@pytest.mark.parametrize(
+    "scenario, reason",
+    [
+        ("asleep", "worker 2 does nothing, and the others wait for it"),
+        ("different", "each waits for the others, in vain"),
+    ],
+)
+def test_processes_of_which_none_gets_on_end(tmp_path, monkeypatch, scenario, reason):
+    monkeypatch.setenv("GLUON_LM_TIMEOUT", "4")
+    code, printed = horovodrun(3, tmp_path, *THIS_FILE, scenario, tmp_path)
+    assert code != 0
+    line = f"of 3: no process has got on for 4 s (GLUON_LM_TIMEOUT): {reason}; mend that, and continue with --resume\n"
+    assert line in printed
 
 
 def refused(*arguments):
