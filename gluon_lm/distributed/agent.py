@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import __version__
 from ..runtime import physical_cores
-from .control import CONTROL_VARIABLE
+from .control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
 GRACE_S = 3.0
@@ -91,10 +92,12 @@ class Agent(EventLoop):
     def on_start(self, processes: list[dict[str, Any]]) -> None:
         """Start processes; each has a name, argv and env, and is a worker or not."""
         num_workers = sum(process["is_worker"] for process in processes)
+        local_numbers = itertools.count()
         for process in processes:
             name, environment = process["name"], {**os.environ, **process["env"]}
-            if process["is_worker"]:  # that share the machine's cores
+            if process["is_worker"]:  # which share the machine's cores and GPUs
                 environment.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_workers)))
+                environment[LOCAL_WORKER_VARIABLE] = str(next(local_numbers))
             try:
                 child = self._start(name, process["argv"], environment, process["is_worker"])
             except OSError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import mxnet as mx
@@ -13,11 +13,15 @@ from ..errors import DistributedError
 from ..gpus import reasons_against_gpus
 from ..logs import LOGGER
 from .communicator import Communicator, SingleDevice
+from .control import LOCAL_WORKER_VARIABLE
 from .kvstore import KVStoreCommunicator
 
 
-def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Context]:
+def resolve_devices(config: DeviceConfig, every_gpu: bool = False, number: int = 0) -> list[mx.Context]:
     """The contexts that the flags ask for; with none given, the first usable GPU, or each, or else one CPU context.
+
+    Processes that share a machine share out its GPUs: where no flag names one, that of the process's `number` comes
+    first, from the beginning again where there are fewer.
 
     Raises
     ------
@@ -34,10 +38,11 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False) -> list[mx.Co
         wanted = list(config.gpus)
         flag = "--gpus " + ",".join(map(str, wanted))
     elif config.cuda or config.single_gpu:
-        wanted = [0]
+        wanted = [number % max(1, num_gpus)]
         flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        usable = (mx.gpu(i) for i in range(num_gpus) if _is_usable(mx.gpu(i), reasons))
+        in_turn = (mx.gpu((number + i) % num_gpus) for i in range(num_gpus))
+        usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
         found = list(usable) if every_gpu else list(itertools.islice(usable, 1))
         found = found or [mx.cpu(0)]
         for reason in reasons.values():
@@ -69,13 +74,13 @@ def memory_in_use(devices: Sequence[mx.Context]) -> int | None:
     return max((total - free for free, total in memories), default=None)
 
 
-def _device_of_process(config: DeviceConfig) -> list[mx.Context]:
-    """The device of one of several processes on a machine: where none is named, the GPU of its number, or the CPU."""
-    from .horovod import local_rank
+def _number_on_machine(config: DeviceConfig) -> int:
+    """Number of this process among those of the run on the same machine; any where the flags name the devices."""
+    if config.horovod and config.cpus is None and config.gpus is None:
+        from .horovod import local_rank
 
-    if config.count is None and (config.cuda or mx.context.num_gpus()):
-        config = dataclasses.replace(config, gpus=(local_rank(),), cuda=None)
-    return resolve_devices(config)
+        return local_rank()
+    return int(os.environ.get(LOCAL_WORKER_VARIABLE, 0))
 
 
 def resolve_single_device(config: DeviceConfig) -> mx.Context:
@@ -167,9 +172,9 @@ def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Commun
     DistributedError
         For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
     """
+    devices = resolve_devices(config, every_gpu and not config.horovod, _number_on_machine(config))
     if config.horovod:
-        return COMMUNICATORS["horovod"](_device_of_process(config), config)
-    devices = resolve_devices(config, every_gpu)
+        return COMMUNICATORS["horovod"](devices, config)
     if len(devices) > 1 or config.has_workers:
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":

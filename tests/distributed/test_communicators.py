@@ -18,6 +18,7 @@ from gluon_lm.distributed import (
     resolve_devices,
     resolve_single_device,
 )
+from gluon_lm.distributed import devices as device_flags
 from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
 from gluon_lm.errors import DistributedError
 
@@ -321,6 +322,34 @@ def test_nothing_given_without_a_gpu_means_one_cpu_context():
 @pytest.mark.gpu
 def test_nothing_given_with_a_gpu_means_the_first():
     assert resolve_devices(DeviceConfig()) == [mx.gpu(0)]
+
+
+@pytest.mark.parametrize(
+    ("config", "device"),
+    [
+        (DeviceConfig(kvstore="dist_sync"), mx.gpu(1)),
+        (DeviceConfig(kvstore="dist_sync", cuda=True), mx.gpu(1)),
+        (DeviceConfig(kvstore="dist_sync", gpus=(0,)), mx.gpu(0)),
+        (DeviceConfig(kvstore="dist_sync", cuda=False), mx.cpu(0)),
+        (DeviceConfig(kvstore="dist_sync", cpus=1), mx.cpu(0)),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 3])
+def test_workers_of_one_machine_take_its_gpus_in_turn(monkeypatch, config, device, number):
+    """A machine with two GPUs, as far as MXNet says."""
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 2)
+    monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
+    monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: True)
+    monkeypatch.setitem(COMMUNICATORS, "dist_sync", lambda devices, config: SingleDevice(devices))
+    monkeypatch.setenv("GLUON_LM_LOCAL_WORKER", str(number))
+    assert create_communicator(config).devices == [device]
+
+
+@without_gpu
+def test_workers_of_a_machine_without_gpus_take_its_cpu(monkeypatch):
+    monkeypatch.setitem(COMMUNICATORS, "dist_sync", lambda devices, config: SingleDevice(devices))
+    monkeypatch.setenv("GLUON_LM_LOCAL_WORKER", "1")
+    assert create_communicator(DeviceConfig(kvstore="dist_sync")).devices == [mx.cpu(0)]
 
 
 @without_gpu

@@ -63,6 +63,9 @@ control = Control.from_environment()
 control.join(control.index)
 listen(control.alive)
 print("joined", flush=True)
+if what == "number":
+    print("number", os.environ["GLUON_LM_LOCAL_WORKER"])
+    sys.exit()
 for step in range(1, 1_000_000):
     control.alive(step)
     requests = sum(control.gather(asked), [])
@@ -326,6 +329,12 @@ def test_ctrl_c_twice_waits_for_nobody(cluster):
 def test_workers_on_other_machines_run_over_ssh(cluster):
     cluster.supervise("finish", "finish", "finish", "finish", hosts=("127.0.0.2", "127.0.0.3"))
     assert sum(line.endswith("third step") for line in cluster.end(code=0)) == 4
+
+
+def test_workers_know_their_numbers_on_their_machine(cluster):
+    cluster.supervise(*["number"] * 5, hosts=("127.0.0.2", "127.0.0.3"))
+    numbers = [line for line in cluster.end(code=0) if "number" in line]
+    assert sorted(numbers) == [f"[worker {i}] number {i // 2}" for i in range(5)]
 
 
 def test_a_machine_that_is_cut_off_ends_its_own_and_is_named(cluster):
