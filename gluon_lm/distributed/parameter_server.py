@@ -82,6 +82,7 @@ class ParameterServer(Communicator):
         for parameter in parameters:
             for array in parameter.list_data():
                 array.wait_to_read()
+            self._control.alive()
 
     def _make_keys(self, parameters: Sequence[gluon.Parameter]) -> None:
         for key, parameter in enumerate(parameters, self._first_key):
