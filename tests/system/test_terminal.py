@@ -183,7 +183,7 @@ def test_all_other_long_work_shows_a_bar_that_goes_away(project, monkeypatch):
         (["generate", "run", "--words", 9, "--samples", 2], ["generating"]),
         (["score", "run", "lines.txt", "--outf", "scores.tsv"], ["scoring"]),
         (["export", "run", "--output", "exported"], ["exporting exported"]),
-        (["report", "run"], ["writing texts"]),
+        (["report", "run"], ["writing texts", "plotting"]),
     ]
     for (command, *flags), works in commands:
         lines, states = shown(run_as_on_terminal(project, command, *flags))

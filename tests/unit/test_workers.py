@@ -34,13 +34,18 @@ CORPUS = SimpleNamespace(digest="0123456789abcdef")
 
 
 def test_workers_that_are_alike_start():
-    session._check_alike(Config(), CORPUS, TwoWorkers(dict))
+    communicator = TwoWorkers(dict)
+    session._check_alike(session._facts(Config(), CORPUS, communicator), communicator)
 
 
-@pytest.mark.parametrize("what", ["gluon_lm", "mxnet", "configuration", "text and vocabulary", "number of devices"])
+@pytest.mark.parametrize(
+    "what",
+    ["gluon_lm", "mxnet", "configuration", "text and vocabulary", "number of devices", "how gradients travel"],
+)
 def test_workers_that_differ_do_not(what):
+    communicator = TwoWorkers(lambda facts: {**facts, what: "another"})
     with pytest.raises(DistributedError) as caught:
-        session._check_alike(Config(), CORPUS, TwoWorkers(lambda facts: {**facts, what: "another"}))
+        session._check_alike(session._facts(Config(), CORPUS, communicator), communicator)
     message = str(caught.value)
     assert f"the workers differ in {what}: worker 0 has " in message and "worker 1 another" in message
     assert "\n" not in message
