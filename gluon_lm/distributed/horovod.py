@@ -5,6 +5,7 @@ Shapes: W workers, P parameters, B bytes of one worker's codes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -60,7 +61,8 @@ class HorovodCommunicator(Communicator):
     -----
     A process that is stopped, or a cut network, ends all: over gloo by its own time-out, over MPI, which has none,
     after as many seconds as ``GLUON_LM_TIMEOUT`` in the environment says (60). So do processes of which none gets on
-    for so long: they wait for each other, or for one that does nothing.
+    for so long: they wait for each other, or for one that does nothing. A process that could not exchange something
+    with the others has the exit code 2, whatever it does with the `DistributedError`.
     """
 
     def __init__(self, devices: list[mx.Context], compression: str = "none", threshold: float = 0.5) -> None:
@@ -196,10 +198,10 @@ class HorovodCommunicator(Communicator):
             self._watch.is_waiting = False
             self._watch.beat()
         except mx.MXNetError as error:
+            # Much has failed at once, in threads of MXNet's and of Horovod's, and MXNet keeps their errors in one list
+            # that it does not lock. Whoever reads it may crash, as MXNet itself would do at the end of the process.
             self._watch.stop()
-            self._watch.join()  # MXNet keeps the errors of all threads in one list, which it does not lock
-            with contextlib.suppress(mx.MXNetError):
-                mx.nd.waitall()  # raises the errors of the others here, where MXNet would print them at exit
+            atexit.register(_end_at_once)
             reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]
             raise DistributedError(
                 f"worker {self.rank} of {self.size}: could not exchange data with the others ({reason}); see what they "
@@ -249,6 +251,12 @@ class HorovodCommunicator(Communicator):
         self._watch.stop()
         self._hvd.shutdown()
         self._watch.join()
+
+
+def _end_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 class _Watch:

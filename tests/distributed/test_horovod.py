@@ -150,6 +150,7 @@ def run_left(folder):
             notes.keep("left alone", str(error))
     communicator.close()
     notes.write()
+    os._exit(0)  # or else the first of those that fail has all others ended
 
 
 def run_resumed(folder):
