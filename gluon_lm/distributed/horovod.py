@@ -199,7 +199,7 @@ class HorovodCommunicator(Communicator):
             self._watch.beat()
         except mx.MXNetError as error:
             # Much has failed at once, in threads of MXNet's and of Horovod's, and MXNet keeps their errors in one list
-            # that it does not lock. Whoever reads it may crash, as MXNet itself would do at the end of the process.
+            # that it does not lock: waitall may crash, and so may MXNet itself when the process ends.
             self._watch.stop()
             atexit.register(_end_at_once)
             reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]

@@ -148,6 +148,8 @@ def run_left(folder):
             reduce(communicator, make_parameters(), draw(0, rank))
         except DistributedError as error:
             notes.keep("left alone", str(error))
+    else:
+        time.sleep(2)  # Horovod's operator may crash where it is asked for something once Horovod has been shut down
     communicator.close()
     notes.write()
     os._exit(0)  # or else the first of those that fail has all others ended
