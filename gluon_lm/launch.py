@@ -54,13 +54,16 @@ def _launch(argv: Sequence[str]) -> int:
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
-    flags, command = _train_command([*words[split + 1 :], *messages], is_here=options.hostfile is None)
+    is_here = options.hostfile is None
+    flags, command = _train_command([*words[split + 1 :], *messages], is_here)
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    problems = share_problems(command.config, options.workers * (device_count(command.config) or 1), command.sources)
-    if problems:
-        raise ConfigError(problems)
+    if is_here or command.resume is None:  # or else the batch is that of a run which lies elsewhere
+        num_devices = options.workers * (device_count(command.config) or 1)
+        problems = share_problems(command.config, num_devices, command.sources)
+        if problems:
+            raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)

@@ -295,7 +295,7 @@ class _Watch:
         self._closed.set()
 
     def join(self) -> None:
-        """Wait until this thread alone is in MXNet."""
+        """Wait until no sign is on its way."""
         self._signals.join()
 
     def _signal(self) -> None:
