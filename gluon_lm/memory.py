@@ -15,7 +15,8 @@ from pathlib import Path
 from .config import Config
 from .errors import OutOfMemory
 
-_FLOAT, _HALF = 4, 2
+_FLOAT = 4
+_MIXED = 8  # a logit in float32 and in half precision, and what oneDNN keeps of products: precision.FORWARD_ROWS
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
 _STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that an optimiser keeps
 _RECURRENT_FLOATS = 20  # for each unit and token; oneDNN's LSTM takes them twice over
@@ -88,7 +89,7 @@ def training_need(
     if num_sharing > 1:
         copies += 1  # where gradients are added up
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
-    bytes_a_logit = _FLOAT if config.training.amp == "none" else _FLOAT + _HALF
+    bytes_a_logit = _FLOAT if config.training.amp == "none" else _MIXED
     return Need(
         _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing),
         bytes_a_logit * logits * num_sharing,

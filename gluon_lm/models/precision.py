@@ -9,11 +9,14 @@ Shapes: S rows of inputs, E their width, V width of the output.
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import mxnet as mx
 import numpy as np
 from mxnet import gluon
+from mxnet._ctypes.ndarray import _imperative_invoke
+from mxnet.base import _LIB, OpHandle, c_str, check_call
 from mxnet.contrib import amp
 from mxnet.gluon import nn
 
@@ -22,6 +25,10 @@ from ..runtime import cpu_flags
 
 DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
 _BLOCK = 1 << 20  # elements that are cast at a time where the whole would have to be kept
+# For each number of rows that it meets, oneDNN keeps a float32 copy of the output of a half-precision product for good,
+# and windows of random length make many: so the way there is cut into pieces that come in few sizes.
+FORWARD_ROWS = 256
+FORWARD_MULTIPLE = 64
 
 
 def check_half_precision(kind: str, device: mx.Context) -> None:
@@ -110,7 +117,7 @@ class HalfProducts(Products):
         self.dtype = DTYPES[kind]
         self._cast: dict[tuple[gluon.Parameter, mx.Context], mx.nd.NDArray] = {}
         self._fresh: set[tuple[gluon.Parameter, mx.Context]] = set()
-        self._room: dict[mx.Context, mx.nd.NDArray] = {}
+        self._room: dict[tuple[str, mx.Context], mx.nd.NDArray] = {}
 
     def begin_window(self, device):
         self._fresh = {key for key in self._fresh if key[1] != device}
@@ -119,40 +126,60 @@ class HalfProducts(Products):
         return _HalfAffine(self, layer, inputs_SE, output_SV)
 
     def cast(self, parameter: gluon.Parameter, device: mx.Context) -> mx.nd.NDArray:
-        """The parameter in half precision, with room for a gradient."""
+        """The parameter in half precision."""
         key, master = (parameter, device), parameter.data(device)
         if key not in self._cast:
             self._cast[key] = mx.nd.empty(master.shape, ctx=device, dtype=self.dtype)
-            self._cast[key].attach_grad()
         if key not in self._fresh:
             mx.nd.amp_cast(master, dtype=self.dtype, out=self._cast[key])
             self._fresh.add(key)
         return self._cast[key]
 
-    def room(self, shape: tuple[int, ...], device: mx.Context) -> mx.nd.NDArray:
-        """An array in half precision; all calls share its memory, as in `gluon_lm.models.Head.room_for_logits`."""
-        size, room = int(np.prod(shape)), self._room.get(device)
-        if room is None or room.size < size:
-            room = self._room[device] = mx.nd.empty((size,), ctx=device, dtype=self.dtype)
-        return room[:size].reshape(shape)
+    def room(self, purpose: str, shape: tuple[int, ...], device: mx.Context) -> mx.nd.NDArray:
+        """An array in half precision; all calls for a purpose share its memory, as in `Head.room_for_logits`."""
+        key, size = (purpose, device), int(np.prod(shape))
+        if key not in self._room or self._room[key].size < size:
+            self._room[key] = mx.nd.zeros((size,), ctx=device, dtype=self.dtype)
+        return self._room[key][:size].reshape(shape)
 
 
 class _HalfAffine(Affine):
     def __init__(self, products, layer, inputs_SE, output_SV):
-        device, self._dtype = inputs_SE.context, products.dtype
-        # Not on the tape: on CPU, MXNet's amp_cast does not go back into a gradient that is added to, and says nothing.
-        weight_VE, bias_V = (products.cast(parameter, device) for parameter in (layer.weight, layer.bias))
-        self._grads = (weight_VE.grad, layer.weight.grad(device)), (bias_V.grad, layer.bias.grad(device))
-        self._inputs_SE = mx.nd.amp_cast(inputs_SE, dtype=self._dtype)
-        self._inputs_SE.attach_grad()
-        self._half_SV = _recorded(self._inputs_SE, weight_VE, bias_V, products.room(output_SV.shape, device))
-        self.output_SV = mx.nd.amp_cast(self._half_SV, dtype="float32", out=output_SV)
+        device, (num_rows, width) = inputs_SE.context, inputs_SE.shape
+        self._products, self._parameters = products, (layer.weight, layer.bias)
+        self._weight_VE, bias_V = (products.cast(parameter, device) for parameter in self._parameters)
+        vocab_size = bias_V.shape[0]
+        num_padded = -(-num_rows // FORWARD_MULTIPLE) * FORWARD_MULTIPLE  # what the other rows hold does not matter
+        inputs = products.room("inputs", (num_padded, width), device)
+        outputs = products.room("outputs", (num_padded, vocab_size), device)
+        self._inputs_SE, self._half_SV, self.output_SV = inputs[:num_rows], outputs[:num_rows], output_SV
+        mx.nd.amp_cast(inputs_SE, dtype=products.dtype, out=self._inputs_SE)
+        for start in range(0, num_padded, FORWARD_ROWS):
+            rows = slice(start, min(start + FORWARD_ROWS, num_padded))
+            mx.nd.FullyConnected(inputs[rows], self._weight_VE, bias_V, num_hidden=vocab_size, out=outputs[rows])
+        mx.nd.amp_cast(self._half_SV, dtype="float32", out=output_SV)
 
     def backward(self, grad_SV):
-        self._half_SV.backward(mx.nd.amp_cast(grad_SV, dtype=self._dtype, out=self._half_SV))
-        for half, total in self._grads:
-            _add(half, total)
-        return mx.nd.amp_cast(self._inputs_SE.grad, dtype="float32")
+        device, products = grad_SV.context, self._products
+        mx.nd.amp_cast(grad_SV, dtype=products.dtype, out=self._half_SV)
+        grad_SE = mx.nd.empty(self._inputs_SE.shape, ctx=device, dtype=products.dtype)
+        grads = [products.room(f"gradient of {i}", p.shape, device) for i, p in enumerate(self._parameters)]
+        fully_connected_backward(self._half_SV, self._inputs_SE, self._weight_VE, [grad_SE, *grads])
+        for half, parameter in zip(grads, self._parameters):
+            _add(half, parameter.grad(device))
+        return mx.nd.amp_cast(grad_SE, dtype="float32")
+
+
+def fully_connected_backward(
+    grad_SV: mx.nd.NDArray, inputs_SE: mx.nd.NDArray, weight_VE: mx.nd.NDArray, grads: list[mx.nd.NDArray]
+) -> None:
+    """Write the gradients of a ``FullyConnected`` by its inputs, weight and bias into `grads`.
+
+    It is the operator that autograd calls, for which MXNet makes no Python function that takes arrays.
+    """
+    operator, operands, num_hidden = OpHandle(), [grad_SV, inputs_SE, weight_VE], grad_SV.shape[1]
+    check_call(_LIB.NNGetOpHandle(c_str("_backward_FullyConnected"), ctypes.byref(operator)))
+    _imperative_invoke(operator.value, operands, ["num_hidden"], [num_hidden], grads, False, True)
 
 
 def _recorded(inputs_SE, weight_VE, bias_V, output_SV):

@@ -28,32 +28,39 @@ def kind(request, monkeypatch):
     """A half precision; float16's products, which MXNet has on GPUs only, are made in its place by numpy."""
     if request.param == "float16":
         monkeypatch.setattr(language_model, "check_half_precision", lambda kind, device: None)
-        monkeypatch.setattr(mx.nd, "FullyConnected", float16_fully_connected(mx.nd.FullyConnected))
+        monkeypatch.setattr(mx.nd, "FullyConnected", with_float16(mx.nd.FullyConnected, float16_product))
+        backward = with_float16(precision.fully_connected_backward, float16_product_backward)
+        monkeypatch.setattr(precision, "fully_connected_backward", backward)
     return request.param
 
 
-class Float16Product(mx.autograd.Function):
-    """What a GPU gives: sums in float32, rounded to float16."""
+def with_float16(original, in_float16):
+    """An operator that also takes float16, all operands of it."""
 
-    def forward(self, inputs, weight, bias):
-        self.save_for_backward(inputs, weight)
-        product = inputs.astype("float32").asnumpy() @ weight.astype("float32").asnumpy().T
-        return mx.nd.array(product + bias.astype("float32").asnumpy(), dtype="float16")
+    def operator(first, *others, **settings):
+        arrays = [first, *(array for array in others if isinstance(array, mx.nd.NDArray))]
+        if first.dtype != np.float16:
+            return original(first, *others, **settings)
+        assert all(array.dtype == np.float16 for array in arrays)
+        return in_float16(first, *others, **settings)
 
-    def backward(self, grad):
-        inputs, weight = (array.astype("float32").asnumpy() for array in self.saved_tensors)
-        grad = grad.astype("float32").asnumpy()
-        return [mx.nd.array(array, dtype="float16") for array in (grad @ weight, grad.T @ inputs, grad.sum(axis=0))]
+    return operator
 
 
-def float16_fully_connected(original):
-    def fully_connected(inputs, weight, bias, num_hidden, out):
-        if inputs.dtype != np.float16:
-            return original(inputs, weight, bias, num_hidden=num_hidden, out=out)
-        assert weight.dtype == bias.dtype == out.dtype == np.float16
-        return Float16Product()(inputs, weight, bias)
+# What a GPU gives: sums in float32, rounded to float16.
 
-    return fully_connected
+
+def float16_product(inputs, weight, bias, num_hidden, out):
+    assert num_hidden == weight.shape[0] and out.dtype == np.float16
+    inputs, weight, bias = (array.astype("float32").asnumpy() for array in (inputs, weight, bias))
+    out[:] = mx.nd.array(inputs @ weight.T + bias, dtype="float16")
+
+
+def float16_product_backward(grad, inputs, weight, grads):
+    assert all(array.dtype == np.float16 for array in grads)
+    grad, inputs, weight = (array.astype("float32").asnumpy() for array in (grad, inputs, weight))
+    for out, value in zip(grads, (grad @ weight, grad.T @ inputs, grad.sum(axis=0))):
+        out[:] = mx.nd.array(value, dtype="float16")
 
 
 # ---------------------------------------------------------------- what is rounded, and by how much
@@ -160,6 +167,7 @@ HEADS = {
 def test_but_for_the_rounding_every_head_is_as_in_float32(settings, monkeypatch):
     """With float32 in the place of half precision: to the bit, in window after window of changing parameters."""
     monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", 8)
+    monkeypatch.setattr(precision, "FORWARD_MULTIPLE", 1)  # other numbers of rows, other last bits
     monkeypatch.setattr(language_model, "check_half_precision", lambda kind, device: None)
     monkeypatch.setitem(precision.DTYPES, "bfloat16", np.dtype(np.float32))
     whole, halved = (build_model(vocab_size=VOCAB_SIZE, **settings) for _ in range(2))
@@ -181,6 +189,33 @@ def test_but_for_the_rounding_every_head_is_as_in_float32(settings, monkeypatch)
         assert len(results[0]) == len(results[1]) >= 3
         for one, other in zip(*results):
             np.testing.assert_array_equal(one, other)
+
+
+@needs_bfloat16
+def test_windows_of_any_length_take_products_of_few_sizes_and_no_row_is_lost(monkeypatch):
+    """OneDNN keeps memory as large as the logits for every number of rows that it has met."""
+    num_rows, fully_connected = [], mx.nd.FullyConnected
+
+    def noted(inputs, *others, **settings):
+        num_rows.append(inputs.shape[0])
+        return fully_connected(inputs, *others, **settings)
+
+    monkeypatch.setattr(mx.nd, "FullyConnected", noted)
+    head = build_model(vocab_size=VOCAB_SIZE).head
+    products = precision.HalfProducts("bfloat16")
+    products.begin_window(CPU)
+    weight_VE, bias_V = (
+        mx.nd.amp_cast(mx.nd.amp_cast(parameter.data(), dtype=products.dtype), dtype="float32").asnumpy()
+        for parameter in (head.decoder.weight, head.decoder.bias)
+    )
+    rng = np.random.RandomState(0)
+    for rows in (1, 63, 64, 65, 255, 256, 257, 300, 511, 513, 700, 1024, 5):
+        inputs_SE = rng.randint(-8, 9, (rows, weight_VE.shape[1])) / 8  # exact in bfloat16
+        room_SV = mx.nd.full((rows, VOCAB_SIZE), np.nan)
+        found = products.affine(head.decoder, mx.nd.array(inputs_SE), room_SV).output_SV.asnumpy()
+        expected = inputs_SE @ weight_VE.T.astype(np.float64) + bias_V
+        assert (np.abs(found - expected) <= 2.0**-8 * np.abs(expected) + 1e-6).all()
+    assert set(num_rows) == {64, 128, 192, 256}
 
 
 @needs_bfloat16
