@@ -10,9 +10,11 @@ from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command
 from .config import Section, device_count, integer, option, optional, real, share_problems, switch, text
+from .data import load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
+from .logs import log_to_terminal
 from .train import settle
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
@@ -65,6 +67,9 @@ def _launch(argv: Sequence[str]) -> int:
         if problems:
             raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
+    if is_here and command.resume is None:
+        log_to_terminal(command.verbosity)
+        load_corpus(command.config.data)  # what is wrong with it is said once, and the workers find it encoded
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import MAY_CHANGE_ON_RESUME, TrainCommand, parse_train, run_command
-from .logs import LOGGER, log_to_terminal
+from .logs import log_to_terminal
 from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run, stamped, strip_model_suffix
 
@@ -51,7 +51,6 @@ def _train(argv: Sequence[str]) -> int:
         print(command.describe(), end="")
         return 0
     log_to_terminal(command.verbosity, hold=True)
-    LOGGER.info("recipe %s", command.recipe or "none")
     prepare_training(command.config)
     from .training.session import resume_run, start_run
 

@@ -52,7 +52,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     GluonLMError
         Before anything is written where the command, the text or the checkpoint does not fit.
     """
-    communicator = _join(command.config)
+    communicator = _join(command)
     checkpoint = None if initial is None else load_checkpoint(initial)
     vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
     corpus = load_corpus(command.config.data, vocabulary=vocabulary)
@@ -78,7 +78,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
 
 def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     """Continue a run from `path`, or from its newest checkpoint; otherwise as `start_run`."""
-    communicator = _join(command.config)
+    communicator = _join(command)
     is_writer = communicator.is_primary and not command.dry_run
     with run.held() if is_writer else contextlib.nullcontext():
         path = path or newest_checkpoint(run)
@@ -102,8 +102,9 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         return _fit_and_tell(trainer, run)
 
 
-def _join(config: Config) -> Communicator:
+def _join(command: TrainCommand) -> Communicator:
     """The devices and the other workers; of several, only the first speaks."""
+    config = command.config
     communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
     if not config.training.tf32 and all(device.device_type != "gpu" for device in communicator.devices):
         raise DistributedError(
@@ -114,6 +115,7 @@ def _join(config: Config) -> Communicator:
         fall_silent()
     elif config.training.tensorboard:
         require_tensorboard()
+    LOGGER.info("recipe %s", command.recipe or "none")
     return communicator
 
 

@@ -376,6 +376,7 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--", "--data", "text", "--save", "run"), "--save run: exists already"),
         (("--", "--data", "text", "--batch-size", 5), "--batch-size 5: must be a multiple of the number of devices, 2"),
         (("--", "--resume", "nowhere"), "nowhere: there is no such run"),
+        (("--", "--data", "nothere"), "--data nothere: must be a corpus"),
         (("--local", "--hostfile", "hosts.txt", "--", "--tied"), "leave one of them out"),
         (("--hostfile", "nowhere.txt", "--", "--tied"), "nowhere.txt: cannot be read (No such file or directory)"),
         (("--hostfile", "hosts.txt", "--", "--tied"), "host nowhere.invalid: has no address"),
@@ -393,10 +394,12 @@ def test_the_configuration_is_printed_once_and_nothing_started(project):
     assert yaml.safe_load(printed)["kvstore"] == "dist_sync" and printed.count("recipe:") == 1
 
 
-def test_a_port_that_is_taken_is_named(cluster):
+def test_a_port_that_is_taken_is_named(cluster, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some words of a line\n" * 100)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        cluster.launch("-m", "gluon_lm.launch", "--port", port, "--", "--data", "text", "--tied")
+        cluster.launch("-m", "gluon_lm.launch", "--port", port, "--", "--data", text, "--tied")
         (line,) = cluster.end(code=2)
     assert line.startswith(f"error: --port {port}: ") and "Address already in use" in line
 
