@@ -33,11 +33,15 @@ def ours_model(size: Size, devices: DeviceConfig | None = None):
     return model, communicator
 
 
-def ours_step(size: Size, max_seq_len_delta: int | None = None, devices: DeviceConfig | None = None):
+def ours_step(
+    size: Size, max_seq_len_delta: int | None = None, devices: DeviceConfig | None = None, amp: str | None = None
+):
     """Our training step, made as `gluon_lm.train` makes it."""
     devices = devices or DeviceConfig(cuda=False)
     prepare_as_training(size, devices, max_seq_len_delta)
     model, communicator = ours_model(size, devices)
+    if amp is not None:
+        model.train_in_half_precision(amp)
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
@@ -49,9 +53,7 @@ def ours_step(size: Size, max_seq_len_delta: int | None = None, devices: DeviceC
 def train_ours(
     size: Size, warmup: int, steps: int, devices: DeviceConfig | None = None, amp: str | None = None
 ) -> dict[str, float]:
-    step = ours_step(size, devices=devices)
-    if amp is not None:
-        step._model.train_in_half_precision(amp)
+    step = ours_step(size, devices=devices, amp=amp)
     from gluon_lm.data.windows import Streams
 
     streams = Streams(zipf_ids((warmup + steps) * size.batch_size * size.bptt, size.vocab_size), size.batch_size, eos=0)

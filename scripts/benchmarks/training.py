@@ -72,9 +72,9 @@ def run_unrolled(options: argparse.Namespace) -> list[Table]:
     return [run_rounds("Training, fused and unrolled", cases, options, name) for name in options.sizes]
 
 
-def memory_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
+def memory_of_ours(size: Size, warmup: int, steps: int, amp: str | None = None) -> dict[str, Any]:
     """Resident memory over steps on windows of random length, noted now and then; the longest is rehearsed first."""
-    step = ours_step(size, MAX_SEQ_LEN_DELTA)
+    step = ours_step(size, MAX_SEQ_LEN_DELTA, amp=amp)
     from gluon_lm.data.windows import TrainingWindows
 
     ids = zipf_ids(100 * size.batch_size * size.bptt, size.vocab_size)
@@ -96,14 +96,23 @@ def memory_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
     return {"trace": trace}
 
 
+def memory_in_bfloat16(size: Size, warmup: int, steps: int) -> dict[str, Any]:
+    return memory_of_ours(size, warmup, steps, amp="bfloat16")
+
+
 @benchmark("memory", "A70")
 def run_memory(options: argparse.Namespace) -> list[Table]:
-    """Resident memory in the course of training on windows of random length."""
+    """Resident memory in the course of training on windows of random length; in bfloat16 too, where it can be."""
+    from gluon_lm.runtime import cpu_flags
+
+    cases = [Case("float32", memory_of_ours)]
+    if "avx512_bf16" in cpu_flags():
+        cases.append(Case("bfloat16", memory_in_bfloat16))
     tables = []
-    for name in options.sizes:
+    for name, case in itertools.product(options.sizes, cases):
         size, _, steps = chosen(options, name)
         steps = options.steps or (steps if options.check else 1000)
-        trace = run_case(Case("gluon_lm", memory_of_ours), options, size, 0, steps)["trace"]
+        trace = run_case(case, options, size, 0, steps)["trace"]
         rows = [
             Row(
                 f"{now['steps']} steps" if now["steps"] else "the longest window, rehearsed",
@@ -111,5 +120,6 @@ def run_memory(options: argparse.Namespace) -> list[Table]:
             )
             for now in trace
         ]
-        tables.append(Table(f"Memory, {name}: {size.description}, up to {MAX_SEQ_LEN_DELTA} longer", rows))
+        what = f"{size.description}, up to {MAX_SEQ_LEN_DELTA} longer, {case.label}"
+        tables.append(Table(f"Memory, {name}: {what}", rows))
     return tables
