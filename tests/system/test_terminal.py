@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib
 import io
 import os
@@ -14,7 +15,12 @@ import sys
 import termios
 from pathlib import Path
 
+from loopback import Server
+
 from gluon_lm import progress
+from gluon_lm.data import CORPORA
+from gluon_lm.data.corpora import PublishedCorpus
+from gluon_lm.data.download import PlainMirror, PublishedFile
 from gluon_lm.generate import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,3 +196,25 @@ def test_all_other_long_work_shows_a_bar_that_goes_away(project, monkeypatch):
         for work in works:
             assert any(re.match(rf"{re.escape(work)}: +\d+%\|", state) for state in states), (command, work, states)
         assert not any("%|" in line for line in lines), (command, lines)
+
+
+def test_a_download_shows_a_bar_that_goes_away(project, monkeypatch):
+    monkeypatch.setattr(progress, "_BAR_DELAY_S", 0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    contents = {split: f"{split} text\n".encode() * 50_000 for split in ("train", "valid", "test")}
+    files = {
+        split: PublishedFile(f"{split}.txt", f"sha256:{hashlib.sha256(content).hexdigest()}")
+        for split, content in contents.items()
+    }
+    server = Server()
+    try:
+        server.pages = {f"/{split}.txt": content for split, content in contents.items()}
+        mirror = PlainMirror(server.url + "/")
+        monkeypatch.setitem(CORPORA, "tiny", PublishedCorpus("tiny", "none", files=files, mirrors=(mirror,)))
+        lines, states = shown(run_as_on_terminal(project, "download", "tiny"))
+    finally:
+        server.close()
+    for split in contents:
+        assert any(re.match(rf"{split}\.txt: +\d+%\|", state) for state in states), states
+    assert not any("%|" in line for line in lines), lines
+    assert (project.path / "data" / "tiny" / "test.txt").read_bytes() == contents["test"]
