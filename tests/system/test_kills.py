@@ -187,21 +187,25 @@ def test_encoding_begins_again_and_comes_to_the_same_ids(project, num_kills):
 
 
 @few_and_many(1, 8)
-def test_an_export_is_the_old_one_or_the_new_one(project, num_kills):
+@pytest.mark.parametrize("kind", ["symbol", "onnx"])
+def test_an_export_is_the_old_one_or_the_new_one(project, kind, num_kills):
     project.train("old", "--seed", 1)
     project.train("new", "--seed", 2)
     for run in ("old", "new"):
-        project.run("export", run, "--output", f"exported-{run}")
+        project.run("export", run, "--format", kind, "--output", f"exported-{run}")
     expected = [contents(project.path / f"exported-{run}") for run in ("old", "new")]
     output = project.path / "out" / "exported"
-    work = Work(project.path, "import gluon_lm.exporting; from gluon_lm.export import main", "main(words)")
-    calls, seconds = work.measure("new", "--output", "exported-again")
+    imports = "import gluon_lm.exporting, gluon_lm.exporting_onnx, onnx; from gluon_lm.export import main"
+    work = Work(project.path, imports, "main(words)")
+    flags = ("--format", kind, "--output")
+    calls, seconds = work.measure("new", *flags, "exported-again")
     for moment in moments(3, num_kills, calls, seconds):
-        project.run("export", "old", "--output", output)
-        work.is_killed(moment, "new", "--output", output)
+        project.run("export", "old", *flags, output)
+        work.is_killed(moment, "new", *flags, output)
         assert contents(output) in expected
-        load_exported(output)
-    project.run("export", "new", "--output", output)
+        if kind == "symbol":
+            load_exported(output)
+    project.run("export", "new", *flags, output)
     assert contents(output) == expected[1]
 
 
