@@ -671,13 +671,16 @@ def test_the_help_of_every_command_has_groups_defaults_and_an_example_that_is_re
             parse_train(words[words.index("--") + 1 :])
 
 
-def test_the_launcher_has_its_workers_say_as_much_as_it_is_told(monkeypatch):
-    started = []
+def test_the_launcher_has_its_workers_say_as_much_as_it_is_told(monkeypatch, tmp_path):
+    text, started = tmp_path / "text.txt", []
+    text.write_text("some words of a line\n" * 100)
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(launch, "log_to_terminal", lambda verbosity: None)
     monkeypatch.setattr(launch, "parameter_server", lambda hosts, workers, servers, words: started.append(words))
     monkeypatch.setattr(launch.Supervisor, "__init__", lambda *arguments: None)
     monkeypatch.setattr(launch.Supervisor, "run", lambda self: 0)
     for flag in ("--quiet", "--verbose"):
-        assert launch.main([flag, "--", "--data", "ptb"]) == 0
+        assert launch.main([flag, "--", "--data", str(text)]) == 0
         assert flag in started[-1]
     assert launch.main(["--quiet", "--", "--verbose"]) == 2
 
