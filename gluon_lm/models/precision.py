@@ -27,7 +27,7 @@ DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
 _BLOCK = 1 << 20  # elements that are cast at a time where the whole would have to be kept
 # For each number of rows that it meets, oneDNN keeps a float32 copy of the output of a half-precision product for good,
 # and windows of random length make many: so the way there is cut into pieces that come in few sizes.
-FORWARD_ROWS = 256
+FORWARD_ROWS = 512
 FORWARD_MULTIPLE = 64
 
 
