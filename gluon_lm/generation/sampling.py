@@ -93,8 +93,8 @@ class Sampler:
             self._array(np.zeros((num_streams, num_blocks * _BLOCK - vocab_size))),
             self._array(np.arange(num_streams) * num_blocks),
             self._array(np.ones((1, _BLOCK))),
-            self._array(unk_1V),
         ]
+        self._unk_1V = self._array(unk_1V)
         self._steps: dict[_Ways, _Step] = {}
         self.set(sampling)
 
@@ -111,14 +111,19 @@ class Sampler:
             without_unk=any(s.suppress_unk for s in sampling),
             num_sorted=num_sorted,
         )
+
+        def needed(condition: bool, values: list) -> mx.nd.NDArray | None:
+            return self._array(values) if condition else None  # MXNet warns of inputs that a graph does not use
+
         self._controls = [
-            self._array([[1 / (s.temperature or 1)] for s in sampling]),
-            self._array([s.temperature == 0 for s in sampling]),
-            self._array([[s.suppress_unk] for s in sampling]),
-            self._array([min(s.top_k or every, every) - 1 for s in sampling]),
-            self._array([s.top_k is not None for s in sampling]),
+            needed(ways.tempered, [[1 / (s.temperature or 1)] for s in sampling]),
+            needed(ways.greedy, [s.temperature == 0 for s in sampling]),
+            needed(ways.without_unk, [[s.suppress_unk] for s in sampling]),
+            self._unk_1V if ways.without_unk else None,
+            needed(num_sorted > 0, [min(s.top_k or every, every) - 1 for s in sampling]),
+            needed(num_sorted > 0, [s.top_k is not None for s in sampling]),
             # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
-            self._array([[np.inf if s.top_p is None else s.top_p] for s in sampling]),
+            needed(num_sorted == every, [[np.inf if s.top_p is None else s.top_p] for s in sampling]),
         ]
         if ways not in self._steps:
             self._steps[ways] = _Step(self._network, ways, self._vocab_size)
@@ -161,8 +166,8 @@ class _Step(gluon.HybridBlock):
     def hybrid_forward(self, F, tokens_1N, uniforms_N1, constants, controls, states):
         scores_1NV, *states = self.network(tokens_1N, *states)
         scores_NV = F.reshape(scores_1NV, shape=(-1, self._vocab_size))
-        padding_NP, row_starts_N, ones_1C, unk_1V = constants
-        inverse_N1, is_greedy_N, has_no_unk_N1, last_k_N, has_k_N, top_p_N1 = controls
+        padding_NP, row_starts_N, ones_1C = constants
+        inverse_N1, is_greedy_N, has_no_unk_N1, unk_1V, last_k_N, has_k_N, top_p_N1 = controls
         if self._ways.without_unk:
             scores_NV = F.broadcast_add(scores_NV, F.broadcast_mul(has_no_unk_N1, unk_1V))
         if self._ways.tempered:
