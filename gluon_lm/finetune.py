@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .cli import MAY_CHANGE_ON_RESUME, parse_finetune, run_command
 from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from .errors import ConfigError
-from .logs import LOGGER, log_to_terminal
+from .logs import log_to_terminal
 from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run
 
@@ -67,7 +67,6 @@ def _finetune(argv: Sequence[str]) -> int:
         print(command.describe(), end="")
         return 0
     log_to_terminal(command.verbosity, hold=True)
-    LOGGER.info("finetuning %s", run.path)
     prepare_training(command.config)
     from .training.checkpoint import best_checkpoint
     from .training.session import resume_run, start_run
