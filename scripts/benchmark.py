@@ -39,6 +39,8 @@ from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note  # noq
 from benchmarks.machine import describe, load_average, machine  # noqa: E402
 from benchmarks.report import ReportError, changes, comparison, read_report, to_json, to_markdown  # noqa: E402
 
+from gluon_lm.files import atomic_write  # noqa: E402
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -59,17 +61,24 @@ def main(argv: list[str] | None = None) -> int:
         for table in BENCHMARKS[name].run(options):
             print(table.markdown(), flush=True)
             tables.append(table)
+        if tables:
+            about["load_average_at_end"] = machine()["load_average"]
+            write_reports(options, about, tables)
     if not tables:  # what could not be measured here has said so
         return 2
-    about["load_average_at_end"] = machine()["load_average"]
     print(f"{load_average()} at the end")
+    return 0 if earlier is None else compare(options, about, tables, earlier)
+
+
+def write_reports(options: argparse.Namespace, about, tables) -> None:
+    """Write what has been measured so far: a whole run takes more than an hour."""
     for path, text in (
         (options.json, to_json(about, options.rounds, tables)),
         (options.markdown, to_markdown(about, options.rounds, tables)),
     ):
         if path is not None:
-            path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    return 0 if earlier is None else compare(options, about, tables, earlier)
+            with atomic_write(path) as file:
+                file.write((text.rstrip("\n") + "\n").encode())
 
 
 def compare(options: argparse.Namespace, about, tables, earlier) -> int:
