@@ -10,12 +10,13 @@ from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command
 from .config import Section, device_count, integer, option, optional, real, share_problems, switch, text
-from .data import load_corpus
+from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .train import settle
+from .training.run_folder import RunFolder
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
 
@@ -57,7 +58,7 @@ def _launch(argv: Sequence[str]) -> int:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
     is_here = options.hostfile is None
-    flags, command = _train_command([*words[split + 1 :], *messages], is_here)
+    flags, command, run = _train_command([*words[split + 1 :], *messages], is_here)
     if command.print_config:
         print(command.describe(), end="")
         return 0
@@ -67,36 +68,38 @@ def _launch(argv: Sequence[str]) -> int:
         if problems:
             raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
-    if is_here and command.resume is None:
+    if is_here:
         log_to_terminal(command.verbosity)
-        load_corpus(command.config.data)  # what is wrong with it is said once, and the workers find it encoded
+        vocabulary = None if run is None else Vocabulary.load(run.vocabulary)
+        # What is wrong with the text is said once, and the workers find it encoded.
+        load_corpus(command.config.data, vocabulary=vocabulary)
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()
 
 
-def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand]:
-    """The flags of each worker and what they mean, checked once before any is started.
+def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand, RunFolder | None]:
+    """The flags of each worker, what they mean and the run that they continue, checked once before any is started.
 
-    The run's folder is looked at too if `is_here`, and not somewhere on the machines of a host file.
+    The run's folder is looked at only if `is_here`, and not somewhere on the machines of a host file.
     """
 
-    def understood(flags: Sequence[str]) -> TrainCommand:
+    def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
         command = parse_train(flags)
-        return settle(command)[0] if is_here else command
+        return settle(command)[:2] if is_here else (command, None)
 
     flags = normalise_argv(words)
     with contextlib.suppress(ConfigError):  # which may be that a single device has nothing to add up
-        command = understood(flags)
+        command, run = understood(flags)
         if command.config.devices.kvstore in _KVSTORES:
-            return flags, command
+            return flags, command, run
     if not any(flag.partition("=")[0] == "--kvstore" for flag in flags):
         flags += ["--kvstore", "dist_sync"]
-    command = understood(flags)
+    command, run = understood(flags)
     kvstore = command.config.devices.kvstore
     if kvstore not in _KVSTORES:
         raise ConfigError(f"--kvstore {kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
-    return flags, command
+    return flags, command, run
 
 
 if __name__ == "__main__":
