@@ -1,14 +1,14 @@
 """The published tables, row by row: train, evaluate and note the figures, and write them into their pages.
 
-    python scripts/reproduce.py                          # every row: published, ours, where it stands
+    python scripts/reproduce.py                          # every row: published, kept, what was run here
     python scripts/reproduce.py ptb-2x200-tied-40        # this row, and those that it goes on from
     python scripts/reproduce.py 'ptb-awd-small*'         # all rows of that name, one after the other
     python scripts/reproduce.py --render                 # write the tables into README.md and docs/results.md
 
 Each step of a row is the documented command in a process of its own. Ctrl-C and SIGTERM let it write a checkpoint; the
-same call later goes on from there, also after a power cut. The rows are in scripts/reproduce.yaml, the figures in
-scripts/reproduced.json. A finished run that was trained elsewhere by the row's command counts once its folder lies in
---runs under the row's name.
+same call later goes on from there, also after a power cut. The rows are in scripts/reproduce.yaml; a row's figures are
+kept with its run, and go into scripts/reproduced.json, from which the tables are made, when the row is done. A finished
+run that was trained elsewhere by the row's command counts once its folder lies in --runs under the row's name.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from gluon_lm.runtime import cpu_model  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
 RESULTS = ROOT / "scripts" / "reproduced.json"
+PROGRESS = "reproduced.json"  # in the folder of a run
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- reproduced: begin -->", "<!-- reproduced: end -->"
 SPLITS = ("valid", "test")
@@ -102,8 +103,8 @@ class Results:
     """What was found out, in a JSON file that is replaced after each step.
 
     For each row: ``trained`` once its training is done, ``valid`` and ``test`` (perplexities), ``tokens`` (of each
-    text), ``vocabulary``, ``seconds``, ``memory_mb`` (peak of the last training process), ``machine``, ``version``,
-    ``finished``.
+    text), ``vocabulary``, ``seconds``, ``memory_mb`` (peak of training, where the row is about it), ``machine``,
+    ``version``, ``finished``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +112,7 @@ class Results:
         try:
             self._rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError) as error:
-            raise Problem(f"--results {path}: cannot be read ({error}); restore it, or name another file") from error
+            raise Problem(f"{path}: cannot be read ({error}); restore it, or move it away") from error
 
     def of(self, row: Row) -> dict[str, Any]:
         return self._rows.get(row.name, {})
@@ -131,6 +132,11 @@ def run_folder(row: Row, rows: dict[str, Row], runs: Path) -> Path:
         return runs / row.name
     before = run_folder(rows[row.after], rows, runs)
     return before / "finetune_model" if row.finetune is not None else before
+
+
+def progress(row: Row, rows: dict[str, Row], runs: Path) -> Results:
+    """How far a row has come, which is kept with its run: where that is gone, the row has not begun."""
+    return Results(run_folder(row, rows, runs) / PROGRESS)
 
 
 def training_flags(row: Row, rows: dict[str, Row]) -> list[str]:
@@ -235,10 +241,16 @@ class Runner:
 # ---------------------------------------------------------------- a row
 
 
-def reproduce(row: Row, rows: dict[str, Row], options: argparse.Namespace, results: Results, runner: Runner) -> None:
-    """Do what of a row is not done yet: train, then evaluate the validation text and the test text."""
-    folder = run_folder(row, rows, options.runs)
+def reproduce(row: Row, rows: dict[str, Row], options: argparse.Namespace, runner: Runner) -> dict[str, Any]:
+    """Do what of a row is not done yet: train, then evaluate the validation text and the test text. Its figures."""
+    folder, results = run_folder(row, rows, options.runs), progress(row, rows, options.runs)
     flags = ["--data-dir", str(options.data_dir)] if options.data_dir is not None else []
+    if is_done(row, results):
+        print(
+            f"\n== {row.name}: done, {shown_figures(row, results.of(row))}; to run it anew, move {folder} away",
+            flush=True,
+        )
+        return results.of(row)
     print(f"\n== {row.name}: {row.title}", flush=True)
     if not results.of(row).get("trained"):
         train(row, rows, folder, flags, results, runner)
@@ -260,6 +272,7 @@ def reproduce(row: Row, rows: dict[str, Row], options: argparse.Namespace, resul
         version=f"gluon_lm {version_of('gluon_lm')}{commit()}, mxnet {version_of('mxnet')}",
         finished=time.strftime("%Y-%m-%d"),
     )
+    return results.of(row)
 
 
 def train(row: Row, rows: dict[str, Row], folder: Path, flags: list[str], results: Results, runner: Runner) -> None:
@@ -268,7 +281,9 @@ def train(row: Row, rows: dict[str, Row], folder: Path, flags: list[str], result
         if "--resume" in command:
             check_is_of_row(row, rows, folder)
         _, memory_mb = runner.run(command, flags)
-        results.note(row, seconds=training_seconds(folder), memory_mb=memory_mb)
+        results.note(row, seconds=training_seconds(folder))
+        if "memory_mb" in row.published:
+            results.note(row, memory_mb=memory_mb)
     results.note(row, trained=True)
 
 
@@ -352,13 +367,15 @@ def has_gpu() -> bool:
 # ---------------------------------------------------------------- tables
 
 
-def state(row: Row, results: Results) -> str:
-    """Where a row stands, in words; empty where it is done."""
-    if is_done(row, results):
-        return ""
-    if results.of(row):
-        return "begun"
+def state(row: Row) -> str:
+    """Where a row stands that is not done, in words."""
     return "not run: needs a GPU" if row.needs_gpu else "not run"
+
+
+def shown_figures(row: Row, values: dict[str, Any]) -> str:
+    """The figures that a row is about."""
+    names = ("memory_mb",) if "memory_mb" in row.published else SPLITS
+    return " / ".join(f"{values[name]:.2f}" for name in names if name in values)
 
 
 def shown_command(row: Row, rows: dict[str, Row]) -> str:
@@ -394,7 +411,7 @@ def table_line(row: Row, rows: dict[str, Row], results: Results) -> str:
         published += f" ({row.source})"
     title = row.title + (f"; {row.note}" if row.note else "")
     if not is_done(row, results):
-        return f"| {title} | `{shown_command(row, rows)}` | {published} | {state(row, results)} | | | |"
+        return f"| {title} | `{shown_command(row, rows)}` | {published} | {state(row)} | | | |"
     valid, test = (f"{found[split]:.2f}" if split in found else "" for split in SPLITS)
     if "memory_mb" in row.published:
         test = f"{found['memory_mb']:.0f} MB"
@@ -424,16 +441,14 @@ def render(page: Path, text: str) -> None:
         file.write(f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 
-def print_overview(rows: dict[str, Row], results: Results) -> None:
+def print_overview(rows: dict[str, Row], results: Results, runs: Path) -> None:
     width = max(map(len, rows))
-    print(f"{'row':{width}}  {'published':>17}  {'ours':>17}")
+    print(f"{'row':{width}}  {'published':>17}  {'kept':>17}  here, in {runs}")
     for row in rows.values():
-        found = results.of(row)
-        shown = ("memory_mb",) if "memory_mb" in row.published else SPLITS
-        published, ours = (
-            " / ".join(f"{values[name]:.2f}" for name in shown if name in values) for values in (row.published, found)
-        )
-        print(f"{row.name:{width}}  {published:>17}  {ours:>17}  {state(row, results)}".rstrip())
+        published, kept = (shown_figures(row, values) for values in (row.published, results.of(row)))
+        here = progress(row, rows, runs)
+        stands = shown_figures(row, here.of(row)) if is_done(row, here) else "begun" if here.of(row) else state(row)
+        print(f"{row.name:{width}}  {published:>17}  {kept:>17}  {stands}".rstrip())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -466,16 +481,16 @@ def main(argv: list[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     rows, results = read_rows(options.rows), Results(options.results)
     if not options.rows_wanted and not options.render:
-        print_overview(rows, results)
+        print_overview(rows, results, options.runs)
         return 0
-    wanted = [row for row in selected(options.rows_wanted, rows) if not is_done(row, results)]
-    needy = [row.name for row in wanted if row.needs_gpu]
+    wanted = selected(options.rows_wanted, rows)
+    needy = [row.name for row in wanted if row.needs_gpu and not is_done(row, progress(row, rows, options.runs))]
     if needy and not has_gpu():
         raise Problem(f"{', '.join(needy)}: needs a GPU, and MXNet sees none here; name other rows")
     runner = Runner()
     for row in wanted:
         try:
-            reproduce(row, rows, options, results, runner)
+            results.note(row, **reproduce(row, rows, options, runner))
         except Stopped:
             print(f"stopped in {row.name}; the same command goes on with it", flush=True)
             return 128 + runner.stopped

@@ -31,6 +31,13 @@ TINY = {
         "finetune": "--epochs 2",
         "evaluate": "dynamiceval --lamb 0.1 --batch-size 4",
     },
+    "memory": {
+        "table": "Tiny",
+        "title": "memory",
+        "train": f"{MODEL} --max-steps 3",
+        "evaluate": "none",
+        "published": {"memory_mb": 500},
+    },
     "large": {
         "table": "Tiny",
         "title": "large",
@@ -99,7 +106,7 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     process.send_signal(signal.SIGKILL)
     process.communicate()
     wait_until(lambda: not processes_about(project.path))
-    printed, _ = start(arguments, "tuned", "--render").communicate(timeout=280)
+    printed, _ = start(arguments, "tuned", "memory", "--render").communicate(timeout=280)
 
     project.train("whole", *shlex.split(MODEL), "--epochs", 12)
     plain = {("long", s): project.run("evaluate", "whole", "--split", s) for s in ("valid", "test")}
@@ -110,9 +117,11 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     for (row, split), expected in plain.items():
         assert figures[row][split] == perplexity(expected), printed
     assert "resuming at step" in printed
-    assert "two epochs" not in printed  # that row was done
+    assert (
+        f"== short: done, {figures['short']['valid']:.2f} / {figures['short']['test']:.2f}; to run it anew" in printed
+    )
     assert figures["long"]["tokens"]["test"] == int(re.search(r"tokens (\d+)", plain["long", "test"])[1])
-    assert figures["long"]["memory_mb"] > 50 and figures["long"]["seconds"] > 0
+    assert figures["memory"]["memory_mb"] > 50 and figures["long"]["seconds"] > 0
 
     readme, page = ((project.path / name).read_text() for name in ("README.md", "all.md"))
     for text in (readme, page):
@@ -121,6 +130,12 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     large = next(line for line in page.splitlines() if line.startswith("| large"))
     assert "not run: needs a GPU" in large and "5 / 4" in large
     assert "not run" not in readme
+
+    # What is kept belongs to those who ran it: rows are run wherever their run is not.
+    again, _ = start([*arguments, "--runs", str(project.path / "elsewhere")], "short").communicate(timeout=280)
+    assert "End of training" in again
+    anew = json.loads(found.read_text())
+    assert anew["short"]["test"] == figures["short"]["test"] and anew["long"] == figures["long"]
 
 
 def test_a_run_that_has_gone_beyond_a_row_is_not_taken_for_it(project, arguments, capsys):
