@@ -1,0 +1,39 @@
+# Sourced by scripts/test.sh and scripts/coverage.sh: sets up what the tests need and is missing.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# What some tests need and is no Python package. Where it cannot be had, they are skipped and say so.
+install_debian_packages() {
+    local missing=() package
+    needs() {  # PACKAGE COMMAND...: of which one is enough
+        PATH="$PATH:/usr/sbin:/sbin" command -v "${@:2}" >/dev/null || missing+=("$1")
+    }
+    needs chromium chromium chromium-browser google-chrome  # the page of gluon_lm.serve
+    needs iproute2 ip                                       # networks between namespaces
+    needs openssh-client ssh                                # hosts that are reached by ssh
+    [ -d /run/systemd/system ] || needs openssh-server sshd # not where it would be started for all the world
+    needs cmake cmake                                       # Horovod
+    needs make make
+    needs g++ g++
+    if [ ${#missing[@]} -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq </dev/null >/dev/null 2>&1 || true
+        for package in "${missing[@]}"; do
+            echo "installing $package for the tests"
+            apt-get install -qq -y --no-install-recommends "$package" </dev/null >/dev/null 2>&1 ||
+                echo "$package cannot be installed; the tests that need it are skipped"
+        done
+    fi
+}
+
+# It takes one or two minutes to build, once for each environment.
+install_horovod() {
+    bash "$ROOT/scripts/install_horovod.sh" </dev/null ||
+        echo "Horovod cannot be built; the tests that need it are skipped"
+}
+
+use_environment cpu test
+cd "$ROOT"
+install_debian_packages
+
+# The models of the tests are small, and threads that wait actively would keep each other from the processors.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
