@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import warnings
 
 import mxnet as mx
 import numpy as np
@@ -222,4 +223,7 @@ def in_float16(block: gluon.HybridBlock, num_inputs: int, whole: gluon.Block) ->
         excluded_sym_names=[name for name in nodes if name.startswith(whole.prefix)],
         data_names=graph.list_inputs(),
     )
-    return gluon.SymbolBlock(graph, inputs, params=block.collect_params())
+    with warnings.catch_warnings():
+        # The type of the tokens, which MXNet says it cannot tell, does not matter: a table is looked up by them.
+        warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
+        return gluon.SymbolBlock(graph, inputs, params=block.collect_params())

@@ -298,6 +298,7 @@ def graph_in_float16(model, num_inputs):
     ],
     ids=["lstm", "awd-gru", "elements dropped", "step by step"],
 )
+@pytest.mark.filterwarnings("error")
 def test_recurrent_layers_and_affine_maps_alone_compute_in_float16(settings, num_inputs, halves):
     nodes, outputs = graph_in_float16(build_model(vocab_size=VOCAB_SIZE, **settings), num_inputs)
     in_half = [node for node in nodes if node["op"] in ("RNN", "FullyConnected")]
