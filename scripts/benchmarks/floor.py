@@ -9,13 +9,10 @@ import argparse
 import json
 import os
 import time
-from collections import defaultdict
 from typing import Any, NamedTuple
 
-from gluon_lm.config import DeviceConfig
-
 from .harness import SEED, Case, Row, Size, Table, benchmark, chosen, note, run_case, zipf_ids
-from .ours import ours_step, prepare_as_training, train_ours
+from .ours import ours_step
 
 SMALLEST_SHARE = 0.005  # of a step: operators below it are added up
 NOT_WORK = {"WaitForVar", "DeleteVariable"}  # of the engine, that it spends waiting
@@ -52,40 +49,58 @@ def products_of(size: Size) -> list[Product]:
     return products
 
 
-def matrix_products(size: Size, warmup: int, steps: int) -> dict[str, Any]:
-    """FullyConnected forwards and backwards at the shapes of a step, as often as a step has them, and nothing else."""
-    prepare_as_training(size, DeviceConfig(cuda=False))
+def affine_map(product: Product):
+    """A product's forwards and backwards, as often as a step has them."""
     import mxnet as mx
 
-    def affine_map(product: Product):
-        shapes = ((product.rows, product.inputs), (product.outputs, product.inputs), (product.rows, product.outputs))
-        inputs_RI, weight_OI, grad_RO = [mx.nd.random.uniform(-1, 1, shape=shape) for shape in shapes]
-        inputs_RI.attach_grad()
-        weight_OI.attach_grad()
-        outputs_RO = mx.nd.empty(grad_RO.shape)
+    shapes = ((product.rows, product.inputs), (product.outputs, product.inputs), (product.rows, product.outputs))
+    inputs_RI, weight_OI, grad_RO = [mx.nd.random.uniform(-1, 1, shape=shape) for shape in shapes]
+    inputs_RI.attach_grad()
+    weight_OI.attach_grad()
+    outputs_RO = mx.nd.empty(grad_RO.shape)
 
-        def take() -> None:
-            for _ in range(product.times):
-                with mx.autograd.record():
-                    made_RO = mx.nd.FullyConnected(
-                        inputs_RI, weight_OI, no_bias=True, num_hidden=product.outputs, out=outputs_RO
-                    )
-                made_RO.backward(grad_RO)
-            mx.nd.waitall()
+    def take() -> None:
+        for _ in range(product.times):
+            with mx.autograd.record():
+                made_RO = mx.nd.FullyConnected(
+                    inputs_RI, weight_OI, no_bias=True, num_hidden=product.outputs, out=outputs_RO
+                )
+            made_RO.backward(grad_RO)
+        mx.nd.waitall()
 
-        return take
+    return take
 
-    milliseconds: dict[str, float] = defaultdict(float)
-    for product in products_of(size):
-        take = affine_map(product)
-        for _ in range(warmup):
-            take()
+
+def step_beside_products(size: Size, warmup: int, steps: int) -> dict[str, Any]:
+    """Our training step and its matrix products alone, in turns: what slows the machine down meets both."""
+    step = ours_step(size)
+    import mxnet as mx
+
+    from gluon_lm.data.windows import Streams
+
+    products = products_of(size)
+    takes = {product: affine_map(product) for product in products}  # those of one shape share their arrays
+    ids = zipf_ids((warmup + steps) * size.batch_size * size.bptt, size.vocab_size)
+    streams = Streams(ids, size.batch_size, eos=0)
+    seconds_of_step, seconds_of_part = 0.0, {product.part: 0.0 for product in products}
+    for i in range(warmup + steps):
         started = time.perf_counter()
-        for _ in range(steps):
-            take()
-        milliseconds[product.part] += 1000 * (time.perf_counter() - started) / steps
-    whole = sum(milliseconds.values())
-    return {"tokens_per_second": 1000 * size.batch_size * size.bptt / whole, "parts": milliseconds}
+        step(streams.window(i * size.bptt, size.bptt), SEED, i)
+        mx.nd.waitall()
+        ended = time.perf_counter()
+        if i >= warmup:
+            seconds_of_step += ended - started
+        for product in products:
+            started = time.perf_counter()
+            takes[product]()
+            if i >= warmup:
+                seconds_of_part[product.part] += time.perf_counter() - started
+    num_tokens = steps * size.batch_size * size.bptt
+    return {
+        "ours": num_tokens / seconds_of_step,
+        "alone": num_tokens / sum(seconds_of_part.values()),
+        "parts": {part: 1000 * seconds / steps for part, seconds in seconds_of_part.items()},
+    }
 
 
 def operators_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
@@ -132,20 +147,18 @@ def run_floor(options: argparse.Namespace) -> list[Table]:
     tables = []
     for name in options.sizes:
         size, warmup, steps = chosen(options, name)
-        cases = [Case("gluon_lm", train_ours), Case("its matrix products alone", matrix_products)]
-        rounds: list[list[dict[str, Any]]] = []
+        case = Case("a step beside its products", step_beside_products)
+        rounds: list[dict[str, Any]] = []
         for n in range(options.rounds):
-            rounds.append([run_case(case, options, size, warmup, steps) for case in cases])
-            ours, alone = (found["tokens_per_second"] for found in rounds[-1])
-            note(f"floor, {name} {n + 1}/{options.rounds}: {ours:,.0f} of {alone:,.0f} tokens/s")
+            found = run_case(case, options, size, warmup, steps)
+            rounds.append(found)
+            note(f"floor, {name} {n + 1}/{options.rounds}: {found['ours']:,.0f} of {found['alone']:,.0f} tokens/s")
         rows = [
-            Row(case.label, {"tokens_per_second": [found["tokens_per_second"] for found in of_case]})
-            for case, of_case in zip(cases, zip(*rounds))
+            Row(label, {"tokens_per_second": [found[key] for found in rounds]})
+            for label, key in (("gluon_lm", "ours"), ("its matrix products alone", "alone"))
         ]
         tables.append(Table(f"Floor, {name}: {size.description}", rows, ratio="share that gluon_lm reaches"))
-        parts = [
-            Row(part, {"milliseconds": [alone["parts"][part] for _, alone in rounds]}) for part in rounds[0][1]["parts"]
-        ]
+        parts = [Row(part, {"milliseconds": [found["parts"][part] for found in rounds]}) for part in rounds[0]["parts"]]
         tables.append(Table(f"Matrix products of a step, {name}: {size.description}", parts))
         profiled = run_case(Case("profile", operators_of_ours), options, size, warmup, max(2, steps // 4))
         tables.append(Table(f"Operators of a step, {name}: {size.description}", operator_rows(profiled)))
