@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -116,15 +117,17 @@ def operators_of_ours(size: Size, warmup: int, steps: int) -> dict[str, Any]:
     for i in range(warmup):
         step(streams.window(i * size.bptt, size.bptt), SEED, i)
     mx.nd.waitall()
-    mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=os.devnull)
-    mx.profiler.set_state("run")
-    started = time.perf_counter()
-    for i in range(warmup, warmup + steps):
-        step(streams.window(i * size.bptt, size.bptt), SEED, i)
-    mx.nd.waitall()
-    seconds = time.perf_counter() - started
-    mx.profiler.set_state("stop")
-    totals = json.loads(mx.profiler.dumps(reset=True, format="json"))["Time"]["operator"]
+    with tempfile.TemporaryDirectory(prefix="gluon_lm-benchmark-") as folder:
+        trace = os.path.join(folder, "profile.json")  # MXNet deletes a file of this name before it writes one
+        mx.profiler.set_config(profile_symbolic=True, profile_imperative=True, aggregate_stats=True, filename=trace)
+        mx.profiler.set_state("run")
+        started = time.perf_counter()
+        for i in range(warmup, warmup + steps):
+            step(streams.window(i * size.bptt, size.bptt), SEED, i)
+        mx.nd.waitall()
+        seconds = time.perf_counter() - started
+        mx.profiler.set_state("stop")
+        totals = json.loads(mx.profiler.dumps(reset=True, format="json"))["Time"]["operator"]
     operators = {name: found["Total"] / steps for name, found in totals.items() if name not in NOT_WORK}
     return {"milliseconds": 1000 * seconds / steps, "operators": operators}
 
