@@ -2,9 +2,12 @@
 # Builds Horovod against the MXNet of the environment, for `horovodrun ... python -m gluon_lm.train --horovod`. Where it
 # is built already, nothing happens. Needs cmake, make and g++, and takes a minute or two.
 #
-# One line of its sources is mended. Over gloo it opens a second set of connections for which it forgets the network
-# interface that it was told (horovodrun --network-interfaces) or found, and takes the address of the host's own name.
-# On a host whose name means 127.0.1.1, as on Debian, the other hosts then cannot reach it.
+# Two things in its sources are mended.
+# Over gloo it opens a second set of connections for which it forgets the network interface that it was told
+# (horovodrun --network-interfaces) or found, and takes the address of the host's own name. On a host whose name means
+# 127.0.1.1, as on Debian, the other hosts then cannot reach it.
+# And for its log it reads the names of an operation's arrays after it has handed the operation over, when that may be
+# over and the names be freed: on a busy machine a process crashed now and then.
 #
 #   MAKEFLAGS               how many compilers run at once, as in MAKEFLAGS=-j1 (default: one a core)
 #   HOROVOD_WITH_MPI        1: for mpirun as well, which needs an MPI with its compiler (default: gloo alone, which needs
@@ -14,7 +17,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 VERSION=0.28.1
-MENDED=mended.2  # behind its version, so that another build is known from this one
+MENDED=mended.3  # behind its version, so that another build is known from this one
 
 is_built() {
     "$VENV/bin/python" - "$VERSION+$MENDED" >/dev/null 2>&1 <<'PYTHON'
@@ -64,6 +67,11 @@ sed -i '/^void GlooContext::InitializeForProcessSet/,/^}/ s/iface = gloo_iface_;
     "$connections"
 grep -q "iface = global_context.gloo_iface_;" "$connections" ||
     fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $connections"
+operations="$sources/horovod-$VERSION/horovod/mxnet/mpi_ops.cc"
+sed -i -e 's/ops_param->op_names/op_names/' \
+    -e 's/^  auto process_set_id = ops_param->process_set_id;/&\n  auto op_names = ops_param->op_names;/' "$operations"
+[ "$(grep -c "auto op_names = ops_param->op_names;" "$operations")" -eq 2 ] ||
+    fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $operations"
 # horovodrun imports this to learn how it was built, and MXNet finds what newer numpy has not only after gluon_lm.
 sed -i '0,/^from /s//import gluon_lm\n&/' "$sources/horovod-$VERSION/horovod/mxnet/__init__.py"
 mkdir "$sources/hook"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
