@@ -36,6 +36,7 @@ _HOME = {
     "DistributedError": "errors",
     "GluonLMError": "errors",
     "MissingDependency": "errors",
+    "OutOfMemory": "errors",
     "TrainingDiverged": "errors",
 }
 __all__ = ["__version__", *_HOME]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
 from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
-from gluon_lm.errors import CheckpointError, ConfigError
+from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
 
@@ -894,3 +895,10 @@ def test_public_names_load_when_they_are_used():
     assert {"Config", "ConfigError", "load_corpus"} <= set(dir(gluon_lm))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gluon_lm.nothing
+
+
+def test_every_error_that_a_user_of_the_package_may_catch_is_a_public_name():
+    kinds = {
+        kind for kind in vars(gluon_lm.errors).values() if inspect.isclass(kind) and issubclass(kind, GluonLMError)
+    }
+    assert {getattr(gluon_lm, kind.__name__) for kind in kinds} == kinds
