@@ -21,10 +21,10 @@ COMMANDS = {
     "score": "how likely a run finds each line of a file, and each word",
     "runs": "list runs: state, model, steps, perplexity",
     "report": "runs as one page: curves, results, configurations, texts",
-    "serve": "a model behind an address: a form, a JSON API, a page",
+    "serve": "serve a model over HTTP: a form, a JSON API, a page",
     "export": "write a model that runs with MXNet alone, or as ONNX",
     "download": "fetch corpora",
-    "doctor": "what this machine is to MXNet, and what is wrong",
+    "doctor": "what MXNet finds on this machine, and what is wrong",
 }
 
 

@@ -56,8 +56,8 @@ _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 class DebugOptions(Section):
     """What every command has: how much it says."""
 
-    quiet: bool = option(False, switch(), "show no progress, and say results and warnings alone")
-    verbose: bool = option(False, switch(), "say more of what is being done")
+    quiet: bool = option(False, switch(), "show no progress, and print only results and warnings")
+    verbose: bool = option(False, switch(), "say more about what is being done")
     debug: bool = option(False, switch(), "show the traceback of an error")
 
     @property
@@ -647,5 +647,5 @@ def _explain(error: Exception) -> list[str]:
     if error.errno in _NO_PATH:
         return [f"{where}cannot be a file or a folder ({error.strerror}); name another"]
     if error.errno in _NOT_WRITTEN:
-        return [f"{where}cannot be written ({error.strerror}); mend that, or choose another folder"]
+        return [f"{where}cannot be written ({error.strerror}); fix that, or choose another folder"]
     return []

@@ -1,4 +1,4 @@
-"""``python -m gluon_lm.doctor [RUN]``: what this machine is to MXNet, and what to do about what is wrong.
+"""``python -m gluon_lm.doctor [RUN]``: what MXNet finds on this machine, and how to mend what is wrong.
 
 It works where MXNet is missing or cannot be loaded, since that is when it is needed: MXNet is imported in a process of
 its own, whose end, whatever it is, becomes a line of the report.
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _doctor(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "doctor",
-        "Say what this machine is to MXNet: versions, GPUs, libraries, cores, settings, and what is wrong.",
+        "Say what MXNet finds on this machine: versions, GPUs, libraries, cores, settings, and what is wrong.",
         "python -m gluon_lm.doctor --json",
     )
     parser.add_argument(
@@ -204,7 +204,7 @@ def _examine_folder(folder: Path) -> dict[str, Any]:
         existing = existing.parent
     facts: dict[str, Any] = {"path": str(folder), "bytes_per_second": None, "problem": ""}
     if folder.exists() and not folder.is_dir():
-        facts["problem"] = "is no folder"
+        facts["problem"] = "is not a folder"
     facts["free_bytes"] = shutil.disk_usage(existing).free
     block = os.urandom(1 << 20)
     try:

@@ -231,7 +231,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 def _check_free(output: Path) -> None:
     if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
         raise ConfigError(
-            f"--output {output}: exists and is no exported model, or has other files in it; name another folder"
+            f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
         )
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -316,7 +316,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         raise
     except Exception as error:  # what MXNet raises for a graph that it cannot read or run has no common base
         raise CheckpointError(
-            f"{folder}: is no whole export, by its {MANIFEST} ({reason(error)}); export the run again"
+            f"{folder}: is not a complete export according to its {MANIFEST} ({reason(error)}); export the run again"
         ) from error
 
 

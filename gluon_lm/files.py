@@ -134,7 +134,7 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             for name in arrays.files:
                 array = arrays[name]
                 if not isinstance(array, np.ndarray):
-                    raise ValueError(f"{name} is no array")
+                    raise ValueError(f"{name} is not an array")
                 beat()
                 yield name, array
     except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base

@@ -35,7 +35,7 @@ class GenerateOptions(Section):
     greedy: bool = option(False, switch(), "take the likeliest word each time")
     no_unk: bool = option(False, switch(), "never write <unk>")
     stop_at_eos: bool = option(False, switch(), "end a text with its first line")
-    detokenize: bool = option(False, switch(), "write text that reads, one line for each of the model's")
+    detokenize: bool = option(False, switch(), "write readable text, one line for each of the model's")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
     outf: str | None = option(None, optional(text("FILE")), "file to write (default: the terminal)")
     checkpoint: str | None = option(None, optional(text("RUN")), "the run, where it is not named first")

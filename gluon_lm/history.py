@@ -79,7 +79,7 @@ class RunHistory:
         self.folder = folder = RunFolder(path)
         try:
             if not folder.config.is_file():
-                raise CheckpointError(f"{path}: has no config.yaml, so it is no run folder; name one")
+                raise CheckpointError(f"{path}: has no config.yaml, so it is not a run folder; name one")
             self.config = read_config(folder.config)
             lines = read_events(folder.metrics) if folder.metrics.exists() else ()
             self.events = [_checked(event) for _, event in lines]
@@ -224,7 +224,7 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: value for name, value in event.items() if name != "event"}
     for name, value in numbers.items():
         if not (value is None or isinstance(value, (int, float))):
-            raise ValueError(f"metrics.jsonl step {event['step']}: {name} {value!r} is no number")
+            raise ValueError(f"metrics.jsonl step {event['step']}: {name} {value!r} is not a number")
     if event["event"] in ("valid", "test") and "loss" not in event:
         raise ValueError(f"metrics.jsonl step {event['step']}: {event['event']} has no loss")
     return event

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _launch(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "launch",
-        "Train with several workers and MXNet's parameter server; what follows -- are the flags of train.",
+        "Train with several workers and MXNet's parameter server; the flags after -- are those of train.",
         "python -m gluon_lm.launch --workers 4 --servers 2 --hostfile hosts.txt -- --data ptb --tied --save runs/ptb",
     )
     parser.add_section(ClusterOptions, "cluster")
@@ -53,7 +53,7 @@ def _launch(argv: Sequence[str]) -> int:
     parsed = parser.parse(words[:split])
     options = parsed.build(ClusterOptions)
     if split + 1 >= len(words):
-        raise ConfigError("no flags of train: add them behind --, as in --workers 2 -- --data ptb --tied")
+        raise ConfigError("no flags for train: add them after --, as in --workers 2 -- --data ptb --tied")
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]

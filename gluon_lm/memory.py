@@ -40,7 +40,7 @@ class Need:
     logits : int
         The room for a chunk's logits, in training and in evaluation.
     window : int
-        What a window leaves behind for the way back; an estimate.
+        What a window leaves behind for the backward pass; an estimate.
     """
 
     parameters: int
@@ -63,7 +63,7 @@ class Need:
 
 
 def recurrent_bytes(config: Config, tokens: int) -> int:
-    """Estimate what the recurrent layers keep of a window of so many tokens for the way back."""
+    """Estimate what the recurrent layers keep of a window of so many tokens for the backward pass."""
     return _FLOAT * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
 
 
@@ -115,7 +115,7 @@ def check_need(need: Need, available: int | None) -> str | None:
     line = f"training takes {need} of memory, and {_gb(available)} are free"
     if need.certain > available:
         raise OutOfMemory(f"{line}; {_advice(need)}")
-    return f"{line}: it may not do; if it ends without a word, {_advice(need)}"
+    return f"{line}: that may not be enough; if it ends without a message, {_advice(need)}"
 
 
 @contextlib.contextmanager

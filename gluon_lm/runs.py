@@ -45,7 +45,7 @@ def _runs(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     folder = Path(parsed.arguments.folder)
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: is no folder; name one that has runs in it")
+        raise ConfigError(f"{folder}: is not a folder; name one that has runs in it")
     log_to_terminal(parsed.verbosity)
     runs, broken = [], []
     for path in _run_folders(folder):

@@ -1,4 +1,4 @@
-"""``python -m gluon_lm.serve RUN``: a model behind an address, with a form, a JSON API and a page."""
+"""``python -m gluon_lm.serve RUN``: serve a model over HTTP, with a form, a JSON API and a page."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def _bind(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(f"--host {host}: is no address of this machine ({error.strerror}); name another") from error
+        raise ConfigError(
+            f"--host {host}: is not an address of this machine ({error.strerror}); name another"
+        ) from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

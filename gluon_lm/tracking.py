@@ -29,7 +29,7 @@ class MetricsFile:
     Raises
     ------
     CheckpointError
-        If the file has a line that is no event.
+        If the file has a line that is not an event.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
@@ -58,7 +58,7 @@ def read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     Raises
     ------
     CheckpointError
-        For a line that is no event.
+        For a line that is not an event.
     """
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
@@ -69,7 +69,7 @@ def read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path} line {number}: is no event of a run; remove the line, and resume again"
+                f"{path} line {number}: is not an event of a run; remove the line, and resume again"
             ) from error
         yield line, event
 

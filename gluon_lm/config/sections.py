@@ -47,7 +47,7 @@ class DataConfig(Section):
         optional(choice("whitespace", "words")),
         "how text becomes words (default: the corpus's own; whitespace for your text)",
     )
-    min_freq: int | None = option(None, optional(integer()), "leave words seen fewer times in training out")
+    min_freq: int | None = option(None, optional(integer()), "leave out words seen fewer times in training")
     max_vocab: int | None = option(
         None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words stay"
     )
@@ -72,7 +72,7 @@ class ModelConfig(Section):
     num_sampled: int | None = option(
         None,
         optional(integer()),
-        "train with so many words, drawn anew for each window, in place of the whole vocabulary (sampled softmax)",
+        "train with this many words, drawn anew for each window, in place of the whole vocabulary (sampled softmax)",
     )
     cutoffs: tuple[int, ...] | None = option(
         None,

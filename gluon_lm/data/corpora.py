@@ -463,7 +463,7 @@ def load_corpus(
         source = _find_source(config.data, Path(config.data_dir).expanduser(), needed, corpora)
     except OSError as error:
         raise DataError(
-            f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); mend that, "
+            f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); fix that, "
             "or name another text"
         ) from error
     if config.data_dir != DataConfig.data_dir and not find_spec(config.data[0], corpora):

@@ -69,7 +69,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: does not exist; name a text file that does") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend that, or name another text file") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); fix that, or name another text file") from error
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class HorovodCommunicator(Communicator):
             reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]
             raise DistributedError(
                 f"worker {self.rank} of {self.size}: could not exchange data with the others ({reason}); see what they "
-                "said last, mend that, and continue with --resume"
+                "said last, fix that, and continue with --resume"
             ) from error
 
     # ---------------------------------------------------------------- state
@@ -324,16 +324,16 @@ class _Watch:
                 return
             self._unheard_s += tick_s
             if self._unheard_s > self._timeout_s:
-                self._end("one of the others has not been heard", "it hangs, or its network is cut")
+                self._end("one of the others has not been heard from", "it hangs, or its network is cut")
             elif self._idle_s > self._timeout_s:
                 absent = [str(rank) for rank, (_, is_waiting) in enumerate(self._signs_W2) if not is_waiting]
                 hanging = f"worker {', '.join(absent)} does nothing, and the others wait for it"
-                self._end("no process has got on", hanging if absent else "each waits for the others, in vain")
+                self._end("no process has made progress", hanging if absent else "each waits for the others, in vain")
 
     def _end(self, what: str, why: str) -> None:
         print(
             f"error: worker {self._hvd.rank()} of {self._hvd.size()}: {what} for {self._timeout_s:g} s "
-            f"({TIMEOUT_VARIABLE}): {why}; mend that, and continue with --resume",
+            f"({TIMEOUT_VARIABLE}): {why}; fix that, and continue with --resume",
             file=sys.stderr,
             flush=True,
         )
@@ -373,12 +373,12 @@ def _start() -> Any:
             f"builds it for the MXNet that is installed. Then {_START}"
         ) from error
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
-        raise DistributedError(f"--horovod: nothing has started this process as one of several; {_START}")
+        raise DistributedError(f"--horovod: this process was not started as one of several; {_START}")
     try:
         hvd.init()
     except ValueError as error:
         raise DistributedError(
-            "--horovod: this process found no way to the others, see above; check that all hosts reach each other, and "
+            "--horovod: this process could not reach the others, see above; check that all hosts reach each other, and "
             f"{_START}"
         ) from error
     return hvd

@@ -107,7 +107,7 @@ class Supervisor(EventLoop):
     processes : sequence of Process
         Workers, and others that serve them. Each gets a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
     timeout_s : float
-        The cluster is ended when no worker has made progress for so long, or nothing has been heard of a host.
+        The cluster is ended when no worker has made progress for so long, or nothing has been heard from a host.
     port : int
         The port to give them; 0 for any.
     """
@@ -353,7 +353,7 @@ class Supervisor(EventLoop):
         for agent in self._agents.values():
             agent.quiet_s += TICK_S
             if agent.quiet_s > self._timeout_s:
-                self._fail(f"host {agent.host.name} has not been heard of for {self._timeout_s:g} s")
+                self._fail(f"host {agent.host.name} has not been heard from for {self._timeout_s:g} s")
         if not self._members:
             return
         self._idle_s += TICK_S
@@ -383,7 +383,7 @@ class Supervisor(EventLoop):
             agent.host.name for agent in self._agents.values() if agent.quiet_s > min(GRACE_S, self._timeout_s / 2)
         ]
         if silent:
-            return f"nothing is heard of host {', '.join(silent)} any more, and no worker gets on"
+            return f"nothing is heard from host {', '.join(silent)} any more, and no worker makes progress"
         situations: dict[str, list[str]] = {}
         blamed = [
             m for m in self._members.values() if m.process.role == "worker" or m.state in _STOPPED or m.code is not None

@@ -1,4 +1,4 @@
-"""From words set apart by spaces to text that reads."""
+"""From words set apart by spaces to readable text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Training with matrix products in half precision: parameters, their gradients and all else stay float32.
 
 MXNet's automatic mixed precision has lists of the operators that may compute in half precision, and a pass that puts
-casts into a graph; the encoder's graph goes through it. The head is no graph: between the way there and the way back
-its logits are worked on in float32. So its products are cast here, by the same operator.
+casts into a graph; the encoder's graph goes through it. The head is no graph: between its forward and
+backward products the logits are worked on in float32. So its products are cast here, by the same operator.
 
 Shapes: S rows of inputs, E their width, V width of the output.
 """
@@ -27,7 +27,7 @@ from ..runtime import cpu_flags
 DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
 _BLOCK = 1 << 20  # elements that are cast at a time where the whole would have to be kept
 # For each number of rows that it meets, oneDNN keeps a float32 copy of the output of a half-precision product for good,
-# and windows of random length make many: so the way there is cut into pieces that come in few sizes.
+# and windows of random length make many: so the forward pass is cut into pieces that come in few sizes.
 FORWARD_ROWS = 512
 FORWARD_MULTIPLE = 64
 

@@ -101,7 +101,7 @@ class Guard:
         try:
             body = await asyncio.wait_for(_read(receive, self._max_body), self._timeout)
         except asyncio.TimeoutError:
-            return 408, f"the request was not here after {self._timeout:g} s"
+            return 408, f"the request did not arrive within {self._timeout:g} s"
         if body is None:
             return _CLIENT_GONE, "the client went away"
         if len(body) > self._max_body:

@@ -190,7 +190,7 @@ def save_checkpoint(
         _remove_old(run, keep)
     except OSError as error:
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror or error}); mend that, and continue from the newest "
+            f"{final}: cannot be written ({error.strerror or error}); fix that, and continue from the newest "
             f"checkpoint with --resume {run.path}"
         ) from error
     finally:

@@ -86,7 +86,7 @@ class RunFolder:
                 self._move_in(place, fresh.path)
             except OSError as error:
                 raise ConfigError(
-                    f"--save {self.path}: cannot be made ({error.strerror}); mend that, or name another folder"
+                    f"--save {self.path}: cannot be made ({error.strerror}); fix that, or name another folder"
                 ) from error
             finally:
                 shutil.rmtree(fresh.path, ignore_errors=True)

@@ -536,7 +536,7 @@ def test_workers_that_are_left_alone_say_so_in_one_line(tmp_path):
     told = Found(tmp_path, 3).values("left alone")
     assert [told[rank] for rank in others] == [
         f"worker {rank} of 3: could not exchange data with the others (Horovod has been shut down); "
-        "see what they said last, mend that, and continue with --resume"
+        "see what they said last, fix that, and continue with --resume"
         for rank in others
     ]
 
@@ -553,7 +553,7 @@ def test_when_a_process_is_killed_all_end(tmp_path):
     "variable, line",
     [
         ("HOROVOD_GLOO_TIMEOUT_SECONDS", "worker 0 of 2: could not exchange data with the others"),
-        ("GLUON_LM_TIMEOUT", "worker 0 of 2: one of the others has not been heard for 5 s (GLUON_LM_TIMEOUT)"),
+        ("GLUON_LM_TIMEOUT", "worker 0 of 2: one of the others has not been heard from for 5 s (GLUON_LM_TIMEOUT)"),
     ],
 )
 def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on(
@@ -599,8 +599,8 @@ def test_processes_of_which_none_gets_on_end(tmp_path, monkeypatch, scenario, re
     monkeypatch.setenv("GLUON_LM_TIMEOUT", "4")
     code, printed = horovodrun(3, tmp_path, *THIS_FILE, scenario, tmp_path)
     assert code != 0
-    line = f"of 3: no process has got on for 4 s (GLUON_LM_TIMEOUT): {reason}; mend that, and continue with --resume\n"
-    assert line in printed
+    what = "no process has made progress for 4 s (GLUON_LM_TIMEOUT)"
+    assert f"of 3: {what}: {reason}; fix that, and continue with --resume\n" in printed
 
 
 def refused(*arguments):
@@ -632,4 +632,4 @@ def test_a_timeout_that_is_none_is_refused(monkeypatch, value):
 def test_a_process_that_nothing_has_started_as_one_of_several_is_refused(monkeypatch):
     for variable in ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"):
         monkeypatch.delenv(variable, raising=False)
-    assert "nothing has started this process" in refused([CPU])
+    assert "this process was not started as one of several" in refused([CPU])

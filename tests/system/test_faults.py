@@ -521,7 +521,7 @@ def test_a_bad_line_among_the_metrics_is_named(project):
     for line in ("no json", "[]", "{}", '{"step": null}', "\0\0\0", "[" * 100_000):
         metrics.write_text(whole + line + "\n")
         number = whole.count("\n") + 1
-        assert f"metrics.jsonl line {number}: is no event" in project.refused("train", "--resume", "run")
+        assert f"metrics.jsonl line {number}: is not an event" in project.refused("train", "--resume", "run")
     metrics.write_text(whole + '{"event": "tra')  # as a killed process leaves it
     project.run("train", "--resume", "run", "--epochs", 2)
     assert [e["step"] for e in project.events("run") if e["event"] == "valid"] == [42, 84]

@@ -101,6 +101,6 @@ def test_what_fails_in_training_says_what_training_takes():
 def test_what_may_not_do_is_said_and_what_will_not_is_refused():
     need = Need(parameters=3 * 10**9, logits=10**9, window=2 * 10**9)
     assert check_need(need, None) is None and check_need(need, 10**10) is None
-    assert "5.0 GB are free: it may not do" in check_need(need, 5 * 10**9)
+    assert "5.0 GB are free: that may not be enough" in check_need(need, 5 * 10**9)
     with pytest.raises(OutOfMemory, match="3.9 GB are free; lower --max-vocab"):
         check_need(need, 39 * 10**8)

@@ -343,7 +343,7 @@ def test_a_machine_that_is_cut_off_ends_its_own_and_is_named(cluster):
     (connection,) = cluster.pids(in_command="127.0.0.3\0cd ")
     os.kill(connection, signal.SIGSTOP)
     last_line = cluster.end(code=2)[-1]
-    assert "host 127.0.0.3" in last_line and "heard of" in last_line
+    assert "host 127.0.0.3" in last_line and "heard from" in last_line
 
 
 def test_an_agent_that_hears_nothing_ends_its_processes(cluster):
@@ -366,8 +366,8 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ((), "no flags of train"),
-        (("--",), "no flags of train"),
+        ((), "no flags for train"),
+        (("--",), "no flags for train"),
         (("--workers", 0, "--", "--tied"), "--workers 0: must be a whole number, 1 or more"),
         (("--servers", 0, "--", "--tied"), "--servers 0: must be a whole number, 1 or more"),
         (("--", "--kvstore", "dist_async"), "stale parameters"),

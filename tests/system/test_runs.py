@@ -101,7 +101,7 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
     assert "finished" in row
     assert project.run("runs", "all/notes") == "no runs in all/notes\n"
-    assert project.run("runs", "nowhere", code=2).startswith("error: nowhere: is no folder")
+    assert project.run("runs", "nowhere", code=2).startswith("error: nowhere: is not a folder")
 
 
 def test_the_last_line_of_a_running_run_may_be_half_written(project):

@@ -778,7 +778,7 @@ def raising(error):
         ),
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "error: cannot be written (No space left on device); mend that, or choose another folder",
+            "error: cannot be written (No space left on device); fix that, or choose another folder",
         ),
         (
             OSError("libcuda.so.1: cannot open shared object file: No such file or directory"),
