@@ -24,10 +24,11 @@ from typing import Any
 from . import __version__
 from .cli import CommandParser, DebugOptions, run_command
 from .config import Section, option, switch
+from .control_groups import processor_share
 from .gpus import has_machine_code, lacks_machine_code, query_driver
 from .libraries import how_to_bring, mxnet_distributions, mxnet_library, resolve, wheel_folders
 from .logs import LOGGER, log_to_terminal
-from .runtime import cpu_flags, cpu_model, keep_freed_memory, physical_cores
+from .runtime import cpu_flags, cpu_model, keep_freed_memory, usable_cores
 
 _IMPORT_SECONDS = 120
 _SAMPLE_BYTES = 64 << 20
@@ -82,7 +83,8 @@ def examine(run_folder: Path) -> dict[str, Any]:
         "horovod": None,
         "cpu": {
             "model": cpu_model(),
-            "cores": physical_cores(),
+            "cores": usable_cores(),
+            "share": processor_share(),
             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "bfloat16": sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"}),
         },
@@ -91,7 +93,7 @@ def examine(run_folder: Path) -> dict[str, Any]:
             "environment": {name: value for name, value in os.environ.items() if name.startswith(_ALLOCATOR_VARIABLES)},
         },
         "openmp": {
-            "threads": os.environ.get("OMP_NUM_THREADS", str(physical_cores())),
+            "threads": os.environ.get("OMP_NUM_THREADS", str(usable_cores())),
             "from_environment": "OMP_NUM_THREADS" in os.environ,
             "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         },
@@ -272,6 +274,7 @@ def describe(facts: dict[str, Any]) -> str:
     mxnet, cpu, folder = facts["mxnet"], facts["cpu"], facts["run_folder"]
     packages = ", ".join(f"{name} {version}" for name, version in mxnet["packages"].items())
     speed = folder["bytes_per_second"]
+    share = "" if cpu["share"] is None else f", a control group allows the time of {cpu['share']:g}"
     rows = [
         ("gluon_lm", facts["gluon_lm"]),
         ("Python", f"{facts['python']['version']}, {facts['python']['executable']}"),
@@ -284,7 +287,7 @@ def describe(facts: dict[str, Any]) -> str:
         ("  missing", ", ".join(mxnet["missing_libraries"]) or "nothing"),
         *_gpu_rows(facts["gpus"]),
         ("Horovod", _horovod_text(facts["horovod"])),
-        ("CPU", f"{cpu['model']}, {cpu['cores']} cores ({cpu['threads']} threads)"),
+        ("CPU", f"{cpu['model']}, {cpu['cores']} cores ({cpu['threads']} threads{share})"),
         ("  bfloat16", ", ".join(cpu["bfloat16"]) or "not in hardware"),
         ("allocator", "keeps freed memory" if facts["allocator"]["keeps_freed_memory"] else "gives memory back"),
         *(("  variable", f"{name}={value}") for name, value in facts["allocator"]["environment"].items()),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import control_groups
 from .config import Config
 from .errors import OutOfMemory
 
@@ -151,49 +152,12 @@ def _gb(size: float) -> str:
 
 def free_host_memory() -> int | None:
     """Bytes that this process can still take: of the machine, its control groups and its own limit; None: not known."""
-    bounds = [bound for bound in (_free_on_machine(), free_in_groups(), _free_below_limit()) if bound is not None]
-    return min(bounds, default=None)
+    bounds = (_free_on_machine(), control_groups.free_memory(), _free_below_limit())
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def _free_on_machine() -> int | None:
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-
-
-def free_in_groups(
-    hierarchies: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
-    """Bytes below the limits of the control groups that this process is in, of version 2 or 1; None: no limit.
-
-    Containers and batch systems set such limits, on a group of their own or on one around it.
-    """
-    try:
-        memberships = [line.split(":", 2) for line in membership.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return None
-    bounds = []
-    for _, controllers, path in memberships:
-        if controllers == "":
-            top, limit, used = hierarchies, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            top, limit, used = hierarchies / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        names = Path(path).parts[1:]  # in a container they may be those of groups that only its host sees
-        for depth in range(len(names) + 1):
-            bounds.append(_free_in_group(top.joinpath(*names[:depth]), limit, used))
-    return min((bound for bound in bounds if bound is not None), default=None)
-
-
-def _free_in_group(group: Path, limit: str, used: str) -> int | None:
-    try:
-        free = int((group / limit).read_text()) - int((group / used).read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # there is no such group, or its limit is "max"
-        return None
-    # The pages of files that were read or written count as used, and the kernel gives them up when memory is wanted.
-    # Version 1 counts those of the groups below apart.
-    reclaimable = (counts.get(f"total_{name}", counts.get(name, 0)) for name in ("inactive_file", "active_file"))
-    return max(0, free + sum(map(int, reclaimable)))
 
 
 def _free_below_limit() -> int | None:

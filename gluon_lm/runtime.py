@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import __version__
 from .config import Config
+from .control_groups import processor_share
 from .logs import LOGGER
 from .memory import recurrent_bytes
 
@@ -70,7 +71,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")
     os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_cpu_contexts)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -80,7 +81,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         "gluon_lm %s, Python %s, %d cores; %s; freed memory is %s",
         __version__,
         platform.python_version(),
-        physical_cores(),
+        usable_cores(),
         ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None),
         "kept" if keeps_memory else "given back",
     )
@@ -94,8 +95,17 @@ def _processes_here() -> int:
     return 1
 
 
-def physical_cores() -> int:
-    """Cores that this process may use; two hardware threads of one core count once."""
+def usable_cores() -> int:
+    """Cores that this process may keep busy; two hardware threads of one core count once.
+
+    More threads than a container's share of the processors' time would use it up at the beginning of each period, and
+    stand still until its end.
+    """
+    share = processor_share()
+    return _cores() if share is None else max(1, min(_cores(), int(share)))
+
+
+def _cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cores = set()

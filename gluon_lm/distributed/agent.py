@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from .. import __version__
-from ..runtime import physical_cores
+from ..runtime import usable_cores
 from .control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
@@ -96,7 +96,7 @@ class Agent(EventLoop):
         for process in processes:
             name, environment = process["name"], {**os.environ, **process["env"]}
             if process["is_worker"]:  # which share the machine's cores and GPUs
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_workers)))
+                environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
                 environment[LOCAL_WORKER_VARIABLE] = str(next(local_numbers))
             try:
                 child = self._start(name, process["argv"], environment, process["is_worker"])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import mxnet as mx
 import pytest
+from control_groups import memory_group
 
 from gluon_lm.errors import OutOfMemory
 from gluon_lm.memory import Need, check_need, explained
@@ -57,15 +55,19 @@ def test_what_does_not_fit_the_vocabulary_is_refused_at_once(project):
 # ---------------------------------------------------------------- memory
 
 
-def limited(command, project):
-    """Run Python with three gigabytes of address space."""
+def three_gigabytes():
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+
+
+def limited(command, project, preexec_fn=three_gigabytes):
+    """Run Python in a process that is limited first, by default to three gigabytes of address space."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=project.path,
         capture_output=True,
         text=True,
         timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30)),
+        preexec_fn=preexec_fn,
     )
 
 
@@ -78,56 +80,15 @@ def test_training_that_cannot_fit_is_refused_before_it_starts(project):
     assert "Traceback" not in done.stderr and not (project.path / "run").exists()
 
 
-@pytest.fixture
-def run_in_group(project):
-    """Runs Python in a control group of so many bytes, where this machine lets one be made."""
-    for top, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = Path(top) / f"gluon_lm-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            group.mkdir()
-            if (group / limit).exists():
-                break
-            group.rmdir()
-    else:
-        pytest.skip("no control group can be made here")
-
-    def run(size, *command):
-        (group / limit).write_text(str(size))
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=project.path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
-        )
-
-    yield run
-    group.rmdir()
-
-
-def test_a_control_group_bounds_what_training_may_take(project, run_in_group):
-    done = run_in_group(512 << 20, "-m", "gluon_lm.train", "--data", "text", "--nhid", "3000", "--save", "run")
+def test_a_control_group_bounds_what_training_may_take(project):
+    flags = ["--data", "text", "--nhid", "3000", "--save", "run"]
+    with memory_group(512 << 20) as group:
+        done = limited(["-m", "gluon_lm.train", *flags], project, preexec_fn=group)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     (free,) = re.findall(r"of memory, and ([\d.]+) GB are free; lower", line)
     assert 0.2 < float(free) <= 0.5
     assert not (project.path / "run").exists()
-
-
-def test_files_that_the_kernel_keeps_are_no_loss_of_memory(project, run_in_group):
-    code = (
-        "import tempfile\n"
-        "from gluon_lm.memory import free_host_memory\n"
-        "before = free_host_memory()\n"
-        "with tempfile.TemporaryFile(dir='/var/tmp') as file:\n"  # /tmp may itself be memory
-        "    for _ in range(128):\n"
-        "        file.write(bytes(1 << 20))\n"
-        "    print(before >> 20, free_host_memory() >> 20)\n"
-    )
-    done = run_in_group(256 << 20, "-c", code)
-    before, after = map(int, done.stdout.split())
-    assert 128 < before < 256 and abs(before - after) < 32
 
 
 def test_memory_that_is_not_to_be_had_is_one_line(project):
