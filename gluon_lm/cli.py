@@ -35,6 +35,7 @@ from gluon_lm.config import (
     nearest,
     option,
     optional,
+    pathname,
     read_value,
     resolve,
     show,
@@ -70,7 +71,7 @@ class DebugOptions(Section):
 class FinetuneOptions(Section):
     """What `finetune` does with the run."""
 
-    save: str | None = option(None, optional(text("RUN")), "the run to finetune, where it is not named first")
+    save: str | None = option(None, optional(pathname("RUN")), "the run to finetune, where it is not named first")
     continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
     overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
     print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
@@ -81,11 +82,11 @@ class FinetuneOptions(Section):
 class RunOptions(Section):
     """What `train` does with its run folder and its configuration."""
 
-    save: str | None = option(None, optional(text("RUN")), "run folder to write (default: under runs/)")
-    resume: str | None = option(None, optional(text("RUN")), "continue this run from its newest checkpoint")
+    save: str | None = option(None, optional(pathname("RUN")), "run folder to write (default: under runs/)")
+    resume: str | None = option(None, optional(pathname("RUN")), "continue this run from its newest checkpoint")
     continue_train: bool = option(False, switch(), "continue the run that --save names")
     overwrite: bool = option(False, switch(), "replace the run folder if it exists")
-    config: str | None = option(None, optional(text("FILE")), "YAML file with any of the values below; flags win")
+    config: str | None = option(None, optional(pathname("FILE")), "YAML file with any of the values below; flags win")
     recipe: str | None = option(
         None,
         optional(text("NAME")),

@@ -28,7 +28,7 @@ def _download(argv: Sequence[str]) -> int:
     parser.add_section(DataConfig, "data", only=("data_dir",))
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
-    data_dir = Path(parsed.build(DataConfig).data_dir).expanduser()
+    data_dir = Path(parsed.build(DataConfig).data_dir)
     specs = {name: find_spec(name) for name in parsed.arguments.names}
     problems = [unknown_corpus(name) for name, spec in specs.items() if spec is None]
     if problems:

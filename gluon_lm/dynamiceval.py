@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch, text
+from .config import DataConfig, DeviceConfig, integer, option, optional, pathname, real, switch
 from .errors import ConfigError, DataError
 from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
@@ -30,7 +30,7 @@ class DynamicOptions(Section):
         None, optional(integer(), -1), "windows of the training text to take (default: all of it)"
     )
     val: bool = option(False, switch(), "evaluate the validation text and not the test text, to tune the values above")
-    model: str | None = option(None, optional(text("RUN")), "the run, where it is not named first")
+    model: str | None = option(None, optional(pathname("RUN")), "the run, where it is not named first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

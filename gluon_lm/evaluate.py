@@ -59,7 +59,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     _check_cache(options, parsed)
     given = {name: parsed.settings[name].value for name in _DATA_FLAGS if name in parsed.settings}
-    is_file = len(given.get("data", ())) == 1 and Path(given["data"][0]).expanduser().is_file()
+    is_file = len(given.get("data", ())) == 1 and Path(given["data"][0]).is_file()
     split = options.split or ("all" if is_file else "test")
     if split == "all" and not is_file:
         raise ConfigError("--split all: goes with one file, as in --data FILE; name train, valid or test")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import choice, option, optional, text
+from .config import choice, option, optional, pathname
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
 from .runtime import prepare_process
@@ -19,7 +19,7 @@ class ExportOptions(Section):
 
     output: str | None = option(
         None,
-        optional(text("DIR")),
+        optional(pathname("DIR")),
         "folder to write (default: there is none, so name one); an older export in it is replaced",
     )
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DeviceConfig, integer, option, optional, real, switch, text, texts
+from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
 from .logs import DETAIL, LOGGER, has_bars, is_terminal, log_to_terminal
@@ -37,10 +37,10 @@ class GenerateOptions(Section):
     stop_at_eos: bool = option(False, switch(), "end a text with its first line")
     detokenize: bool = option(False, switch(), "write readable text, one line for each of the model's")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
-    outf: str | None = option(None, optional(text("FILE")), "file to write (default: the terminal)")
-    checkpoint: str | None = option(None, optional(text("RUN")), "the run, where it is not named first")
+    outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
+    checkpoint: str | None = option(None, optional(pathname("RUN")), "the run, where it is not named first")
     data: tuple[str, ...] | None = option(
-        None, optional(texts(1, 3, rule="a corpus", metavar="DATA")), "no effect: a run has its own vocabulary"
+        None, optional(pathnames(1, 3, rule="a corpus", metavar="DATA")), "no effect: a run has its own vocabulary"
     )
     log_interval: int = option(100, integer(), "words between two lines of progress, with --outf")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command
-from .config import Section, device_count, integer, option, optional, real, share_problems, switch, text
+from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
 from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
@@ -28,7 +28,7 @@ class ClusterOptions(Section):
     workers: int = option(2, integer(), "processes that train; --batch-size is that of all together")
     servers: int = option(1, integer(), "processes that add up gradients")
     hostfile: str | None = option(
-        None, optional(text("FILE")), "the machines, one a line: host, host slots=N or host:N; reached by ssh"
+        None, optional(pathname("FILE")), "the machines, one a line: host, host slots=N or host:N; reached by ssh"
     )
     local: bool = option(False, switch(), "run all on this machine, as without --hostfile")
     timeout: float = option(60.0, real(2), "seconds without progress after which everything is ended")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DeviceConfig, integer, option, optional, text
+from .config import DeviceConfig, integer, option, optional, pathname
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, output_file
 from .history import RunHistory
@@ -28,7 +28,7 @@ class ReportOptions(Section):
 
     output: str | None = option(
         None,
-        optional(text("FILE")),
+        optional(pathname("FILE")),
         "page to write, the plots beside it (default: report.html, of one run in its folder, of several here)",
     )
     words: int = option(60, integer(0), "words of each text that the best checkpoints write; 0: none")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DeviceConfig, choice, option, optional, switch, text
+from .config import DeviceConfig, choice, option, optional, pathname, switch
 from .errors import ConfigError, DataError
 from .files import open_output, output_file
 from .logs import is_terminal, log_to_terminal
@@ -29,7 +29,7 @@ class ScoreOptions(Section):
 
     format: str = option("tsv", choice("tsv", "jsonl"), "a table, or one JSON object a line, which has the words too")
     words: bool = option(False, switch(), "a row for each word after that of its line (tsv)")
-    outf: str | None = option(None, optional(text("FILE")), "file to write (default: the terminal)")
+    outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 Where values come from, highest first: flags, ``--config``, the recipe, the default.
 """
 
-from .kinds import Kind, choice, integer, option, optional, read_value, real, show, switch, text, texts
+from .kinds import Kind, choice, integer, option, optional, pathname, pathnames, read_value, real, show, switch, text
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
 from .rules import LINKED, device_count, share_problems, validate, vocabulary_problems
 from .sections import (
@@ -44,6 +44,8 @@ __all__ = [
     "nearest",
     "option",
     "optional",
+    "pathname",
+    "pathnames",
     "read_config",
     "read_value",
     "real",
@@ -53,7 +55,6 @@ __all__ = [
     "show",
     "switch",
     "text",
-    "texts",
     "validate",
     "vocabulary_problems",
 ]

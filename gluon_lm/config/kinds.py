@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def choice(*names: str) -> Kind:
 
 
 def text(metavar: str) -> Kind:
-    """A name or a path."""
+    """A text that is not blank."""
 
     def read(value: Any) -> str:
         if not isinstance(value, str):
@@ -98,12 +99,18 @@ def text(metavar: str) -> Kind:
             raise ValueError
         return value
 
-    return Kind(read, "a name or a path", metavar)
+    return Kind(read, "a text that is not blank", metavar)
 
 
-def texts(*counts: int, rule: str, metavar: str) -> Kind:
-    """A tuple of names or paths, as many as one of `counts`."""
+def pathname(metavar: str) -> Kind:
+    """A name or a path. The ``~`` of ``--save=~/run``, which a shell leaves, and that of YAML is the user's home."""
     one = text(metavar).read
+    return Kind(lambda value: os.path.expanduser(one(value)), "a name or a path", metavar)
+
+
+def pathnames(*counts: int, rule: str, metavar: str) -> Kind:
+    """A tuple of names or paths, as many as one of `counts`."""
+    one = pathname(metavar).read
 
     def read(value: Any) -> tuple[str, ...]:
         if not isinstance(value, (str, list, tuple)):

@@ -11,7 +11,20 @@ from typing import Any
 
 import yaml
 
-from .kinds import ascending, choice, integer, integers, key_of, option, optional, real, show, switch, text, texts
+from .kinds import (
+    ascending,
+    choice,
+    integer,
+    integers,
+    key_of,
+    option,
+    optional,
+    pathname,
+    pathnames,
+    real,
+    show,
+    switch,
+)
 
 KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
 COMPRESSIONS = ("none", "2bit", "fp16")
@@ -33,7 +46,7 @@ class DataConfig(Section):
 
     data: tuple[str, ...] = option(
         ("wikitext-2",),
-        texts(
+        pathnames(
             1,
             3,
             rule="one corpus, folder or file, or three files (training, validation, test)",
@@ -41,7 +54,7 @@ class DataConfig(Section):
         ),
         "corpus (wikitext-2, wikitext-103, ptb, sotu), or your own text: a folder, one file, or three files",
     )
-    data_dir: str = option("./data", text("DIR"), "where the corpora lie and are downloaded to")
+    data_dir: str = option("./data", pathname("DIR"), "where the corpora lie and are downloaded to")
     tokenizer: str | None = option(
         None,
         optional(choice("whitespace", "words")),
@@ -51,7 +64,7 @@ class DataConfig(Section):
     max_vocab: int | None = option(
         None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words stay"
     )
-    vocab: str | None = option(None, optional(text("FILE")), "a vocabulary file to use instead of the training words")
+    vocab: str | None = option(None, optional(pathname("FILE")), "vocabulary file to use instead of the training words")
 
 
 @dataclass(frozen=True)

@@ -334,13 +334,13 @@ def _find_source(
     data: Sequence[str], data_dir: Path, splits: Sequence[str], corpora: Mapping[str, CorpusSpec]
 ) -> _Source:
     if len(data) == len(SPLITS):
-        paths = dict(zip(SPLITS, (Path(name).expanduser() for name in data)))
+        paths = dict(zip(SPLITS, (Path(name) for name in data)))
         return _own(_folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits}, corpora)
     (name,) = data
     spec = find_spec(name, corpora)
     if spec is not None:
         return _published(spec, spec.texts(spec.default_folder(data_dir), splits))
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return _Source(path.stem, _OWN_LICENCE, _split_file(path, splits))
     spec = find_spec(path.name, corpora)
@@ -457,10 +457,10 @@ def load_corpus(
         If the text or the vocabulary cannot be found, fetched, read or used.
     """
     if vocabulary is None and config.vocab is not None:
-        vocabulary = Vocabulary.load(Path(config.vocab).expanduser())
+        vocabulary = Vocabulary.load(Path(config.vocab))
     needed = [split for split in (*SPLITS, ALL) if split in splits or (vocabulary is None and split == "train")]
     try:
-        source = _find_source(config.data, Path(config.data_dir).expanduser(), needed, corpora)
+        source = _find_source(config.data, Path(config.data_dir), needed, corpora)
     except OSError as error:
         raise DataError(
             f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); fix that, "

@@ -162,7 +162,7 @@ def default_cache_dir() -> Path:
     """``$GLUON_LM_CACHE``, else ``gluon_lm`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
     named = os.environ.get("GLUON_LM_CACHE")
     if named:
-        return Path(named)
+        return Path(os.path.expanduser(named))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gluon_lm"
 
 

@@ -286,6 +286,17 @@ def test_data_takes_one_or_three():
     ]
 
 
+def test_home_is_found_where_the_shell_has_not_looked_for_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/a")
+    (tmp_path / "my.yaml").write_text("data: ~/text\nvocab: ~/words.txt\n", encoding="utf-8")
+    command = parse(f"--config {tmp_path}/my.yaml --save=~/run --data-dir=~")
+    assert command.save == "/home/a/run"
+    data = command.config.data
+    assert (data.data, data.vocab, data.data_dir) == (("/home/a/text",), "/home/a/words.txt", "/home/a")
+    # Of a user that there is not it is a name like any other.
+    assert parse("--data ~no-such-user/a b ./~/c").config.data.data == ("~no-such-user/a", "b", "./~/c")
+
+
 def test_normalised_words():
     words = ["--batch_size", "3", "--n_experts=a_b", "--lr", "-1e-3", "x_y", "--", "--a_b"]
     assert normalise_argv(words) == [
