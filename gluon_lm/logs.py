@@ -7,6 +7,7 @@ import enum
 import logging
 import logging.handlers
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,16 @@ def log_to_terminal(verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False)
 def fall_silent() -> None:
     """Say warnings alone from here on: for a process that is not the first of several."""
     LOGGER.setLevel(logging.WARNING)
+
+
+def leave_terminal() -> None:
+    """Write nothing more to a terminal that is gone, nor to a pipe whose reader went with it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it was closed all along
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def is_quiet() -> bool:

@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, BinaryIO, cast
 
 from .. import __version__
 from ..errors import DistributedError
+from ..logs import leave_terminal
 from .agent import GRACE_S
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
@@ -134,7 +136,8 @@ class Supervisor(EventLoop):
         Returns
         -------
         int
-            0 where all workers ended well; 130 or 143 after Ctrl-C or SIGTERM, which are passed on to the workers.
+            0 where all workers ended well; 130, 143 or 129 after Ctrl-C, SIGTERM or a closed terminal, which the
+            workers are told.
             A second Ctrl-C ends everything at once.
 
         Raises
@@ -397,13 +400,21 @@ class Supervisor(EventLoop):
 
     @contextlib.contextmanager
     def _listening_to_signals(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda number, _: self.post("interrupt", number)) for number in numbers]
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # as under nohup
+            del before[signal.SIGHUP]
+        for number in before:
+            signal.signal(number, self._note_signal)
         try:
             yield
         finally:
-            for number, handler in zip(numbers, before):
+            for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
         """Ask the workers to stop; the second time, end all at once."""
@@ -413,6 +424,8 @@ class Supervisor(EventLoop):
                 names = [worker.process.name for worker in self._workers if worker.agent is agent]
                 agent.sender.send("signal", names, number)
             return
+        if self._stop is not None and number == signal.SIGHUP:
+            return  # both the kernel and the shell tell of a closed terminal
         self._is_urgent = True
         self._send_all("end", True)
         self._finish(128 + (self._stop or number))

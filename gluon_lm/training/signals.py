@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, asked for by a user or a scheduler, answered between two steps."""
+"""Ctrl-C, SIGTERM and a terminal that is closed, answered between two steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from ..logs import LOGGER
+from ..logs import LOGGER, leave_terminal
 
 
 class Stopped(Exception):
@@ -14,7 +14,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second SIGINT interrupts at once.
+    """While entered, notes the first SIGINT, SIGTERM or SIGHUP in `signal`; a second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
 
     Attributes
     ----------
@@ -37,8 +39,9 @@ class StopRequest:
             raise Stopped
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -48,6 +51,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.signal = signal.Signals(number)
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "a checkpoint is written first"
         LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)

@@ -178,7 +178,7 @@ class Trainer:
                     self._step.rehearse(longest)
                 self._train(stop)
                 self._bar.close()
-                if stop.signal != signal.SIGTERM and self._communicator.is_primary:
+                if stop.signal in (None, signal.SIGINT) and self._communicator.is_primary:
                     self._test_best()
                 self._communicator.gather_object("done")
             self._note_end("finished" if stop.signal is None else "stopped")
