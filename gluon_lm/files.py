@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
+# What file systems answer, those of clusters above all, that cannot synchronise a folder, or have no locks.
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
@@ -36,10 +40,13 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 
 
 def synchronise(path: Path) -> None:
-    """Have a file or a folder written to the disk itself."""
+    """Have a file, or a folder where its file system can, written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
     beat()
@@ -194,14 +201,26 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
 def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
     """Hold the lock file `path`, which is made if need be and stays; raise `refusal` where another process holds it.
 
-    The kernel frees it when its holder dies.
+    The kernel frees it when its holder dies. Where the file system has no locks, that is said, and nobody is refused.
     """
     with open(path, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno(), is_needed=False)
         except BlockingIOError:
             raise refusal from None
         yield
+
+
+def _lock(descriptor: int, is_needed: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if is_needed or error.errno not in _HAS_NO_LOCKS:
+            raise
+        LOGGER.warning(
+            "this file system has no locks (%s), so nothing keeps a second process from writing the same files",
+            error.strerror,
+        )
 
 
 def is_in_use(path: Path) -> bool:
@@ -213,22 +232,26 @@ def is_in_use(path: Path) -> bool:
         return True
     except FileNotFoundError:
         pass
+    except OSError as error:
+        if error.errno not in _HAS_NO_LOCKS:
+            raise
     return False
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, is_needed: bool = True) -> Iterator[None]:
     """Hold the lock file `path`, waiting for whoever holds it. Its folder is made if need be.
 
     The kernel frees it when its holder dies. The holder removes the file in the end, so one that was opened
-    before that is no longer the lock, and is opened again.
+    before that is no longer the lock, and is opened again. Where the file system has no locks and one `is_needed`, that
+    is an `OSError`; else it is only said.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor, is_needed)
             except BlockingIOError:
                 LOGGER.info("waiting for another process, which holds %s", path)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

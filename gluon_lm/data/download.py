@@ -168,7 +168,7 @@ def download_files(corpus: str, files: Sequence[PublishedFile], mirrors: Sequenc
     """
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with exclusive_lock(folder / ".download.lock"):
+        with exclusive_lock(folder / ".download.lock", is_needed=False):
             missing = [file for file in files if not (folder / file.name).exists()]
             if missing:
                 _download_missing(corpus, missing, mirrors, folder)

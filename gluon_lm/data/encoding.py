@@ -237,7 +237,8 @@ class Cache:
             return None
 
     def _build(self, place: Path, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-        with exclusive_lock(place.with_name(f".{place.name}.lock")):
+        is_shared = self._temporary is None
+        with exclusive_lock(place.with_name(f".{place.name}.lock")) if is_shared else contextlib.nullcontext():
             found = self._read(place)
             if found is not None:
                 return found

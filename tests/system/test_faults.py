@@ -267,6 +267,50 @@ def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):
     assert {path.name for path in project.path.iterdir()} == {"text", "cache", "run", "alone"}
 
 
+# ---------------------------------------------------------------- file systems of clusters
+
+# Stands for a file system that knows neither locks nor the exchange of two names, and synchronises no folder.
+POOR_FILE_SYSTEM = """
+#include <errno.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int refuse(int number) { errno = number; return -1; }
+int flock(int descriptor, int operation) { return refuse(NO_LOCKS); }
+int renameat2(int a, const char *from, int b, const char *to, unsigned flags) { return refuse(EINVAL); }
+int fsync(int descriptor) {
+    struct stat found;
+    if (fstat(descriptor, &found) == 0 && S_ISDIR(found.st_mode)) return refuse(EINVAL);
+    return syscall(SYS_fsync, descriptor);
+}
+"""
+
+
+@pytest.mark.parametrize("answer", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_without_locks_all_works_and_it_is_said(project, answer):
+    (project.path / "poor.c").write_text(POOR_FILE_SYSTEM)
+    command = ["gcc", "-shared", "-fPIC", f"-DNO_LOCKS={answer}", "-o", "poor.so", "poor.c"]
+    subprocess.run(command, cwd=project.path, check=True, timeout=60)
+    environment = {**project.environment(), "LD_PRELOAD": "./poor.so", "GLUON_LM_CACHE": "poor"}
+
+    def run(command, *flags):
+        words = project.command(command, *flags)
+        done = subprocess.run(words, cwd=project.path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    project.train("whole")
+    output = run("train", *project.training_flags, "--save", "run", "--epochs", 1)
+    (line,) = [line for line in output.splitlines() if line.startswith("this file system has no locks (")]
+    assert line.endswith("), so nothing keeps a second process from writing the same files")
+    # Processes that encode the same text would be in each other's way, so each does it for itself.
+    assert "the cache poor cannot be written (" in output
+    run("train", "--resume", "run", "--epochs", 2)
+    assert project.parameters("run") == project.parameters("whole")
+    run("train", *project.training_flags, "--save", "run", "--overwrite", "--epochs", 1)
+    assert "finished" in run("runs", ".")
+
+
 # ---------------------------------------------------------------- another text
 
 
