@@ -359,6 +359,8 @@ class TrainCommand:
     verbosity : Verbosity
     settings : Layer
         The flags that were given.
+    stem : str or None
+        What the name of a new run begins with, where `save` does not name it: the time follows.
     """
 
     config: Config
@@ -371,6 +373,7 @@ class TrainCommand:
     dry_run: bool
     verbosity: Verbosity
     settings: Layer
+    stem: str | None = None
 
     def describe(self) -> str:
         """The answer to ``--print-config``: YAML with the source of each value behind it."""
@@ -595,6 +598,9 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     started = time.perf_counter()
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # the process was started with it closed
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
     try:

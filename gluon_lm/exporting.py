@@ -26,7 +26,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import exchange, file_hash, synchronise
+from .files import beside, exchange, file_hash, synchronise
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .progress import progress_bar
@@ -107,8 +107,7 @@ def _write_folder(
     bar: Any,
 ) -> dict[str, Any]:
     target = Path(os.path.realpath(output))  # a link to an export stays one
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+    fresh = beside(target)
     try:
         fresh.mkdir(parents=True)
         interface = write_model(trained, fresh)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,14 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
+def beside(path: Path) -> Path:
+    """A hidden name in the same folder for what will take the place of `path`; no other process has the same.
+
+    Their numbers would not do: on several machines, and in containers, they repeat.
+    """
+    return path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
+
+
 def synchronise(path: Path) -> None:
     """Have a file, or a folder where its file system can, written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -63,7 +72,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with open(target, "wb") as file:
             yield file
         return
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
+    fresh = beside(target)
     try:
         with open(fresh, "wb") as file:
             yield file

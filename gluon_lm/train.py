@@ -10,7 +10,7 @@ from pathlib import Path
 from .cli import MAY_CHANGE_ON_RESUME, TrainCommand, parse_train, run_command
 from .logs import log_to_terminal
 from .runtime import prepare_training
-from .training.run_folder import RunFolder, find_run, stamped, strip_model_suffix
+from .training.run_folder import RunFolder, find_run, strip_model_suffix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,8 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
     if command.save is not None and not command.print_config:
         path = strip_model_suffix(command.save)
         if command.recipe == "mos":  # the reference puts the time behind the name
-            path = stamped(path)
+            RunFolder.stamped(path).check_free(command.overwrite)
+            return dataclasses.replace(command, save=None, stem=str(path)), None, None
         RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
     return command, None, None

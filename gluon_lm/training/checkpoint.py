@@ -16,7 +16,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ from .. import __version__
 from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..errors import CheckpointError, reason
-from ..files import exchange, file_hash, read_arrays, synchronise, write_arrays
+from ..files import beside, exchange, file_hash, read_arrays, synchronise, write_arrays
 from ..logs import LOGGER
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
@@ -149,10 +148,9 @@ def save_checkpoint(
     """
     started = time.perf_counter()
     final = run.checkpoints / f"{CHECKPOINT_PREFIX}{checkpoint.training.step}"
-    fresh = run.checkpoints / f".{final.name}.new-{os.getpid()}"
+    fresh = beside(final)
     try:
         _check_space(run.checkpoints, checkpoint)
-        shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had the same number
         fresh.mkdir()
         _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
         if checkpoint.unaveraged:

@@ -11,10 +11,20 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, exchange, is_in_use, sole_use
+from ..files import atomic_write, beside, exchange, is_in_use, sole_use
 
 CHECKPOINT_PREFIX = "step-"
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
+
+
+class _Inside:
+    """A path in a run, wherever that comes to lie."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder] | None = None) -> Path:
+        return run.path / self._name
 
 
 class RunFolder:
@@ -27,17 +37,27 @@ class RunFolder:
         links ``best`` and ``latest`` to two of these, and ``tensorboard/`` where it was asked for.
     """
 
+    config = _Inside("config.yaml")
+    vocabulary = _Inside("vocab.txt")
+    log = _Inside("log.txt")
+    metrics = _Inside("metrics.jsonl")
+    status = _Inside("status.json")
+    tensorboard = _Inside("tensorboard")
+    checkpoints = _Inside("checkpoints")
+    best = _Inside("best")
+    latest = _Inside("latest")
+    _lock = _Inside(".lock")
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.vocabulary = self.path / "vocab.txt"
-        self.log = self.path / "log.txt"
-        self.metrics = self.path / "metrics.jsonl"
-        self.status = self.path / "status.json"
-        self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
-        self.best = self.path / "best"
-        self.latest = self.path / "latest"
+        self._stem: Path | None = None
+
+    @classmethod
+    def stamped(cls, stem: str | Path) -> RunFolder:
+        """A new run ``<stem>-<time>``, which gets another name where that is taken until it is `created`."""
+        run = cls(_free_name(Path(stem)))
+        run._stem = Path(stem)
+        return run
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a folder that cannot be made, before anything is computed.
@@ -73,17 +93,17 @@ class RunFolder:
         ConfigError
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
+        if self._stem is not None and self.path.exists():
+            self.path = _free_name(self._stem)
         self.check_free(overwrite)
-        place = Path(os.path.realpath(self.path))  # a link to a run stays one
-        fresh = RunFolder(place.with_name(f".{place.name}.new-{os.getpid()}"))
-        shutil.rmtree(fresh.path, ignore_errors=True)  # of a killed process that had the same number
+        fresh = RunFolder(beside(self._place))
         with contextlib.ExitStack() as stack:
             try:
                 fresh.checkpoints.mkdir(parents=True)
                 stack.enter_context(fresh.held())  # before others can find it
                 fresh.config.write_text(config_yaml, encoding="utf-8")
                 vocabulary.save(fresh.vocabulary)
-                self._move_in(place, fresh.path)
+                self._move_in(fresh.path, overwrite)
             except OSError as error:
                 raise ConfigError(
                     f"--save {self.path}: cannot be made ({error.strerror}); fix that, or name another folder"
@@ -92,17 +112,26 @@ class RunFolder:
                 shutil.rmtree(fresh.path, ignore_errors=True)
             yield
 
-    def _move_in(self, place: Path, fresh: Path) -> None:
-        """Put the folder `fresh` at `place`, where this run is or will be."""
-        if place.exists():
+    @property
+    def _place(self) -> Path:
+        return Path(os.path.realpath(self.path))  # a link to a run stays one
+
+    def _move_in(self, fresh: Path, overwrite: bool) -> None:
+        """Put the folder `fresh` where this run is or will be."""
+        if overwrite and self._place.exists():
             with self.held():
-                exchange(fresh, place)
+                exchange(fresh, self._place)
             return
         try:
-            fresh.rename(place)
+            fresh.rename(self._place)
         except OSError:
-            self.check_free(overwrite=False)  # another process may have made it in the meantime
-            raise
+            if not self.path.exists():
+                raise
+            if self._stem is None:
+                self.check_free(overwrite=False)  # another process has made it in the meantime
+                raise
+            self.path = _free_name(self._stem)
+            self._move_in(fresh, overwrite)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -123,10 +152,6 @@ class RunFolder:
     def is_held(self) -> bool:
         """Whether a process is writing the run."""
         return is_in_use(self._lock)
-
-    @property
-    def _lock(self) -> Path:
-        return self.path / ".lock"
 
     def update_config(self, config_yaml: str) -> None:
         """Replace ``config.yaml``, when a run goes on with other flags."""
@@ -152,7 +177,7 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name[len(CHECKPOINT_PREFIX) :])
 
 
-def stamped(stem: Path) -> Path:
+def _free_name(stem: Path) -> Path:
     """``<stem>-<time>``, a name that is still free."""
     first = path = stem.with_name(f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     n = 1
@@ -164,8 +189,7 @@ def stamped(stem: Path) -> Path:
 
 def point(link: Path, target: Path) -> None:
     """Make `link` name `target`, which lies beside or below it, in one rename."""
-    fresh = link.with_name(f".{link.name}.new-{os.getpid()}")
-    fresh.unlink(missing_ok=True)
+    fresh = beside(link)
     fresh.symlink_to(os.path.relpath(target, link.parent))
     fresh.replace(link)
 

@@ -27,7 +27,7 @@ from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
-from .run_folder import RunFolder, point, stamped, strip_model_suffix
+from .run_folder import RunFolder, point, strip_model_suffix
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
@@ -57,8 +57,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
     corpus = load_corpus(command.config.data, vocabulary=vocabulary)
     if command.save is None:
-        path = stamped(Path("runs") / f"{corpus.name}-{command.config.model.model}")
-        run = RunFolder(communicator.broadcast_object(str(path)))
+        run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
         run.check_free(overwrite=False)
     else:
         run = RunFolder(strip_model_suffix(command.save))
@@ -154,7 +153,6 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
             f"{len(corpus.vocabulary):,}",
         )
     LOGGER.info("memory: %s", need)
-    LOGGER.info("run folder %s", run.path)
     return trainer
 
 
@@ -258,6 +256,7 @@ def _check_alike(own: dict[str, object], communicator: Communicator) -> None:
 def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     """What the first worker does: train, with a log in the folder of the run, and maybe write a text in the end."""
     with log_to_file(run.log):
+        LOGGER.info("run folder %s", run.path)
         if run.path.parent.name == "runs":
             point(run.path.parent / "latest", run.path)
         code = trainer.fit()

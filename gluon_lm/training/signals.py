@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,8 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, notes the first SIGINT, SIGTERM or SIGHUP in `signal`; a second SIGINT interrupts at once.
 
-    A SIGHUP that is ignored, as under ``nohup``, stays ignored.
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored. In a thread other than the main one, which alone may
+    answer signals, it notes none.
 
     Attributes
     ----------
@@ -39,7 +41,8 @@ class StopRequest:
             raise Stopped
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        is_main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._note)
         return self

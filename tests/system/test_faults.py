@@ -5,6 +5,7 @@ Each is answered with one line and exit code 2, and costs nothing that was there
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,7 +25,9 @@ import pytest
 from processes import wait_for
 
 from gluon_lm import exporting, tracking
-from gluon_lm.training import checkpoint
+from gluon_lm.data import Vocabulary
+from gluon_lm.training import checkpoint, run_folder
+from gluon_lm.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(300)
 PAGE = 4096  # what a tmpfs gives out at a time
@@ -265,6 +268,29 @@ def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):
     project.train("alone", "--seed", codes.index(0) + 1)
     assert project.parameters("run") == project.parameters("alone")
     assert {path.name for path in project.path.iterdir()} == {"text", "cache", "run", "alone"}
+
+
+def test_runs_begun_at_once_without_a_name_get_one_each(project, monkeypatch):
+    monkeypatch.setattr(run_folder.time, "strftime", lambda format: "20200101-000000")
+    vocabulary = Vocabulary(["<unk>", "<eos>"])
+    first, second, third = (RunFolder.stamped(project.path / "runs/lstm") for _ in range(3))
+    assert first.path == second.path == third.path
+
+    class Meanwhile(Vocabulary):
+        def save(self, path):
+            super().save(path)
+            others.enter_context(second.created("", vocabulary))  # after the first has found its name to be free
+
+    with contextlib.ExitStack() as others:
+        with first.created("", Meanwhile(["<unk>", "<eos>"])):
+            assert first.path.name == "lstm-20200101-000000-2" and first.is_held
+        with third.created("", vocabulary):
+            assert third.path.name == "lstm-20200101-000000-3" and third.is_held
+        assert second.path.name == "lstm-20200101-000000" and second.is_held
+    assert {path.name for path in (project.path / "runs").iterdir()} == {
+        run.path.name for run in (first, second, third)
+    }
+    assert all(run.vocabulary.exists() for run in (first, second, third))
 
 
 # ---------------------------------------------------------------- file systems of clusters

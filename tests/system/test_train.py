@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from processes import wait_for
@@ -105,6 +106,13 @@ def test_ctrl_c_once_saves_tests_and_exits_with_130(project):
     assert "--resume run" in output
     stopped_at = int(os.readlink(latest).rpartition("-")[2])
     assert f"stopped at step {stopped_at};" in output
+
+
+def test_a_program_may_train_in_a_thread(project):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(project.train, "run").result(timeout=120)
+    project.train("alone")
+    assert project.parameters("run") == project.parameters("alone")
 
 
 def test_ctrl_c_twice_exits_at_once(project):

@@ -896,6 +896,11 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert stderr == b""
 
 
+def test_a_process_without_output_does_its_work(tmp_path):
+    command = f"{shlex.quote(sys.executable)} -m gluon_lm.runs {shlex.quote(str(tmp_path))} >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_importing_the_package_imports_neither_mxnet_nor_numpy():
     program = "import sys, gluon_lm, gluon_lm.cli; print({'mxnet', 'numpy', 'tqdm'} & set(sys.modules))"
     assert run_python("-c", program).stdout == "set()\n"
