@@ -303,6 +303,7 @@ def normalise_argv(argv: Sequence[str]) -> list[str]:
 # regularised; not what is trained, nor on what.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
+        "data",  # its place: what is read there must be the same
         "data_dir",
         "dropout",
         "dropout_input",

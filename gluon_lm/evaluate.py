@@ -74,7 +74,8 @@ def _evaluate(argv: Sequence[str]) -> int:
 
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
-    corpus = load_corpus(dataclasses.replace(config.data, **given), vocabulary=vocabulary, splits=(split,))
+    data = dataclasses.replace(config.data, **given)
+    corpus = load_corpus(data, vocabulary=vocabulary, splits=(split,), of_run="data" not in given)
     window_losses = target_losses
     if options.cache:
         window_losses = NeuralCache(options.window, options.theta, options.cache_weight).losses

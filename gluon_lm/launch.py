@@ -72,7 +72,8 @@ def _launch(argv: Sequence[str]) -> int:
         log_to_terminal(command.verbosity)
         vocabulary = None if run is None else Vocabulary.load(run.vocabulary)
         # What is wrong with the text is said once, and the workers find it encoded.
-        load_corpus(command.config.data, vocabulary=vocabulary)
+        of_run = run is not None and "data" not in command.settings
+        load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()

@@ -428,6 +428,7 @@ def load_corpus(
     *,
     vocabulary: Vocabulary | None = None,
     splits: Sequence[str] = SPLITS,
+    of_run: bool = False,
     corpora: Mapping[str, CorpusSpec] = CORPORA,
     cache_dir: Path | None = None,
 ) -> Corpus:
@@ -442,6 +443,8 @@ def load_corpus(
         Use this one, as a trained model needs; `config`'s own wishes for the vocabulary are not read then.
     splits : sequence of str
         The parts that are wanted, of ``train``, ``valid`` and ``test``; or ``all``, alone, of a single file.
+    of_run : bool
+        Whether a run names the text, and not the user, who is then told how to where it is not found.
     corpora : mapping of str to CorpusSpec
         The registry.
     cache_dir : Path, optional
@@ -466,6 +469,10 @@ def load_corpus(
             f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); fix that, "
             "or name another text"
         ) from error
+    except DataError as error:
+        if not of_run:
+            raise
+        raise DataError(f"{error}; if the text of the run lies elsewhere now, name its place with --data") from error
     if config.data_dir != DataConfig.data_dir and not find_spec(config.data[0], corpora):
         LOGGER.info("--data-dir %s: has no effect, --data names files of its own", config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer

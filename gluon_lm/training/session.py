@@ -55,7 +55,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     communicator = _join(command)
     checkpoint = None if initial is None else load_checkpoint(initial)
     vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
-    corpus = load_corpus(command.config.data, vocabulary=vocabulary)
+    of_run = initial is not None and "data" not in command.settings
+    corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
     if command.save is None:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
         run.check_free(overwrite=False)
@@ -82,7 +83,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     with run.held() if is_writer else contextlib.nullcontext():
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
-        corpus = load_corpus(command.config.data, vocabulary=Vocabulary.load(path / VOCABULARY))
+        vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
+        corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
         _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)

@@ -558,7 +558,7 @@ class Trainer:
         if checkpoint.corpus != self.corpus.digest:
             raise DataError(
                 f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
-                "restore the text, or train anew with --overwrite"
+                "restore the text or name its place with --data, or train anew with --overwrite"
             )
 
     def restore(self, checkpoint: Checkpoint) -> None:

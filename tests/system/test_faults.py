@@ -367,6 +367,22 @@ def test_a_text_that_changes_between_stop_and_resume_is_refused(project, change,
     project.run("train", "--resume", "run", "--epochs", 2)
 
 
+def test_a_text_that_was_moved_is_named_anew(project):
+    project.train("whole")
+    project.train("run", "--epochs", 1)
+    shutil.move("text", "moved")
+    for command in (("evaluate", "run"), ("train", "--resume", "run"), ("finetune", "run")):
+        line = project.refused(*command)
+        assert "--data text: must be a corpus" in line
+        assert line.endswith("; if the text of the run lies elsewhere now, name its place with --data")
+    assert "tokens 140" in project.run("evaluate", "run", "--data", "moved")
+    project.run("train", "--resume", "run", "--epochs", 2, "--data", "moved")
+    assert project.parameters("run") == project.parameters("whole")
+    project.run("evaluate", "run")  # the run remembers it
+    append(project.path / "moved/train.txt")
+    assert "another text" in project.refused("train", "--resume", "run", "--epochs", 3, "--data", "moved")
+
+
 # ---------------------------------------------------------------- bad files
 
 

@@ -519,10 +519,10 @@ def test_resuming_changes_how_hard_a_run_is_regularised_and_not_what_is_trained(
     assert main(shlex.split(line)) == 0
     printed = read_config(capsys.readouterr().out)
     assert (printed.model.dropout_hidden, printed.model.weight_drop, printed.optim.ntasgd) == (0.2, 0.1, False)
-    assert main(shlex.split(f"{line} --nhid 6 --layer-norm --optimizer adam --seed 3 --bptt 3 --data sotu")) == 2
+    assert main(shlex.split(f"{line} --nhid 6 --layer-norm --optimizer adam --seed 3 --bptt 3 --min-freq 3")) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
-    for flag in ("--nhid 6", "--layer-norm", "--optimizer adam", "--seed 3", "--bptt 3", "--data sotu"):
+    for flag in ("--nhid 6", "--layer-norm", "--optimizer adam", "--seed 3", "--bptt 3", "--min-freq 3"):
         assert any(row.startswith(f"error: {flag}: {run} was trained with ") for row in lines), flag
 
 
