@@ -182,8 +182,8 @@ def save_checkpoint(
             fresh.rename(final)
         synchronise(run.checkpoints)
         if is_best:
-            point(run.best, final)
-        point(run.latest, final)
+            _link(run.best, final)
+        _link(run.latest, final)
         synchronise(run.path)
         _remove_old(run, keep)
     except OSError as error:
@@ -300,7 +300,12 @@ def newest_checkpoint(run: RunFolder) -> Path:
 
 def best_checkpoint(run: RunFolder) -> Path:
     """The checkpoint with the lowest validation loss, or the newest where none was evaluated; else as above."""
-    return run.best.resolve() if run.best.exists() else newest_checkpoint(run)
+    if run.best.exists():
+        return run.best.resolve()
+    newest = newest_checkpoint(run)
+    training = verify_checkpoint(newest)["training"]
+    best = run.checkpoints / f"{CHECKPOINT_PREFIX}{training['best_step']}"  # the run was copied without its links
+    return best if best.is_dir() else newest
 
 
 def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, str]]:
@@ -324,9 +329,15 @@ def mend_links(run: RunFolder, training: TrainingState) -> None:
     for link, step in ((run.best, training.best_step), (run.latest, training.step)):
         checkpoint = run.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
         if checkpoint.is_dir():
-            point(link, checkpoint)
+            _link(link, checkpoint)
         elif not link.exists():
             link.unlink(missing_ok=True)
+
+
+def _link(link: Path, checkpoint: Path) -> None:
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)  # a copy of a checkpoint, as `scp -r` puts it in the place of a link
+    point(link, checkpoint)
 
 
 def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:

@@ -230,6 +230,8 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
-    if checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "config.yaml").is_file():
-        return RunFolder(checkpoint.parent.parent), checkpoint
+    is_copy = checkpoint.name in ("best", "latest")  # of a run that was copied without its links
+    folder = checkpoint.parent if is_copy else checkpoint.parent.parent
+    if (is_copy or checkpoint.parent.name == "checkpoints") and (folder / "config.yaml").is_file():
+        return RunFolder(folder), checkpoint
     raise CheckpointError(f"{name}: is neither a run folder (config.yaml and checkpoints/) nor a checkpoint in one")

@@ -260,7 +260,11 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
         if run.path.parent.name == "runs":
-            point(run.path.parent / "latest", run.path)
+            newest = run.path.parent / "latest"
+            if newest.is_dir() and not newest.is_symlink():
+                LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
+            else:
+                point(newest, run.path)
         code = trainer.fit()
         words = trainer.config.training.gen_word_len
         if words and code == 0:

@@ -108,6 +108,33 @@ def test_ctrl_c_once_saves_tests_and_exits_with_130(project):
     assert f"stopped at step {stopped_at};" in output
 
 
+@pytest.mark.parametrize("links", ["followed", "left out"])
+def test_a_run_that_was_copied_without_its_links_works(project, links):
+    project.train("run", "--epochs", 2)
+    project.run("train", "--resume", "run", "--epochs", 3, "--lr", 100)  # the best checkpoint is not the newest
+    exact = project.run("evaluate", "run").splitlines()[-1]
+    assert exact != project.run("evaluate", "run/latest").splitlines()[-1]
+    shutil.copytree("run", "copy")  # `scp -r`, too, puts copies in the place of links
+    if links == "left out":
+        shutil.rmtree("copy/best")
+        shutil.rmtree("copy/latest")
+    else:
+        assert project.run("evaluate", "copy/best").splitlines()[-1] == exact
+    assert project.run("evaluate", "copy").splitlines()[-1] == exact
+    for run in ("run", "copy"):
+        project.run("train", "--resume", run, "--epochs", 4, "--lr", 1)
+        assert os.readlink(f"{run}/latest") == "checkpoints/step-168"
+    assert os.readlink("copy/best") == os.readlink("run/best")
+    assert project.parameters("copy") == project.parameters("run")
+
+
+def test_a_run_may_have_the_name_of_the_link_to_the_newest(project):
+    project.train("runs/latest")
+    output = project.train("runs/other")
+    assert "runs/latest is a run of its own, and no link to the newest one" in output
+    assert project.run("evaluate") == project.run("evaluate", "runs/latest")
+
+
 def test_a_program_may_train_in_a_thread(project):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(project.train, "run").result(timeout=120)
