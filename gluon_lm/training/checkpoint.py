@@ -147,7 +147,7 @@ def save_checkpoint(
         If it cannot be written; those before it are as they were.
     """
     started = time.perf_counter()
-    final = run.checkpoints / f"{CHECKPOINT_PREFIX}{checkpoint.training.step}"
+    final = run.checkpoint(checkpoint.training.step)
     fresh = beside(final)
     try:
         _check_space(run.checkpoints, checkpoint)
@@ -185,7 +185,7 @@ def save_checkpoint(
             _link(run.best, final)
         _link(run.latest, final)
         synchronise(run.path)
-        _remove_old(run, keep)
+        _remove_old(run, keep, run.checkpoint(checkpoint.training.best_step))
     except OSError as error:
         raise CheckpointError(
             f"{final}: cannot be written ({error.strerror or error}); fix that, and continue from the newest "
@@ -304,7 +304,7 @@ def best_checkpoint(run: RunFolder) -> Path:
         return run.best.resolve()
     newest = newest_checkpoint(run)
     training = verify_checkpoint(newest)["training"]
-    best = run.checkpoints / f"{CHECKPOINT_PREFIX}{training['best_step']}"  # the run was copied without its links
+    best = run.checkpoint(training["best_step"])  # the run was copied without its links, or cannot have them
     return best if best.is_dir() else newest
 
 
@@ -327,7 +327,7 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
 def mend_links(run: RunFolder, training: TrainingState) -> None:
     """Let ``best`` and ``latest`` name what a run goes on with: a kill may have come before they did."""
     for link, step in ((run.best, training.best_step), (run.latest, training.step)):
-        checkpoint = run.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
+        checkpoint = run.checkpoint(step)
         if checkpoint.is_dir():
             _link(link, checkpoint)
         elif not link.exists():
@@ -408,10 +408,9 @@ def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], or
         parameter.set_data(arrays[name])
 
 
-def _remove_old(run: RunFolder, keep: int) -> None:
-    best = run.best.resolve() if run.best.exists() else None
+def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
     for path in run.saved_checkpoints()[:-keep]:
-        if path.resolve() != best:
+        if path != best:
             path.rename(path.with_name(f".{path.name}.old"))  # so that no kill leaves a part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import shutil
 import time
@@ -12,9 +14,11 @@ from pathlib import Path
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
 from ..files import atomic_write, beside, exchange, is_in_use, sole_use
+from ..logs import LOGGER
 
 CHECKPOINT_PREFIX = "step-"
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
+_HAS_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # as shares for Windows, and cards and sticks, answer
 
 
 class _Inside:
@@ -158,6 +162,10 @@ class RunFolder:
         with atomic_write(self.config) as file:
             file.write(config_yaml.encode("utf-8"))
 
+    def checkpoint(self, step: int | None) -> Path:
+        """Where the checkpoint of a step is, or would be."""
+        return self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
+
     def saved_checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         folders = [
@@ -188,10 +196,23 @@ def _free_name(stem: Path) -> Path:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` name `target`, which lies beside or below it, in one rename."""
+    """Make `link` name `target`, which lies beside or below it, in one rename, where the file system has links."""
     fresh = beside(link)
-    fresh.symlink_to(os.path.relpath(target, link.parent))
-    fresh.replace(link)
+    try:
+        fresh.symlink_to(os.path.relpath(target, link.parent))
+    except OSError as error:
+        if error.errno not in _HAS_NO_LINKS:
+            raise
+        _say_that_links_are_missing(str(error.strerror))
+    else:
+        fresh.replace(link)
+
+
+@functools.cache  # once is enough
+def _say_that_links_are_missing(why: str) -> None:
+    LOGGER.warning(
+        "this file system has no links (%s), so best and latest are not made; name runs and checkpoints in full", why
+    )
 
 
 def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:

@@ -417,7 +417,7 @@ class Trainer:
         """Evaluate the best checkpoint on the test text, or the newest parameters where none was evaluated."""
         state = self.state
         if state.best_step is not None:
-            load_parameters(self.model, self.run.best.resolve())
+            load_parameters(self.model, self.run.checkpoint(state.best_step))
         result = self._evaluate(self.corpus.test, "test")
         which = f"step {state.best_step if state.best_step is not None else state.step}"
         LOGGER.log(RESULT, "=" * 89)

@@ -295,7 +295,7 @@ def test_runs_begun_at_once_without_a_name_get_one_each(project, monkeypatch):
 
 # ---------------------------------------------------------------- file systems of clusters
 
-# Stands for a file system that knows neither locks nor the exchange of two names, and synchronises no folder.
+# Stands for a file system with neither locks nor links, that exchanges no names and synchronises no folder.
 POOR_FILE_SYSTEM = """
 #include <errno.h>
 #include <sys/stat.h>
@@ -303,6 +303,7 @@ POOR_FILE_SYSTEM = """
 #include <unistd.h>
 static int refuse(int number) { errno = number; return -1; }
 int flock(int descriptor, int operation) { return refuse(NO_LOCKS); }
+int symlink(const char *target, const char *link) { return refuse(NO_LINKS); }
 int renameat2(int a, const char *from, int b, const char *to, unsigned flags) { return refuse(EINVAL); }
 int fsync(int descriptor) {
     struct stat found;
@@ -312,10 +313,11 @@ int fsync(int descriptor) {
 """
 
 
-@pytest.mark.parametrize("answer", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_without_locks_all_works_and_it_is_said(project, answer):
+@pytest.mark.parametrize(("locks", "links"), [("ENOSYS", "ENOSYS"), ("ENOLCK", "EPERM"), ("EOPNOTSUPP", "EOPNOTSUPP")])
+def test_without_locks_and_links_all_works_and_it_is_said(project, locks, links):
     (project.path / "poor.c").write_text(POOR_FILE_SYSTEM)
-    command = ["gcc", "-shared", "-fPIC", f"-DNO_LOCKS={answer}", "-o", "poor.so", "poor.c"]
+    answers = [f"-DNO_LOCKS={locks}", f"-DNO_LINKS={links}"]
+    command = ["gcc", "-shared", "-fPIC", *answers, "-o", "poor.so", "poor.c"]
     subprocess.run(command, cwd=project.path, check=True, timeout=60)
     environment = {**project.environment(), "LD_PRELOAD": "./poor.so", "GLUON_LM_CACHE": "poor"}
 
@@ -325,14 +327,21 @@ def test_without_locks_all_works_and_it_is_said(project, answer):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    project.train("whole")
-    output = run("train", *project.training_flags, "--save", "run", "--epochs", 1)
+    worse = ("--epochs", 3, "--lr", 100)  # so that the newest checkpoint, which alone is kept, is not the best
+    project.train("whole", "--keep-checkpoints", 1)
+    project.run("train", "--resume", "whole", *worse)
+    output = run("train", *project.training_flags, "--save", "run", "--keep-checkpoints", 1)
     (line,) = [line for line in output.splitlines() if line.startswith("this file system has no locks (")]
     assert line.endswith("), so nothing keeps a second process from writing the same files")
     # Processes that encode the same text would be in each other's way, so each does it for itself.
     assert "the cache poor cannot be written (" in output
-    run("train", "--resume", "run", "--epochs", 2)
-    assert project.parameters("run") == project.parameters("whole")
+    (line,) = [line for line in output.splitlines() if line.startswith("this file system has no links (")]
+    assert line.endswith("), so best and latest are not made; name runs and checkpoints in full")
+    run("train", "--resume", "run", *worse)
+    assert project.results("run") == project.results("whole")
+    assert sorted(path.name for path in (project.path / "run/checkpoints").iterdir()) == ["step-126", "step-84"]
+    assert not (project.path / "run/best").exists()
+    assert run("evaluate", "run").splitlines()[-1] == project.run("evaluate", "whole").splitlines()[-1]
     run("train", *project.training_flags, "--save", "run", "--overwrite", "--epochs", 1)
     assert "finished" in run("runs", ".")
 
