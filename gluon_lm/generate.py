@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, switch, text
+from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, show, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
 from .logs import DETAIL, LOGGER, has_bars, is_terminal, log_to_terminal
@@ -75,7 +75,7 @@ def _generate(argv: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     out = None if options.outf is None else output_file("--outf", options.outf)
-    log_to_terminal(parsed.verbosity)
+    log_to_terminal(parsed.verbosity, has_other_output=out is None)
     if options.data is not None:
         LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
     if out is None and "log_interval" in parsed.settings:
@@ -89,6 +89,9 @@ def _generate(argv: Sequence[str]) -> int:
 
     predictor = load_predictor(name or options.checkpoint, resolve_single_device(device_config))
     prompt = None if options.prompt is None else TOKENIZERS[predictor.tokenizer](options.prompt)
+    unknown = predictor.vocabulary.unknown(prompt or [])
+    if unknown:
+        LOGGER.warning("--prompt: the model does not know %s, and reads <unk>", ", ".join(map(show, unknown)))
     sampling = Sampling(
         0.0 if options.greedy else options.temperature, options.top_k, options.top_p, suppress_unk=options.no_unk
     )

@@ -39,9 +39,9 @@ class _Handler(logging.StreamHandler):
 class _Terminal(_Handler):
     """Standard output, with progress bars out of the way of each line; what only --verbose says is no output."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_other_output: bool) -> None:
         super().__init__(sys.stdout)
-        self._output, self._asides = sys.stdout, sys.stderr
+        self._output, self._asides = sys.stderr if has_other_output else sys.stdout, sys.stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(self._output if record.levelno >= DETAIL else self._asides)
@@ -54,7 +54,9 @@ def _above_bars() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(file=sys.stdout)
 
 
-def log_to_terminal(verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False) -> None:
+def log_to_terminal(
+    verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False, has_other_output: bool = False
+) -> None:
     """Send the package's log lines to standard output, bare. For commands; a library user configures logging.
 
     Parameters
@@ -63,8 +65,10 @@ def log_to_terminal(verbosity: Verbosity = Verbosity.NORMAL, hold: bool = False)
         What is said here. The log of a run has at least what a pipe gets under `Verbosity.NORMAL`.
     hold : bool
         Keep the lines as well, for the file of a run that is made later.
+    has_other_output : bool
+        Send them to standard error, because what the command was asked for goes to standard output.
     """
-    terminal = _Terminal()
+    terminal = _Terminal(has_other_output)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     course = logging.INFO if has_bars() else DETAIL
     terminal.setLevel({Verbosity.QUIET: RESULT, Verbosity.NORMAL: course, Verbosity.VERBOSE: logging.DEBUG}[verbosity])

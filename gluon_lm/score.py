@@ -54,7 +54,7 @@ def _score(argv: Sequence[str]) -> int:
         raise ConfigError("--words with --format jsonl: JSON has the words anyway; leave --words out")
     out = None if options.outf is None else output_file("--outf", options.outf)
     lines = _read(parsed.arguments.file)
-    log_to_terminal(parsed.verbosity)
+    log_to_terminal(parsed.verbosity, has_other_output=out is None)
     prepare_process()
     from .data.tokenizers import TOKENIZERS
     from .distributed import resolve_single_device

@@ -110,6 +110,10 @@ class Vocabulary:
         find, unk = self.ids.get, self.unk_id
         return np.array([find(word, unk) for word in words], dtype=np.int32)
 
+    def unknown(self, words: Iterable[str]) -> list[str]:
+        """Those of `words` that would be read as ``<unk>`` without being it, each once."""
+        return list(dict.fromkeys(word for word in words if word not in self.ids))
+
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Words of ids; `IndexError` for an id that is none."""
         words = self.words

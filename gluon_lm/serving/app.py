@@ -115,10 +115,12 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     async def result(futures: Iterable[Any]) -> list[Any]:
         return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), limits.timeout)
 
-    def text_requests(asked: Any, seed: int, num_texts: int) -> list[TextRequest]:
+    def prompt_of(asked: Any) -> Optional[list[str]]:
+        return None if asked.prompt is None else list(tokenize(asked.prompt))
+
+    def text_requests(asked: Any, prompt: Optional[list[str]], seed: int, num_texts: int) -> list[TextRequest]:
         is_greedy = asked.temperature < schemas.LOWEST_TEMPERATURE
         sampling = Sampling(0.0 if is_greedy else asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
-        prompt = None if asked.prompt is None else tokenize(asked.prompt)
         return [
             TextRequest(asked.words, sampling, seed, index, prompt, asked.stop_at_eos) for index in range(num_texts)
         ]
@@ -136,7 +138,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         except ValidationError as error:
             raise HTTPException(400, "; ".join(map(_in_words, error.errors()))) from None
         seed = _seed_of(asked)
-        request.scope[WORK] += engine.generate(text_requests(asked, seed, 1))
+        request.scope[WORK] += engine.generate(text_requests(asked, prompt_of(asked), seed, 1))
         (words,) = await result(request.scope[WORK])
         lines = (words[start : start + WORDS_PER_LINE] for start in range(0, len(words), WORDS_PER_LINE))
         text = "".join(f"{' '.join(line)}\n" for line in lines)
@@ -149,18 +151,20 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         responses={
             **_PROBLEMS,
             200: {
-                "description": "The texts; with `stream`, events: `start` with the seed, a `data` line with `index` "
-                "and `word` for each word, `done` with the seed and the texts, or `error` with the reason.",
+                "description": "The texts; with `stream`, events: `start` with `seed` and `unknown`, a `data` line "
+                "with `index` and `word` for each word, `done` with the whole answer, or `error` with the reason.",
                 "content": {"text/event-stream": {"schema": _EVENT}},
             },
         },
     )
     async def generate(request: Request, asked: models.Generate) -> Any:  # type: ignore[name-defined]
         seed = _seed_of(asked)
-        requests = text_requests(asked, seed, asked.n)
+        prompt = prompt_of(asked)
+        requests = text_requests(asked, prompt, seed, asked.n)
+        given = {"seed": seed, "unknown": predictor.vocabulary.unknown(prompt or [])}
         if not asked.stream:
             request.scope[WORK] += engine.generate(requests)
-            return _texts(seed, await result(request.scope[WORK]))
+            return given | _texts(await result(request.scope[WORK]))
         loop, written = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
 
         def on_word(index: int, word: str) -> None:
@@ -171,7 +175,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         texts.add_done_callback(lambda texts: written.put_nowait(None))
 
         async def events() -> AsyncIterator[str]:
-            yield _event({"seed": seed}, "start")
+            yield _event(given, "start")
             is_open = True
             while is_open:
                 words = [await written.get()]
@@ -181,7 +185,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
                 yield "".join(_event(word) for word in words if word is not None)
             error = texts.exception()
             if error is None:
-                yield _event(_texts(seed, texts.result()), "done")
+                yield _event(given | _texts(texts.result()), "done")
             else:
                 yield _event({"detail": _refusal(error, limits)[1]}, "error")
 
@@ -269,8 +273,8 @@ def _seed_of(asked: Any) -> int:
 # ---------------------------------------------------------------- what is answered
 
 
-def _texts(seed: int, texts: list[list[str]]) -> dict[str, Any]:
-    return {"seed": seed, "texts": [{"text": detokenize(words), "words": words} for words in texts]}
+def _texts(texts: list[list[str]]) -> dict[str, Any]:
+    return {"texts": [{"text": detokenize(words), "words": words} for words in texts]}
 
 
 def _line_answer(score: LineScore) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class GenerateAnswer(BaseModel):
     """The texts that were asked for."""
 
     seed: int = Field(description="Gives the same texts again.")
+    unknown: list[str] = Field(description="Words of the prompt that the model does not know and reads as `<unk>`.")
     texts: list[Text]
 
 

@@ -107,6 +107,13 @@ def test_texts_depend_on_seed_and_number(server):
     assert single == first["texts"][0]
 
 
+def test_words_of_the_prompt_that_the_model_does_not_know_are_told(server):
+    answer = server.ask_json("/v1/generate", {"prompt": "the zebra <unk> sees a zebra , Cat", "words": 3}).json
+    assert answer["unknown"] == ["zebra", "Cat"]
+    with server.stream(prompt="the zebra", words=2) as events:
+        assert next(events)[1]["unknown"] == ["zebra"]
+
+
 def test_without_a_seed_one_is_drawn_and_returned(server):
     asked = {"words": 30}
     first, other = (server.ask_json("/v1/generate", asked).json for _ in range(2))
@@ -136,7 +143,7 @@ def test_a_stream_tells_the_same_words_one_by_one(server):
     whole = server.ask_json("/v1/generate", asked).json
     with server.stream(**asked) as events:
         (first, start), *middle, (last, done) = events
-    assert (first, start) == ("start", {"seed": 9})
+    assert (first, start) == ("start", {"seed": 9, "unknown": []})
     assert (last, done) == ("done", whole)
     assert {kind for kind, _ in middle} == {"word"}
     for index, text in enumerate(whole["texts"]):

@@ -7,6 +7,8 @@ import math
 
 import pytest
 
+from gluon_lm import generate
+
 
 @pytest.fixture
 def run(project):
@@ -33,6 +35,18 @@ def test_text_from_a_prompt_in_many_samples(run):
         "generate", "run", "--prompt", "a dog", "--words", 40, "--greedy", "--stop-at-eos", "--detokenize"
     )
     assert sentence.strip().endswith(".") and " ." not in sentence and "<eos>" not in sentence
+
+
+def test_words_of_a_prompt_that_the_model_does_not_know_are_told_beside_the_text(run, capsys):
+    flags = ["run", "--words", "5", "--data", "ptb"]
+    assert generate.main([*flags, "--prompt", "the Cat sees Cat <unk> zebra"]) == 0
+    printed = capsys.readouterr()
+    assert "--prompt: the model does not know Cat, zebra, and reads <unk>" in printed.err
+    assert "--data ptb: has no effect here" in printed.err
+    (line,) = printed.out.splitlines()
+    assert line.startswith("the Cat sees Cat <unk> zebra ") and len(line.split()) == 6 + 5
+    assert generate.main(["run", "--words", "5", "--prompt", "the <unk> cat"]) == 0
+    assert "does not know" not in capsys.readouterr().err
 
 
 def test_the_references_flags_of_generation(run):
