@@ -14,7 +14,7 @@ from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, choice, option, optional, pathname, switch
 from .errors import ConfigError, DataError
 from .files import open_output, output_file
-from .logs import is_terminal, log_to_terminal
+from .logs import LOGGER, is_terminal, log_to_terminal
 from .metrics import perplexity
 from .progress import counted
 from .runtime import prepare_process
@@ -69,12 +69,17 @@ def _score(argv: Sequence[str]) -> int:
         None if is_shown else "scoring",
         "line",
     )
+    num_words = num_unknown = 0
     with open_output(out) as file:
         if options.format == "tsv":
             file.write("line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")
         for number, score in enumerate(scores, 1):
             rows = _json_row(number, score) if options.format == "jsonl" else _table_rows(number, score, options.words)
             file.write("".join(f"{row}\n" for row in rows))
+            num_words += len(score.words)
+            num_unknown += sum(score.is_unknown)
+    if num_unknown:
+        LOGGER.info("%d of %d words are not known to the model and scored as <unk>", num_unknown, num_words)
     return 0
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from gluon_lm import generate
+from gluon_lm import generate, score
 
 
 @pytest.fixture
@@ -99,6 +99,17 @@ def test_scores_tell_what_the_model_learnt(run):
     objects = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
     assert [o["log_prob"] for o in objects] == pytest.approx([float(row[2]) for row in rows], abs=1e-5)
     assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
+
+
+def test_how_many_words_the_model_does_not_know_is_told_beside_the_scores(run, capsys):
+    (run.path / "lines.txt").write_text("the cat sees the zebra .\nthe Cat\n")
+    assert score.main(["run", "lines.txt"]) == 0
+    printed = capsys.readouterr()
+    assert "2 of 10 words are not known to the model and scored as <unk>" in printed.err
+    assert [row.split("\t")[0] for row in printed.out.splitlines()] == ["line", "1", "2"]
+    (run.path / "lines.txt").write_text("the cat sees the <unk> .\n")
+    assert score.main(["run", "lines.txt"]) == 0
+    assert "not known" not in capsys.readouterr().err
 
 
 def test_lines_are_scored_as_they_are_read_in_training(run):
