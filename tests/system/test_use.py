@@ -85,7 +85,8 @@ def test_what_cannot_be_written_is_refused(project, flags, complaint):
 
 def test_scores_tell_what_the_model_learnt(run):
     (run.path / "lines.txt").write_text("the cat sees a tree .\ntree a sees the cat .\n\nan elephant\n")
-    header, *rows = [line.split("\t") for line in run.run("score", "run", "lines.txt").splitlines()]
+    header, *rows, told = [line.split("\t") for line in run.run("score", "run", "lines.txt").splitlines()]
+    assert told == ["2 of 18 words are not known to the model and scored as <unk>"]
     assert header == ["line", "position", "log_prob", "perplexity", "tokens", "text"]
     assert [row[0] for row in rows] == ["1", "2", "3", "4"] and [row[4] for row in rows] == ["7", "7", "1", "3"]
     assert float(rows[0][2]) > float(rows[1][2]) + 5
