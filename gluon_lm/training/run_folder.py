@@ -21,16 +21,6 @@ _SUFFIXES = (".pt", ".params")  # the references name a file where we name a fol
 _HAS_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # as shares for Windows, and cards and sticks, answer
 
 
-class _Inside:
-    """A path in a run, wherever that comes to lie."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, run: RunFolder, owner: type[RunFolder] | None = None) -> Path:
-        return run.path / self._name
-
-
 class RunFolder:
     """Paths inside one run.
 
@@ -41,20 +31,22 @@ class RunFolder:
         links ``best`` and ``latest`` to two of these, and ``tensorboard/`` where it was asked for.
     """
 
-    config = _Inside("config.yaml")
-    vocabulary = _Inside("vocab.txt")
-    log = _Inside("log.txt")
-    metrics = _Inside("metrics.jsonl")
-    status = _Inside("status.json")
-    tensorboard = _Inside("tensorboard")
-    checkpoints = _Inside("checkpoints")
-    best = _Inside("best")
-    latest = _Inside("latest")
-    _lock = _Inside(".lock")
-
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self._lie_at(Path(path))
         self._stem: Path | None = None
+
+    def _lie_at(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.vocabulary = path / "vocab.txt"
+        self.log = path / "log.txt"
+        self.metrics = path / "metrics.jsonl"
+        self.status = path / "status.json"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.latest = path / "latest"
+        self._lock = path / ".lock"
 
     @classmethod
     def stamped(cls, stem: str | Path) -> RunFolder:
@@ -98,7 +90,7 @@ class RunFolder:
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
         if self._stem is not None and self.path.exists():
-            self.path = _free_name(self._stem)
+            self._lie_at(_free_name(self._stem))
         self.check_free(overwrite)
         fresh = RunFolder(beside(self._place))
         with contextlib.ExitStack() as stack:
@@ -134,7 +126,7 @@ class RunFolder:
             if self._stem is None:
                 self.check_free(overwrite=False)  # another process has made it in the meantime
                 raise
-            self.path = _free_name(self._stem)
+            self._lie_at(_free_name(self._stem))
             self._move_in(fresh, overwrite)
 
     @contextlib.contextmanager
