@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
@@ -88,10 +89,17 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
 
 
 def _processes_here() -> int:
-    """How many processes horovodrun, Open MPI or Slurm started on this machine."""
-    for name in ("HOROVOD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdigit():
-            return max(1, int(os.environ[name]))
+    """How many processes horovodrun, Open MPI, MPICH or Slurm started on this machine."""
+    for name in (
+        "HOROVOD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NTASKS_PER_NODE",
+    ):
+        number = re.match("[1-9][0-9]*", os.environ.get(name, ""))  # Slurm writes 4(x2) for 4 on each of 2 machines
+        if number:
+            return int(number[0])
     return 1
 
 

@@ -10,7 +10,7 @@ import mxnet as mx
 import pytest
 
 from gluon_lm import runtime
-from gluon_lm.config import Setting, recipe_names, resolve
+from gluon_lm.config import Config, DeviceConfig, Setting, recipe_names, resolve
 from gluon_lm.distributed import memory_in_use
 
 
@@ -51,6 +51,26 @@ def test_what_the_user_has_set_stays(environment):
     runtime.prepare_process(own_layers=True)
     assert {name: variables[name] for name in chosen} == chosen
     assert limits == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("started_by", "processes"),
+    [
+        ({}, 1),
+        ({"HOROVOD_LOCAL_SIZE": "2", "SLURM_NTASKS_PER_NODE": "8"}, 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"MPI_LOCALNRANKS": "3"}, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),1"}, 4),
+        ({"SLURM_NTASKS_PER_NODE": "none"}, 1),
+    ],
+)
+def test_processes_of_horovod_share_the_cores(environment, monkeypatch, started_by, processes):
+    variables, _ = environment
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 24)
+    variables.update(started_by)
+    runtime.prepare_training(Config(devices=DeviceConfig(horovod=True)))
+    assert int(variables["OMP_NUM_THREADS"]) == 24 // processes
+    assert ("OMP_WAIT_POLICY" in variables) == (processes == 1)
 
 
 def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_are_loaded(environment):
