@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import logging.handlers
 import os
@@ -42,6 +43,12 @@ class _Terminal(_Handler):
     def __init__(self, has_other_output: bool) -> None:
         super().__init__(sys.stdout)
         self._output, self._asides = sys.stderr if has_other_output else sys.stdout, sys.stderr
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not (isinstance(error, OSError) and is_hang_up(error)):
+            raise
+        leave_terminal()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(self._output if record.levelno >= DETAIL else self._asides)
@@ -82,6 +89,11 @@ def log_to_terminal(
 def fall_silent() -> None:
     """Say warnings alone from here on: for a process that is not the first of several."""
     LOGGER.setLevel(logging.WARNING)
+
+
+def is_hang_up(error: OSError) -> bool:
+    """Whether something could not be written because the terminal is gone, as under ``nohup`` after a logout."""
+    return error.errno == errno.EIO
 
 
 def leave_terminal() -> None:

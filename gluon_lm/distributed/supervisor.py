@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import __version__
 from ..errors import DistributedError
-from ..logs import leave_terminal
+from ..logs import is_hang_up, leave_terminal
 from .agent import GRACE_S
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
@@ -460,7 +460,10 @@ class _Printer:
             try:
                 print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
             except OSError as error:
-                self._supervisor.post("unread", error)
+                if is_hang_up(error):
+                    leave_terminal()
+                else:
+                    self._supervisor.post("unread", error)
                 return
 
 

@@ -66,8 +66,11 @@ def start(project):
 
     yield begin
     for terminal in terminals:
-        terminal.process.kill()
-        terminal.process.wait(timeout=60)
+        terminal.process.terminate()  # a launcher then ends all that it has started
+        try:
+            terminal.process.wait(timeout=60)
+        finally:
+            terminal.process.kill()
 
 
 @pytest.mark.parametrize("command", [TRAIN, LAUNCH], ids=["train", "launch"])
@@ -88,16 +91,17 @@ def test_a_closed_terminal_stops_training_with_a_checkpoint(project, start, comm
     assert "stopped at step" in log and "test ppl" not in log
 
 
-def test_under_nohup_training_goes_on(project, start):
+@pytest.mark.parametrize("command", [TRAIN, LAUNCH], ids=["train", "launch"])
+def test_under_nohup_training_goes_on(project, start, command):
     flags = [*project.training_flags, "--epochs", 100_000, "--save", "run"]
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        terminal = start("train", *flags, "--quiet")
+        terminal = start(*command, *flags)
     finally:
         signal.signal(signal.SIGHUP, ignored)
     metrics = project.path / "run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size, terminal.process)
+    terminal.close()
     terminal.process.send_signal(signal.SIGHUP)
     size = metrics.stat().st_size
-    wait_for(lambda: metrics.stat().st_size > size + 1000, terminal.process)
-    terminal.close()
+    wait_for(lambda: metrics.stat().st_size > size + 2000, terminal.process)
