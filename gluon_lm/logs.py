@@ -92,7 +92,7 @@ def fall_silent() -> None:
 
 
 def is_hang_up(error: OSError) -> bool:
-    """Whether something could not be written because the terminal is gone, as under ``nohup`` after a logout."""
+    """Whether something could not be written because the terminal is gone, as after a logout."""
     return error.errno == errno.EIO
 
 
