@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +21,25 @@ def control_group(controller, version_1, version_2):
         except OSError:
             continue
         try:
-            if all((group / name).exists() for name in limits):
-                for name, value in limits.items():
-                    (group / name).write_text(value)
+            if _is_limited(group, limits):
                 yield partial(_enter, group)
                 return
         finally:
             group.rmdir()
     pytest.skip("no control group can be made here")
+
+
+def _is_limited(group, limits):
+    """Set the limits, where the group has such and processes may be moved into it."""
+    if not all((group / name).exists() for name in limits):
+        return False
+    try:
+        for name, value in limits.items():
+            (group / name).write_text(value)
+        subprocess.run(["true"], preexec_fn=partial(_enter, group), check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def _enter(group):
