@@ -34,7 +34,8 @@ class SavedCheckpoint:
     loss : float or None
         On the validation text, in nats a token, where it was evaluated.
     num_bytes : int
-    is_best, is_latest : bool
+    best_step : int or None
+        The step with the lowest loss by then.
     corpus : str or None
         Name of the registry's corpus that the run is trained on.
     """
@@ -43,8 +44,7 @@ class SavedCheckpoint:
     epoch: int
     loss: float | None
     num_bytes: int
-    is_best: bool
-    is_latest: bool
+    best_step: int | None
     corpus: str | None
 
 
@@ -120,8 +120,7 @@ class RunHistory:
             int(state["training"]["epoch"]),
             next((event["loss"] for event in self.of("valid") if event["step"] == step), None),
             num_bytes,
-            path.resolve() == self.folder.best.resolve(),
-            path.resolve() == self.folder.latest.resolve(),
+            state["training"]["best_step"],
             state.get("text", {}).get("name"),
         )
 

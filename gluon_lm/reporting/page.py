@@ -206,7 +206,8 @@ def _checkpoints(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     for run, name in zip(runs, names):
         rows = []
         for saved in run.checkpoints:
-            marks = [word for word, holds in (("best", saved.is_best), ("latest", saved.is_latest)) if holds]
+            newest = run.checkpoints[-1]
+            marks = ["best"] * (saved.step == newest.best_step) + ["latest"] * (saved is newest)
             loss = next((e["perplexity"] for e in run.of("valid") if e["step"] == saved.step), None)
             cells = [
                 _number(saved.epoch),
