@@ -31,7 +31,8 @@ class PlainProgress:
 
     def __init__(self, total: float | None, desc: str | None, unit: str, interval_s: float = _PLAIN_INTERVAL_S) -> None:
         self.total, self.n = total, 0.0
-        self._desc, self._unit, self._interval_s = desc, unit, interval_s
+        self._desc, self._interval_s = desc, interval_s
+        self._units = unit if unit == "B" else f"{unit}s"
         self._next_line = time.monotonic() + interval_s
 
     def update(self, n: float = 1) -> None:
@@ -41,9 +42,9 @@ class PlainProgress:
         if self._desc is None or time.monotonic() < self._next_line:
             return
         self._next_line = time.monotonic() + self._interval_s
-        done = f"{self.n:,.0f} {self._unit}"
+        done = f"{self.n:,.0f} {self._units}"
         if self.total:
-            done = f"{100 * self.n / self.total:.0f} % ({self.n:,.0f} of {self.total:,.0f} {self._unit})"
+            done = f"{100 * self.n / self.total:.0f} % ({self.n:,.0f} of {self.total:,.0f} {self._units})"
         print(f"{self._desc}: {done}", file=sys.stderr, flush=True)
 
     def reset(self, total: float | None = None) -> None:

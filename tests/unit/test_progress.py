@@ -48,6 +48,8 @@ def test_long_work_leaves_a_plain_line_now_and_then(capsys):
     bar.update(500)
     PlainProgress(total=None, desc="reading", unit="B", interval_s=0.0).update(1500)
     assert capsys.readouterr() == ("", "reading: 25 % (500 of 2,000 B)\nreading: 1,500 B\n")
+    PlainProgress(total=40, desc="evaluating", unit="token", interval_s=0.0).update(10)
+    assert capsys.readouterr() == ("", "evaluating: 25 % (10 of 40 tokens)\n")
     seldom = PlainProgress(total=10, desc="reading", unit="B", interval_s=3600.0)
     for _ in range(10):
         seldom.update()
