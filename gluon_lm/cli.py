@@ -192,8 +192,11 @@ class CommandParser(argparse.ArgumentParser):
             flags = [flag_of(name) for name in (declared.name, *declared.metadata["aliases"])]
             if kind.is_switch and section in SECTIONS.values():  # a YAML file may have switched it on
                 flags.append(flag_of(f"no_{declared.name}"))
-            is_told = declared.default is False or "(default: " in declared.metadata["help"]
-            note = "" if is_told else f" (default: {default or show(declared.default)})"
+            what, has_own, _ = declared.metadata["help"].partition(" (default: ")
+            if has_own and default is None:
+                what = declared.metadata["help"]
+            elif declared.default is not False:
+                what += f" (default: {default or show(declared.default)})"
             group.add_argument(
                 *flags,
                 action=_Store,
@@ -201,7 +204,7 @@ class CommandParser(argparse.ArgumentParser):
                 nargs=0 if kind.is_switch else kind.nargs,
                 metavar=kind.metavar or None,
                 default=argparse.SUPPRESS,
-                help=(declared.metadata["help"] + note).replace("%", "%%"),
+                help=what.replace("%", "%%"),
             )
             self._declared[declared.name] = declared
 

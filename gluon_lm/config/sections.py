@@ -79,7 +79,7 @@ class ModelConfig(Section):
     init: str = option(
         "uniform",
         choice("uniform", "xavier"),
-        "first weights: uniform as PyTorch's example, xavier as MXNet's",
+        "initial weights: uniform as PyTorch's example, xavier as MXNet's",
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
     num_sampled: int | None = option(
@@ -126,7 +126,7 @@ class ModelConfig(Section):
     dropout_embed_elements: float = option(
         0.0,
         real(0, 1),
-        "dropout of elements of the input words' vectors, alike wherever a word occurs",
+        "dropout of elements of the input words' vectors, the same ones wherever a word occurs",
         keep="encoder_emb_keep_prob",
     )
     dropout_inner_input: float = option(
@@ -313,17 +313,25 @@ class DeviceConfig(Section):
     gpus: tuple[int, ...] | None = option(
         None,
         optional(integers(-1, "GPU numbers such as 0 or 0,1,2,3, or -1 for the CPU")),
-        "GPUs; -1: the CPU",
+        "GPUs to use; -1: the CPU (default: the first usable one, else the CPU)",
         "gpu",
     )
-    cpus: int | None = option(None, optional(integer()), "run on this many CPU contexts")
-    cuda: bool | None = option(None, optional(switch()), "use a GPU, or refuse to", "accel")
+    cpus: int | None = option(
+        None, optional(integer()), "run on this many CPU contexts (default: one, where there is no GPU)"
+    )
+    cuda: bool | None = option(
+        None,
+        optional(switch()),
+        "use a GPU and stop where there is none; --no-cuda: the CPU (default: a GPU where there is one)",
+        "accel",
+    )
     single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
     kvstore: str | None = option(
         None,
         optional(choice(*KVSTORES)),
         "how several devices add up their gradients: device, local or nccl (GPUs) in this process, dist_sync or "
-        "dist_device_sync through parameter servers (python -m gluon_lm.launch starts them)",
+        "dist_device_sync through parameter servers, which python -m gluon_lm.launch starts (default: device, where "
+        "there are several)",
     )
     horovod: bool = option(False, switch(), "train in several processes, one device each, started by horovodrun")
     gctype: str = option(
