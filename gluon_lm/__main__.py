@@ -16,7 +16,7 @@ COMMANDS = {
     "launch": "train on several machines, or in several processes",
     "finetune": "train a finished run further, with averaged weights",
     "evaluate": "loss, perplexity and bits per word of a run on a text",
-    "dynamiceval": "the same of a run that learns from the text while it reads it",
+    "dynamiceval": "the same, of a run that goes on learning from the text as it reads",
     "generate": "write text with a run",
     "score": "how likely a run finds each line of a file, and each word",
     "runs": "list runs: state, model, steps, perplexity",

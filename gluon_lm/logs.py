@@ -96,12 +96,13 @@ def is_hang_up(error: OSError) -> bool:
     return error.errno == errno.EIO
 
 
-def leave_terminal() -> None:
-    """Write nothing more to a terminal that is gone, nor to a pipe whose reader went with it."""
+def leave_terminal(and_pipes: bool = False) -> None:
+    """Write nothing more to a terminal that is gone, nor to pipes, if their readers may have gone with it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it was closed all along
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISCHR(mode) or (and_pipes and not stat.S_ISREG(mode)):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)
 

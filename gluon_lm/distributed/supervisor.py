@@ -413,7 +413,7 @@ class Supervisor(EventLoop):
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            leave_terminal()
+            leave_terminal(and_pipes=True)
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
@@ -460,11 +460,10 @@ class _Printer:
             try:
                 print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
             except OSError as error:
-                if is_hang_up(error):
-                    leave_terminal()
-                else:
+                if not is_hang_up(error):
                     self._supervisor.post("unread", error)
-                return
+                    return
+                leave_terminal()
 
 
 def _last_of(member: _Member) -> str:

@@ -55,7 +55,7 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            leave_terminal()
+            leave_terminal(and_pipes=True)
         self.signal = signal.Signals(number)
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "a checkpoint is written first"
         LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)
