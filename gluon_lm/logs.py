@@ -12,6 +12,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from .files import AppendedText
 
@@ -46,7 +47,7 @@ class _Terminal(_Handler):
 
     def handleError(self, record):
         error = sys.exc_info()[1]
-        if not (isinstance(error, OSError) and is_hang_up(error)):
+        if not (isinstance(error, OSError) and is_hang_up(error, self.stream)):
             raise
         leave_terminal()
 
@@ -91,9 +92,9 @@ def fall_silent() -> None:
     LOGGER.setLevel(logging.WARNING)
 
 
-def is_hang_up(error: OSError) -> bool:
-    """Whether something could not be written because the terminal is gone, as after a logout."""
-    return error.errno == errno.EIO
+def is_hang_up(error: OSError, stream: IO[str]) -> bool:
+    """Whether something could not be written to a stream because it leads to a terminal that is gone."""
+    return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
 
 
 def leave_terminal(and_pipes: bool = False) -> None:

@@ -460,7 +460,7 @@ class _Printer:
             try:
                 print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
             except OSError as error:
-                if not is_hang_up(error):
+                if not is_hang_up(error, stream):
                     self._supervisor.post("unread", error)
                     return
                 leave_terminal()
