@@ -11,9 +11,7 @@ from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
-from .training.run_folder import RunFolder, find_run
-
-FOLDER = "finetune_model"
+from .training.run_folder import FINETUNED, RunFolder, find_run
 
 # What may differ from the run: all but the architecture, and how the text is read (it may lie elsewhere now).
 _ARCHITECTURE = frozenset(
@@ -50,7 +48,7 @@ def _finetune(argv: Sequence[str]) -> int:
     parsed = parse_finetune(argv)
     command, is_continued = parsed.command, parsed.is_continued
     run, checkpoint = find_run(parsed.run)
-    target = RunFolder(run.path / FOLDER)
+    target = RunFolder(run.path / FINETUNED)
     if is_continued:
         target, _ = find_run(target.path)
         command = command.over(target.config, MAY_CHANGE_ON_RESUME, parsed.problems)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,28 @@ from .config import read_config
 from .errors import CheckpointError, ConfigError, reason
 from .metrics import perplexity
 from .tracking import read_events
-from .training.run_folder import RunFolder, checkpoint_step
+from .training.run_folder import FINETUNED, RunFolder, checkpoint_step
 
 STATES = ("running", "finished", "stopped", "failed")
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned one."""
+    if looks_like_a_run(folder):
+        found = [folder]
+    else:
+        inside = (path for path in sorted(folder.iterdir()) if not (path.is_symlink() or path.name.startswith(".")))
+        found = [path for path in inside if path.is_dir() and looks_like_a_run(path)]
+    for path in found:
+        yield path
+        if os.access(path, os.X_OK) and (path / FINETUNED).is_dir():
+            yield path / FINETUNED
+
+
+def looks_like_a_run(path: Path) -> bool:
+    """A folder that cannot be looked into may be one."""
+    may_look = os.access(path, os.X_OK)
+    return not may_look or any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, pathname
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, output_file
-from .history import RunHistory
+from .history import RunHistory, looks_like_a_run, run_folders
 from .logs import LOGGER, RESULT, log_to_terminal
 from .progress import counted
 from .runtime import prepare_process
@@ -47,7 +47,7 @@ def _report(argv: Sequence[str]) -> int:
         "Write curves, results, configurations, texts and checkpoints of runs as one HTML page, and plots as PNG.",
         "python -m gluon_lm.report runs/ptb runs/ptb-tied --output report.html",
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: the newest run)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="runs, or folders of runs (default: the newest run)")
     parser.add_section(ReportOptions, "report")
     parser.add_device("device (for the texts)")
     parser.add_section(DebugOptions, "messages")
@@ -58,11 +58,11 @@ def _report(argv: Sequence[str]) -> int:
         idle = [setting.source[len("flag ") :] for name, setting in settings.items() if name not in ("output", "words")]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave it out")
-    folders = [find_run(name)[0].path for name in parsed.arguments.runs or [None]]
+    log_to_terminal(parsed.verbosity)
+    runs = _read_runs(parsed.arguments.runs)
+    folders = [run.folder.path for run in runs]
     names = _names(folders)
     output = _output(options.output, folders)
-    log_to_terminal(parsed.verbosity)
-    runs = [RunHistory(path) for path in folders]
     writings = _write_texts(folders, options, device_config) if options.words else []
     from .reporting.curves import panels_of
     from .reporting.page import render_page
@@ -81,18 +81,31 @@ def _report(argv: Sequence[str]) -> int:
     return 0
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """What each run is called: the end of its path, as much of it as tells it from the others.
+def _read_runs(names: Sequence[str]) -> list[RunHistory]:
+    """The runs that are named, each once: by themselves or a link, or by a folder, of which those that can be read.
 
     Raises
     ------
-    ConfigError
-        If a run is named twice.
+    CheckpointError
+        If a run that is named by itself cannot be read.
     """
+    runs = [] if names else [RunHistory(find_run(None)[0].path)]
+    for name in names:
+        folder = Path(name)
+        inside = [] if not folder.is_dir() or looks_like_a_run(folder) else list(run_folders(folder))
+        if not inside:
+            runs.append(RunHistory(find_run(name)[0].path))
+        for path in inside:
+            try:
+                runs.append(RunHistory(path))
+            except CheckpointError as error:
+                LOGGER.warning("left out: %s", error)
+    return list({run.folder.path.resolve(): run for run in runs}.values())
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What each run is called: the end of its path, as much of it as tells it from the others."""
     parts = [folder.resolve().parts for folder in folders]
-    for folder, own in zip(folders, parts):
-        if parts.count(own) > 1:
-            raise ConfigError(f"{folder}: is named twice; leave one of them out")
     count = 1
     while len({own[-count:] for own in parts}) < len(parts):
         count += 1

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import option, show, switch
 from .errors import CheckpointError, ConfigError
-from .finetune import FOLDER as FINETUNED
-from .history import RunHistory, age
+from .history import RunHistory, age, run_folders
 from .logs import LOGGER, log_to_terminal
 
 _COLUMNS = ("run", "state", "model", "corpus", "steps", "epoch", "valid ppl", "test ppl", "written")
@@ -48,7 +46,7 @@ def _runs(argv: Sequence[str]) -> int:
         raise ConfigError(f"{folder}: is not a folder; name one that has runs in it")
     log_to_terminal(parsed.verbosity)
     runs, broken = [], []
-    for path in _run_folders(folder):
+    for path in run_folders(folder):
         name = path.relative_to(folder).as_posix() if path != folder else path.resolve().name
         LOGGER.debug("reading %s", path)
         try:
@@ -67,25 +65,6 @@ def _runs(argv: Sequence[str]) -> int:
     for run in broken:
         print(f"{show(run['name'])}: broken ({run['problem']})")
     return 0
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned one."""
-    if _looks_like_a_run(folder):
-        found = [folder]
-    else:
-        inside = (path for path in sorted(folder.iterdir()) if not (path.is_symlink() or path.name.startswith(".")))
-        found = [path for path in inside if path.is_dir() and _looks_like_a_run(path)]
-    for path in found:
-        yield path
-        if os.access(path, os.X_OK) and (path / FINETUNED).is_dir():
-            yield path / FINETUNED
-
-
-def _looks_like_a_run(path: Path) -> bool:
-    """A folder that cannot be looked into may be one."""
-    may_look = os.access(path, os.X_OK)
-    return not may_look or any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 def _table(runs: list[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from ..files import atomic_write, beside, exchange, is_in_use, sole_use
 from ..logs import LOGGER
 
 CHECKPOINT_PREFIX = "step-"
+FINETUNED = "finetune_model"  # a run in a run
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
 _HAS_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # as shares for Windows, and cards and sticks, answer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import struct
 import sys
@@ -190,10 +191,28 @@ def test_a_report_without_plots_texts_or_results(folder, tmp_path, monkeypatch, 
     assert list(run.glob("*.png")) == []
 
 
+def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        shutil.copytree(folder / name, tmp_path / "runs" / name, symlinks=True)
+    (tmp_path / "runs/latest").symlink_to(NAMES[0])
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/config.yaml").write_text("nhid: none\n")
+
+    def headings(*words):
+        assert report([*words, "--words", "0", "--output", "page.html"]) == 0
+        return re.findall(r'<th role="rowheader" scope="row">.*?</th>', (tmp_path / "page.html").read_text())
+
+    named = headings(*(f"runs/{name}" for name in NAMES))
+    assert named == headings(*(f"runs/{name}" for name in NAMES), "runs/latest", f"runs/{NAMES[1]}/best")
+    capsys.readouterr()
+    assert sorted(named) == sorted(headings("runs"))
+    assert "left out: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["first", "first"], "first: is named twice; leave one of them out"),
         (["first", "--output", "page.txt"], "--output page.txt: must end in .html; write --output page.html"),
         (["first", "--output", "none/page.html"], "--output none/page.html: must be a file in a folder that exists"),
         (["nothing"], "nothing: there is no such run"),
