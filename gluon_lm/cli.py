@@ -48,6 +48,7 @@ from gluon_lm.logs import LOGGER, Verbosity
 from gluon_lm.memory import is_allocation_failure
 
 _Section = TypeVar("_Section", bound=Section)
+_RUN = "named_run"
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -71,7 +72,6 @@ class DebugOptions(Section):
 class FinetuneOptions(Section):
     """What `finetune` does with the run."""
 
-    save: str | None = option(None, optional(pathname("RUN")), "the run to finetune, where it is not named first")
     continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
     overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
     print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
@@ -98,17 +98,21 @@ class RunOptions(Section):
 
 # Flags of the systems that these commands replace.
 _ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
-_INSTEAD = {
-    "--checkpoint": "to continue a run, use --resume RUN",
+_INSTEAD_OF_TRAINING = {
+    **dict.fromkeys(("--checkpoint", "--from-epoch"), "to continue a run, use --resume RUN"),
     "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
     "--test-mode": "for a short trial, use --max-steps 20",
-    "--model-dir": "name the run folder with --save",
-    "--model-name": "name the run folder with --save",
+    **dict.fromkeys(("--model-dir", "--model-name"), "name the run folder with --save"),
+    "--export-model": "to write symbol and parameters, use python -m gluon_lm.export RUN --output DIR",
+    "--onnx-export": "to write ONNX, use python -m gluon_lm.export RUN --output DIR --format onnx",
+    "--use-optimizer": "name the optimiser with --optimizer adam",
     **dict.fromkeys(
         ("--lr-update-interval", "--lr-update-factor"),
         "--decay divides the learning rate where validation is no new best",
     ),
     "--nhead": "there is no transformer here",
+    "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
+    "--k": "the words of a sampled softmax are --num-sampled",
 }
 
 
@@ -136,10 +140,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a command line gave: `arguments` (positionals, plain flags) and the settings of the sections."""
+    """What a command line gave: `arguments` (positionals, plain flags), the settings of the sections, and the run.
+
+    `run` is what `CommandParser.add_run` reads; None where no run is named.
+    """
 
     arguments: argparse.Namespace
     settings: Layer
+    run: str | None
 
     def build(self, section: type[_Section]) -> _Section:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
@@ -175,7 +183,7 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self._declared: dict[str, dataclasses.Field[Any]] = {}
-        self._instead = {**_INSTEAD, **(instead or {})}
+        self._instead = dict(instead or {})
 
     def add_section(
         self, section: type[Section], title: str, only: Sequence[str] | None = None, default: str | None = None
@@ -215,9 +223,15 @@ class CommandParser(argparse.ArgumentParser):
         joining = [field.name for field in dataclasses.fields(DeviceConfig) if field.name not in choosing]
         self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
 
-    def add_run(self) -> None:
-        """Add RUN, which every command has that reads a run."""
-        self.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
+    def add_run(self, *flags: str) -> None:
+        """Add RUN, which every command has that reads a run, and flags that name it where it is not named first."""
+        where = "run folder or checkpoint (default: the newest run under runs/)"
+        self.add_argument("run", nargs="?", metavar="RUN", help=where)
+        if flags:
+            named = "the run, where it is not named first (default: none)"
+            group = self.add_argument_group("run")
+            group.add_argument(*flags, action=_Store, dest=_RUN, metavar="RUN", default=argparse.SUPPRESS, help=named)
+            self._declared[_RUN] = option(None, pathname("RUN"), named)
 
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
@@ -269,13 +283,17 @@ class CommandParser(argparse.ArgumentParser):
             before = len(problems)
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
             unreadable |= len(problems) > before and name in LINKED
+        run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)
+        if named is not None and run not in (None, named.value):
+            flag = named.source.removeprefix("flag ")
+            problems.append(f"{show(run)} with {flag} {show(named.value)}: both name the run; leave one of them out")
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if problems and (postponed is None or unreadable):
             raise ConfigError(problems)
         if postponed is not None:
             postponed += problems
-        return Parsed(namespace, settings)
+        return Parsed(namespace, settings, run if named is None else named.value)
 
 
 def _usage_of(positional: argparse.Action) -> str:
@@ -432,6 +450,7 @@ def train_parser() -> CommandParser:
         "train",
         "Train a word-level language model, keep its best checkpoint, and evaluate it on the test text.",
         "python -m gluon_lm.train --data wikitext-2 --tied --nhid 200 --emsize 200 --epochs 20 --dropout 0.2",
+        instead=_INSTEAD_OF_TRAINING,
     )
     parser.add_section(RunOptions, "run")
     for name, section in SECTIONS.items():
@@ -551,18 +570,13 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
         parser.add_section(section, name, only=sorted(fields), default="the run's")
     parser.add_section(DebugOptions, "messages")
-    parser.add_run()
+    parser.add_run("--save", "--checkpoint")
     problems: list[str] = []
     parsed = parser.parse(argv, postponed=problems)
     options = parsed.build(FinetuneOptions)
-    run = parsed.arguments.run
-    unclear = []
-    if run is not None and options.save not in (None, run):
-        unclear.append(f"{show(run)} with --save {show(options.save)}: both name the run; leave one of them out")
     if options.continue_train and options.overwrite:
-        unclear.append("--overwrite with --continue-train: it is either continued or replaced; leave one of them out")
-    if unclear:
-        raise ConfigError(problems + unclear)
+        unclear = "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
+        raise ConfigError([*problems, unclear])
     own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
     settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
     settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
@@ -576,7 +590,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         verbosity=parsed.verbosity,
         settings=settings,
     )
-    return FinetuneCommand(run or options.save, options.continue_train, command, problems)
+    return FinetuneCommand(parsed.run, options.continue_train, command, problems)
 
 
 # ---------------------------------------------------------------- how a command ends

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .cli import CommandParser, DebugOptions, Section, run_command
-from .config import DataConfig, DeviceConfig, integer, option, optional, pathname, real, switch
-from .errors import ConfigError, DataError
+from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch
+from .errors import DataError
 from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 
@@ -30,7 +30,6 @@ class DynamicOptions(Section):
         None, optional(integer(), -1), "windows of the training text to take (default: all of it)"
     )
     val: bool = option(False, switch(), "evaluate the validation text and not the test text, to tune the values above")
-    model: str | None = option(None, optional(pathname("RUN")), "the run, where it is not named first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +45,11 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     )
     parser.add_section(DynamicOptions, "dynamic evaluation")
     parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
-    parser.add_run()
+    parser.add_run("--model", "--checkpoint", "--save")
     parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(DynamicOptions), parsed.build(DeviceConfig)
-    name = parsed.arguments.run
-    if name is not None and options.model not in (None, name):
-        raise ConfigError(f"{name} with --model {options.model}: both name the run; leave one of them out")
     given = {flag: parsed.settings[flag].value for flag in _DATA_FLAGS if flag in parsed.settings}
     split = "valid" if options.val else "test"
     log_to_terminal(parsed.verbosity)
@@ -64,9 +60,9 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     from .training.checkpoint import load_model
     from .training.run_folder import find_run
 
-    run, _ = find_run(name or options.model)
+    run, _ = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint = load_model(name or options.model, device)
+    model, vocabulary, config, checkpoint = load_model(parsed.run, device)
     data = dataclasses.replace(config.data, **given)
     try:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))

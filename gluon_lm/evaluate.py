@@ -49,10 +49,15 @@ def _evaluate(argv: Sequence[str]) -> int:
         "evaluate",
         "Loss, perplexity and bits per word of a run, exact over every token.",
         "python -m gluon_lm.evaluate runs/latest --split test",
+        instead={
+            "--model": "a run knows its own model; leave it out",
+            "--model-name": "no trained model ships; name a run that was trained here",
+            "--path-to-params-file": "parameters of another system cannot be read; name a run that was trained here",
+        },
     )
     parser.add_section(EvaluateOptions, "evaluation")
     parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
-    parser.add_run()
+    parser.add_run("--checkpoint", "--save")
     parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
@@ -73,7 +78,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     from .training.checkpoint import load_model
 
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint = load_model(parsed.arguments.run, device)
+    model, vocabulary, config, checkpoint = load_model(parsed.run, device)
     data = dataclasses.replace(config.data, **given)
     corpus = load_corpus(data, vocabulary=vocabulary, splits=(split,), of_run="data" not in given)
     window_losses = target_losses

@@ -37,7 +37,7 @@ def _export(argv: Sequence[str]) -> int:
         "python -m gluon_lm.export runs/latest --output exported",
     )
     parser.add_section(ExportOptions, "export")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint (default: the newest run)")
+    parser.add_run()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ExportOptions)
@@ -48,11 +48,11 @@ def _export(argv: Sequence[str]) -> int:
     if options.format == "onnx":
         from .exporting_onnx import export_onnx
 
-        manifest = export_onnx(parsed.arguments.run, options.output)
+        manifest = export_onnx(parsed.run, options.output)
     else:
         from .exporting import export_run
 
-        manifest = export_run(parsed.arguments.run, options.output)
+        manifest = export_run(parsed.run, options.output)
     model, training = manifest["model"], manifest["training"]
     LOGGER.info(
         "%s %s, vocabulary %s, %s | %s",

@@ -38,7 +38,6 @@ class GenerateOptions(Section):
     detokenize: bool = option(False, switch(), "write readable text, one line for each of the model's")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
     outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
-    checkpoint: str | None = option(None, optional(pathname("RUN")), "the run, where it is not named first")
     data: tuple[str, ...] | None = option(
         None, optional(pathnames(1, 3, rule="a corpus", metavar="DATA")), "no effect: a run has its own vocabulary"
     )
@@ -55,25 +54,22 @@ def _generate(argv: Sequence[str]) -> int:
         "generate",
         "Write text with a run or an exported model, 20 words a line.",
         "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8 --prompt 'the war'",
+        instead={"--model": "a run knows its own model; leave it out"},
     )
     parser.add_section(GenerateOptions, "text")
-    parser.add_run()
+    parser.add_run("--checkpoint", "--save")
     parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
-    name = parsed.arguments.run
-    problems = []
-    if name is not None and options.checkpoint not in (None, name):
-        problems.append(f"{name} with --checkpoint {options.checkpoint}: both name the run; leave one of them out")
     if options.greedy:
-        problems += [
+        problems = [
             f"--greedy with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
             for flag in ("temperature", "top_k", "top_p")
             if flag in parsed.settings
         ]
-    if problems:
-        raise ConfigError(problems)
+        if problems:
+            raise ConfigError(problems)
     out = None if options.outf is None else output_file("--outf", options.outf)
     log_to_terminal(parsed.verbosity, has_other_output=out is None)
     if options.data is not None:
@@ -87,7 +83,7 @@ def _generate(argv: Sequence[str]) -> int:
     from .generation.sampling import Sampling
     from .prediction import load_predictor
 
-    predictor = load_predictor(name or options.checkpoint, resolve_single_device(device_config))
+    predictor = load_predictor(parsed.run, resolve_single_device(device_config))
     prompt = None if options.prompt is None else TOKENIZERS[predictor.tokenizer](options.prompt)
     unknown = predictor.vocabulary.unknown(prompt or [])
     if unknown:

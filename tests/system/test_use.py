@@ -70,7 +70,8 @@ def test_the_references_flags_of_generation(run):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (("run", "--checkpoint", "other"), "both name the run"),
+        (("run", "--checkpoint", "other"), "run with --checkpoint other: both name the run"),
+        (("run", "--model", "LSTM"), "--model: unknown flag; a run knows its own model"),
         (("run", "--greedy", "--top-p", 0.5), "--greedy with --top-p"),
         (("run", "--temperature", 0), "--temperature 0: must be a number above 0"),
         (("run", "--top-p", 1.5), "--top-p 1.5: must be"),

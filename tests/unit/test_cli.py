@@ -388,6 +388,9 @@ def test_every_problem_at_once(tmp_path):
         ("--epo 3", ["--epo: unknown flag", "did you mean --epoch?"]),
         ("--zzzzzzzz", ["--zzzzzzzz: unknown flag", "--help"]),
         ("--eval_only", ["--eval-only: unknown flag", "gluon_lm.evaluate"]),
+        ("--export-model", ["--export-model: unknown flag", "gluon_lm.export RUN --output DIR"]),
+        ("--onnx-export model.onnx", ["--onnx-export: unknown flag", "--format onnx"]),
+        ("--k 8192", ["--k: unknown flag", "--num-sampled"]),
         ("-x", ["-x: unknown flag"]),
         ("--nhid", ["--nhid", "needs a value", "a whole number, 1 or more"]),
         ("--nhid --tied", ["--nhid", "needs a value"]),
@@ -549,7 +552,9 @@ def test_reference_command_lines_of_finetuning(line, expected):
 
 
 def test_finetuning_names_its_run_first_or_by_save():
-    assert [parse_tuning(line).run for line in ("RUN", "--save RUN", "RUN --save RUN", "")] == ["RUN"] * 3 + [None]
+    lines = ("RUN", "--save RUN", "RUN --save RUN", "--checkpoint=RUN", "")
+    assert [parse_tuning(line).run for line in lines] == ["RUN"] * 4 + [None]
+    assert parse_tuning("--save=~/run").run == str(Path.home() / "run")
     assert [parse_tuning(line).is_continued for line in ("RUN", "RUN --continue_train")] == [False, True]
     command = parse_tuning("RUN --overwrite --print-config --dry-run --debug").command
     assert command.overwrite and command.print_config and command.dry_run
