@@ -122,7 +122,7 @@ class _Store(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         flag = option_string or ""
         if self.nargs == 0:
-            values = not flag.startswith("--no-")
+            values = flag != flag_of(f"no_{self.dest}")
         namespace.given = {**getattr(namespace, "given", {}), self.dest: (flag, values)}
 
 
@@ -616,9 +616,9 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     started = time.perf_counter()
-    for stream in ("stdout", "stderr"):
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # the process was started with it closed
-            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
     try:

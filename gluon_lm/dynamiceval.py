@@ -57,7 +57,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     from .data import load_corpus
     from .distributed import resolve_single_device
     from .evaluation.dynamic import cached_statistics, dynamic_evaluate
-    from .training.checkpoint import load_model
+    from .training.checkpoint import TRAINING_TEXT, load_model, verify_checkpoint
     from .training.run_folder import find_run
 
     run, _ = find_run(parsed.run)
@@ -66,17 +66,16 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     data = dataclasses.replace(config.data, **given)
     try:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
-        # The text that the run names itself need not have made its vocabulary: a finetuned run brings that along.
-        own = load_corpus(data, splits=("train",)).vocabulary if given and data.vocab is None else vocabulary
     except DataError as error:
         raise DataError(
             f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
             "that has both with --data"
         ) from error
-    if own.digest != vocabulary.digest:
+    trained_on = verify_checkpoint(checkpoint)["text"].get(TRAINING_TEXT)
+    if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints did not say
         raise DataError(
-            f"--data {' '.join(data.data)}: its training text makes another vocabulary ({len(own):,} words) than that "
-            f"of the run ({len(vocabulary):,} words); name the text that the run was trained on"
+            f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "
+            "name that one"
         )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
     eos = vocabulary.eos_id

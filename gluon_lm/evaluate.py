@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, Parsed, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
+from .data.corpora import find_spec
 from .errors import ConfigError
 from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
@@ -64,7 +65,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     _check_cache(options, parsed)
     given = {name: parsed.settings[name].value for name in _DATA_FLAGS if name in parsed.settings}
-    is_file = len(given.get("data", ())) == 1 and Path(given["data"][0]).is_file()
+    named = given.get("data", ())
+    is_file = len(named) == 1 and find_spec(named[0]) is None and Path(named[0]).is_file()
     split = options.split or ("all" if is_file else "test")
     if split == "all" and not is_file:
         raise ConfigError("--split all: goes with one file, as in --data FILE; name train, valid or test")
@@ -95,7 +97,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         window_losses=window_losses,
     )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
-    if options.eval_batch_size == 1:
+    num_streams = min(options.eval_batch_size, result.num_tokens)
+    if num_streams == 1:
         LOGGER.info(
             "one stream, state carried; all %s tokens count, the first one predicted from <eos>",
             f"{result.num_tokens:,}",
@@ -103,8 +106,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     else:
         LOGGER.info(
             "%d streams, each begun from <eos> and the zero state, so that %d contexts are cut; all %s tokens count",
-            options.eval_batch_size,
-            options.eval_batch_size - 1,
+            num_streams,
+            num_streams - 1,
             f"{result.num_tokens:,}",
         )
     if options.cache:

@@ -27,6 +27,7 @@ from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import beside, exchange, file_hash, synchronise
+from .metrics import perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .progress import progress_bar
@@ -194,6 +195,7 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
 def _describe(trained: TrainedModel) -> dict[str, Any]:
     training, model = trained.checkpoint.training, trained.config.model
     loss = training.best_loss if training.best_step == training.step else None
+    reached = math.inf if loss is None else perplexity(loss)
     return {
         "model": {
             "cell": model.cell,
@@ -216,7 +218,7 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
             "steps": training.step,
             "averaged": bool(trained.checkpoint.unaveraged),
             "validation_loss": loss,
-            "validation_perplexity": None if loss is None else math.exp(loss),
+            "validation_perplexity": reached if math.isfinite(reached) else None,  # JSON has no infinity
         },
     }
 

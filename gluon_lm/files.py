@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import sys
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
 # What file systems answer, those of clusters above all, that cannot synchronise a folder, or have no locks.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_TRIES, _PAUSE = 20, 0.05  # seconds between two tries of a lock
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -102,7 +104,7 @@ class AppendedText:
 
     def write(self, text: str) -> None:
         """Append `text`; `OSError`, which names the file, where that fails."""
-        rest = text.encode("utf-8")
+        rest = text.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
         end = self._file.seek(0, os.SEEK_END)
         try:
             while rest:
@@ -213,10 +215,14 @@ def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
     The kernel frees it when its holder dies. Where the file system has no locks, that is said, and nobody is refused.
     """
     with open(path, "ab") as file:
-        try:
-            _lock(file.fileno(), is_needed=False)
-        except BlockingIOError:
-            raise refusal from None
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                _lock(file.fileno(), is_needed=False)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise refusal from None
+                time.sleep(_PAUSE)  # `is_in_use` holds it for a moment as well
         yield
 
 

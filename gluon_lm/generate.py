@@ -27,7 +27,9 @@ class GenerateOptions(Section):
     words: int = option(1000, integer(), "number of words")
     prompt: str | None = option(None, optional(text("TEXT")), "words to go on from (default: one drawn at random)")
     samples: int = option(1, integer(1, 4096), "texts to write side by side, each of --words words")
-    temperature: float = option(1.0, real(0, above=True), "below 1 keeps to likely words, above 1 is more daring")
+    temperature: float = option(
+        1.0, real(1e-3, 1e3), "below 1 keeps to likely words, above 1 is more daring; without any chance: --greedy"
+    )
     top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
     top_p: float | None = option(
         None, optional(real(0, 1, above=True)), "draw from the fewest words that have this probability together"
@@ -101,9 +103,9 @@ def _generate(argv: Sequence[str]) -> int:
         stop_at_eos=options.stop_at_eos,
     )
     with open_output(out) as file:
-        _write(_watched(words, options, out), prompt or [], options, file)
+        num_words = _write(_watched(words, options, out), prompt or [], options, file)
     if out is not None:
-        LOGGER.info("%d x %d words in %s", options.samples, options.words, out)
+        LOGGER.info("%s words in %s", f"{num_words:,}", out)
     return 0
 
 
@@ -124,21 +126,35 @@ def _comes_word_by_word(options: GenerateOptions) -> bool:
     return options.samples == 1 and not options.detokenize
 
 
-def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[str]) -> None:
-    """Write the texts, the prompt at the head of each, an empty line between them; one text as it comes."""
+def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[str]) -> int:
+    """Write the texts, the prompt at the head of each, an empty line between them; one text as it comes.
+
+    Returns
+    -------
+    int
+        Words that were generated, in all texts.
+    """
     from .generation.detokenize import detokenize
 
     def put(line: str) -> None:
         file.write(f"{line}\n")
         file.flush()
 
+    num_words = 0
+    written: list[list[str]] = [list(prompt) for _ in range(options.samples)]
+
+    def arriving() -> Iterator[list[str | None]]:
+        nonlocal num_words
+        for step in words:
+            num_words += sum(word is not None for word in step)
+            yield step
+
     if _comes_word_by_word(options):
-        only = (word for (word,) in words if word is not None)
+        only = (word for (word,) in arriving() if word is not None)
         for line in _lines(itertools.chain(prompt, only)):
             put(line)
-        return
-    written: list[list[str]] = [list(prompt) for _ in range(options.samples)]
-    for step in words:
+        return num_words
+    for step in arriving():
         for sample, word in zip(written, step):
             if word is not None:
                 sample.append(word)
@@ -147,6 +163,7 @@ def _write(words: Iterable[list[str | None]], prompt: list[str], options: Genera
             put("")
         for line in [detokenize(sample)] if options.detokenize else _lines(sample):
             put(line)
+    return num_words
 
 
 def _lines(words: Iterable[str]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from . import control_groups
 from .config import Config
 from .errors import OutOfMemory
 
+_STATUS = Path("/proc/self/status")
 _FLOAT = 4
 _MIXED = 8  # a logit in float32 and in half precision, and what oneDNN keeps of products: precision.FORWARD_ROWS
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
@@ -156,6 +157,11 @@ def free_host_memory() -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
+def peak_memory() -> int | None:
+    """Bytes of the machine's memory that this process has held at most; None where the system cannot tell."""
+    return _kilobytes(_STATUS, "VmHWM")
+
+
 def _free_on_machine() -> int | None:
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
@@ -167,7 +173,7 @@ def _free_below_limit() -> int | None:
     except ImportError:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    used = _kilobytes(Path("/proc/self/status"), "VmSize")
+    used = _kilobytes(_STATUS, "VmSize")
     return None if limit == resource.RLIM_INFINITY or used is None else max(0, limit - used)
 
 

@@ -31,7 +31,7 @@ class Predictor(ABC):
         ``tokens_TN, *states -> scores_TNV, *new_states``: log-probabilities of the word after each token, up to a
         constant for each token. To be made part of a larger graph.
     rows_at_once : int
-        As many tokens, T x N, as `target_losses` should be given at once, where lines can be cut so.
+        As many tokens, T x N, as are worked on at once; `target_losses` need not be given more where lines allow it.
     """
 
     network: gluon.HybridBlock
@@ -63,12 +63,20 @@ class Predictor(ABC):
         num_words, num_streams = tokens_TN.shape
         words_at_once, losses = max(1, self.rows_at_once // num_streams), []
         for start in range(0, num_words, words_at_once):
-            log_probs_TNV, states = self.log_probs(tokens_TN[start : start + words_at_once], states)
             rows = slice(start * num_streams, min((start + words_at_once) * num_streams, targets_R.shape[0]))
+            piece_TN = tokens_TN[start : start + words_at_once]
             if rows.start < rows.stop:
-                log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: rows.stop - rows.start]
-                losses.append(-mx.nd.pick(log_probs_RV, targets_R[rows]))
+                piece_losses_R, states = self._losses(piece_TN, targets_R[rows], states)
+                losses.append(piece_losses_R)
+            else:
+                states = self.read(piece_TN.asnumpy(), states)
         return mx.nd.concat(*losses, dim=0), states
+
+    def _losses(self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
+        """`target_losses` of so few tokens that they can be worked on at once."""
+        log_probs_TNV, states = self.log_probs(tokens_TN, states)
+        log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: targets_R.shape[0]]
+        return -mx.nd.pick(log_probs_RV, targets_R), states
 
 
 class ModelPredictor(Predictor):
@@ -97,11 +105,13 @@ class ModelPredictor(Predictor):
         return self._model.head(hidden_TNH), states
 
     def read(self, tokens_TN, states):
-        if len(tokens_TN):
-            _, *states = self._model.encoder(mx.nd.array(tokens_TN, ctx=self.device, dtype="int32"), *states)
+        words_at_once = max(1, self.rows_at_once // states[0].shape[1])
+        for start in range(0, len(tokens_TN), words_at_once):
+            piece_TN = mx.nd.array(tokens_TN[start : start + words_at_once], ctx=self.device, dtype="int32")
+            _, *states = self._model.encoder(piece_TN, *states)
         return states
 
-    def target_losses(self, tokens_TN, targets_R, states):
+    def _losses(self, tokens_TN, targets_R, states):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
         return target_losses(self._model.head, hidden_TNH, targets_R), states
 

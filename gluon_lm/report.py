@@ -71,7 +71,7 @@ def _report(argv: Sequence[str]) -> int:
     panels = panels_of(runs)
     page = render_page(runs, names, panels, writings)
     with atomic_write(output) as file:
-        file.write(page.encode("utf-8"))
+        file.write(page.encode("utf-8", "backslashreplace"))
     LOGGER.log(RESULT, "%s", output)
     if not can_plot():
         LOGGER.warning("no plots as PNG: matplotlib is not installed; pip install 'gluon_lm[plot]'")
@@ -109,7 +109,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     count = 1
     while len({own[-count:] for own in parts}) < len(parts):
         count += 1
-    return ["/".join(own[-count:]) for own in parts]
+    names = ["/".join(own[-count:]) for own in parts]
+    return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
 
 
 def _output(name: str | None, folders: Sequence[Path]) -> Path:
@@ -124,7 +125,7 @@ def _output(name: str | None, folders: Sequence[Path]) -> Path:
         name = str(folders[0] / "report.html") if len(folders) == 1 else "report.html"
     path = output_file("--output", name)
     if path.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--output {name}: must end in .html; write --output {path.stem}.html")
+        raise ConfigError(f"--output {name}: must end in .html; write --output {path.with_suffix('.html')}")
     return path
 
 

@@ -126,16 +126,6 @@ def _cores() -> int:
     return len(cores)
 
 
-def peak_memory() -> int | None:
-    """Bytes of the machine's memory that this process has held at most; None where the system cannot tell."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    (kibibytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(kibibytes)
-
-
 def cpu_model() -> str:
     """The processor's name, as far as the system says it."""
     return _cpu_info("model name") or platform.processor() or platform.machine()

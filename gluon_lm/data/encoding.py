@@ -85,9 +85,10 @@ class Text:
 
     @property
     def name(self) -> str:
-        """The file, or the first and the number of files, for messages."""
-        more = len(self.spans) - 1
-        return f"{self.spans[0].path}" + (f" and {more} more files" if more else "")
+        """The file, with the bytes where it is a part, or the first and the number of files; for messages."""
+        span, more = self.spans[0], len(self.spans) - 1
+        part = f" (bytes {span.start:,} to {span.stop:,})" if span.stop is not None else ""
+        return f"{span.path}{part}" + (f" and {more} more files" if more else "")
 
     @property
     def num_bytes(self) -> int:
@@ -100,8 +101,13 @@ class Text:
         """Hash of the content; for one whole file its SHA-256."""
         return _joined([_hash_blocks(span) for span in self.spans])
 
-    def pieces(self) -> Iterator[str]:
+    def pieces(self, progress: Callable[[int], object] = lambda num_bytes: None) -> Iterator[str]:
         """The text in pieces that are cut at white space, every span ended by a line break.
+
+        Parameters
+        ----------
+        progress : callable
+            Told how many bytes were read since it was told last.
 
         Raises
         ------
@@ -114,6 +120,7 @@ class Text:
             position, rest = span.start, b""
             for block in span.blocks():
                 sha256.update(block)
+                progress(len(block))
                 rest += block
                 cut = max(rest.rfind(b"\n"), rest.rfind(b" ")) + 1
                 if cut:
@@ -159,11 +166,14 @@ def _decode(path: Path, position: int, block: bytes) -> str:
 
 
 def default_cache_dir() -> Path:
-    """``$GLUON_LM_CACHE``, else ``gluon_lm`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
+    """``$GLUON_LM_CACHE``, else ``gluon_lm`` in ``$XDG_CACHE_HOME``, in ``~/.cache`` or in a temporary folder."""
     named = os.environ.get("GLUON_LM_CACHE")
     if named:
         return Path(os.path.expanduser(named))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gluon_lm"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):  # a user without a home, as containers have
+        folder = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    return Path(folder) / "gluon_lm"
 
 
 class Cache:
@@ -203,6 +213,8 @@ class Cache:
             LOGGER.debug("%s: %s", place, "to be made" if found is None else "encoded already")
             try:
                 return place, found if found is not None else self._build(place, build)
+            except BrokenPipeError:
+                raise  # of whoever read the progress
             except OSError as error:
                 if self._temporary is not None:
                     raise DataError(
@@ -402,12 +414,11 @@ def _write_ids(text: Text, tokenizer: str, word_ids: Mapping[str, int], path: Pa
         open(path, "wb") as file,
         progress_bar(total=text.num_bytes, desc=f"encoding {text.name}", unit="B") as bar,
     ):
-        for piece in text.pieces():
+        for piece in text.pieces(bar.update):
             words = tokenize(piece.replace("\n", f" {EOS} "))
             file.write(np.fromiter(map(word_ids.__getitem__, words), dtype=_DTYPE, count=len(words)).data)
             num_lines += piece.count("\n")
             num_tokens += len(words)
-            bar.update(len(piece))
     if num_tokens <= num_lines:
         raise DataError(f"{text.name}: has no words, only white space; put text into it, or name another file")
     return num_lines

@@ -86,7 +86,7 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); name a file with one word a line") from error
         except UnicodeDecodeError as error:
@@ -160,10 +160,9 @@ class Vocabulary:
 
 def _check(words: Sequence[str]) -> None:
     """Raise `DataError` unless `words` make a vocabulary; a word's line is its place in the file."""
-    # One split of everything finds out fast whether there is a line to look for.
-    if "" in words or len(" ".join(words).split()) != len(words):
-        line, word = next((line, word) for line, word in enumerate(words, 1) if word.split() != [word])
-        raise DataError(f"line {line}: {word!r} is not one word without white space")
+    for line, word in enumerate(words, 1):
+        if word.split() != [word]:
+            raise DataError(f"line {line}: {word!r} is not one word without white space")
     if len(set(words)) != len(words):
         first: dict[str, int] = {}
         for line, word in enumerate(words, 1):

@@ -168,10 +168,10 @@ class _Step(gluon.HybridBlock):
         scores_NV = F.reshape(scores_1NV, shape=(-1, self._vocab_size))
         padding_NP, row_starts_N, ones_1C = constants
         inverse_N1, is_greedy_N, has_no_unk_N1, unk_1V, last_k_N, has_k_N, top_p_N1 = controls
-        if self._ways.without_unk:
-            scores_NV = F.broadcast_add(scores_NV, F.broadcast_mul(has_no_unk_N1, unk_1V))
         if self._ways.tempered:
             scores_NV = F.broadcast_mul(scores_NV, inverse_N1)
+        if self._ways.without_unk:
+            scores_NV = F.broadcast_add(scores_NV, F.broadcast_mul(has_no_unk_N1, unk_1V))
         probs_NV = F.softmax(scores_NV, axis=-1)
         if self._ways.num_sorted:
             threshold_N1 = self._thresholds(F, probs_NV, last_k_N, has_k_N, top_p_N1)

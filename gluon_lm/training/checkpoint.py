@@ -38,6 +38,7 @@ from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run,
 PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
 OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
 STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
+TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
 _FORMAT = 2
@@ -100,7 +101,7 @@ class Checkpoint:
     corpus : str
         Digest of the corpus that it was trained on.
     text : dict of str to str
-        The corpus's name and licence.
+        The corpus's name and licence, and the hash of its training text.
     num_devices : int
         Devices, over all workers, that trained it.
     residuals : dict of str to NDArray

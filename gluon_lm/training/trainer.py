@@ -21,16 +21,15 @@ from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, RESULT
-from ..memory import Need, explained
+from ..memory import Need, explained, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
 from ..progress import TrainingBar
-from ..runtime import peak_memory
 from ..tracking import MetricsFile, TensorBoard, write_status
-from .checkpoint import Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
+from .checkpoint import TRAINING_TEXT, Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
 from .loss_scale import LossScale
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
@@ -529,7 +528,11 @@ class Trainer:
             training=self.state,
             communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
-            text={"name": self.corpus.name, "licence": self.corpus.licence},
+            text={
+                "name": self.corpus.name,
+                "licence": self.corpus.licence,
+                TRAINING_TEXT: self.corpus.hashes["train"],
+            },
             num_devices=len(self._communicator.devices) * self._communicator.size,
             loss_scale={} if self._loss_scale is None else self._loss_scale.state_dict(),
         )

@@ -17,6 +17,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from processes import wait_for
 
 from gluon_lm import exporting, tracking
 from gluon_lm.data import Vocabulary
+from gluon_lm.files import is_in_use, sole_use
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
 
@@ -256,6 +258,33 @@ def test_a_run_that_is_being_trained_is_neither_continued_nor_replaced(project):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     project.run("train", "--resume", "run", "--max-steps", 1)  # a killed process holds nothing
+
+
+def test_a_run_that_is_only_looked_at_can_be_trained(tmp_path):
+    lock, done = tmp_path / ".lock", threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            is_in_use(lock)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(2000):
+            with sole_use(lock, RuntimeError("refused")):
+                pass
+    finally:
+        done.set()
+        watcher.join()
+
+
+def test_names_that_are_no_utf8_are_written_as_they_can_be(project):
+    shutil.copy(project.path / "text" / "train.txt", project.path / "caf\udce9.txt")
+    project.train("run\udce9", "--data", "caf\udce9.txt", "--max-steps", 2)
+    project.run("train", "--resume", "run\udce9", "--max-steps", 4)
+    project.run("report", "run\udce9", "--words", 0)
+    assert "caf\\udce9" in (project.path / "run\udce9" / "log.txt").read_text()
+    assert "caf\\udce9" in (project.path / "run\udce9" / "report.html").read_text()
 
 
 def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):

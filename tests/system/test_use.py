@@ -28,9 +28,10 @@ def test_text_from_a_prompt_in_many_samples(run):
     assert output == run.run(
         "generate", "run", "--prompt", "the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4
     )
-    greedy = run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--greedy", "--no-unk")
-    assert "<unk>" not in greedy
+    greedy = run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--greedy")
     assert greedy == run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--top-k", 1)
+    daring = [run.run("generate", "run", "--words", 300, "--temperature", 50, *flags) for flags in ((), ("--no-unk",))]
+    assert ["<unk>" in words.split() for words in daring] == [True, False]
     sentence = run.run(
         "generate", "run", "--prompt", "a dog", "--words", 40, "--greedy", "--stop-at-eos", "--detokenize"
     )
@@ -73,7 +74,7 @@ def test_the_references_flags_of_generation(run):
         (("run", "--checkpoint", "other"), "run with --checkpoint other: both name the run"),
         (("run", "--model", "LSTM"), "--model: unknown flag; a run knows its own model"),
         (("run", "--greedy", "--top-p", 0.5), "--greedy with --top-p"),
-        (("run", "--temperature", 0), "--temperature 0: must be a number above 0"),
+        (("run", "--temperature", 0), "--temperature 0: must be a number, 0.001 or more"),
         (("run", "--top-p", 1.5), "--top-p 1.5: must be"),
         (("run", "--outf", "no/such/folder.txt"), "must be a file in a folder that exists"),
         (("nothing",), "there is no such run"),
@@ -101,6 +102,17 @@ def test_scores_tell_what_the_model_learnt(run):
     objects = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
     assert [o["log_prob"] for o in objects] == pytest.approx([float(row[2]) for row in rows], abs=1e-5)
     assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
+
+
+def test_a_text_that_ends_early_is_counted_as_it_is(run):
+    flags = ("--words", 500, "--samples", 2, "--stop-at-eos", "--outf", "o.txt", "--seed", 3)
+    output = run.run("generate", "run", *flags)
+    assert f"{len((run.path / 'o.txt').read_text().split()):,} words in o.txt" in output
+
+
+def test_standard_input_that_is_closed_has_no_lines(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run.refused("score", "run", "-").startswith("error: ")
 
 
 def test_how_many_words_the_model_does_not_know_is_told_beside_the_scores(run, capsys):

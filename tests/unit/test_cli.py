@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import inspect
@@ -342,6 +343,22 @@ def test_describe_is_a_config_file_that_gives_the_same(tmp_path):
 # ---------------------------------------------------------------- refusing flags
 
 
+def test_every_switch_of_every_command_is_on_where_its_flag_is_given():
+    switches = 0
+    for command in COMMANDS:
+        module = importlib.import_module(f"gluon_lm.{command}")
+        sections = [*SECTIONS.values(), *(thing for thing in vars(module).values() if inspect.isclass(thing))]
+        for section in (s for s in sections if dataclasses.is_dataclass(s)):
+            for field in dataclasses.fields(section):
+                if "kind" in field.metadata and field.metadata["kind"].is_switch:
+                    parser = CommandParser(command, "", "")
+                    parser.add_section(section, "all")
+                    (setting,) = parser.parse([f"--{field.name}"]).settings.values()
+                    assert setting.value is True, (command, field.name)
+                    switches += 1
+    assert switches > 100
+
+
 def test_every_problem_at_once(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("hiden_size: 5\n", encoding="utf-8")
@@ -358,9 +375,9 @@ def test_every_problem_at_once(tmp_path):
         f"--recipe nobody: must be one of {', '.join(recipe_names())}",
     ]
     assert problems_of(
-        "--nhid 0 --ntasgd --optimizer adam --dropouth 0.2 --nlayers 1 --gctype 2bit --dropoutl 0.3"
+        "--log-interval 0 --ntasgd --optimizer adam --dropouth 0.2 --nlayers 1 --gctype 2bit --dropoutl 0.3"
     ) == [
-        "--nhid 0: must be a whole number, 1 or more; for example 200",
+        "--log-interval 0: must be a whole number, 1 or more; for example 200",
         "--ntasgd with --optimizer adam: the weights are averaged under SGD only; use --optimizer sgd, and a --lr "
         "for it",
         "--dropouth 0.2: has no effect here, there is one layer; raise --num-layers, or leave it out",
@@ -371,6 +388,8 @@ def test_every_problem_at_once(tmp_path):
     assert problems_of("--when 0 --ntasgd --optimizer adam") == [
         "--when 0: must be different epochs, each a whole number, 1 or more, or none"
     ]
+    assert len(problems_of("--emsize x --tied --nhidlast 100")) == 1
+    assert len(problems_of("--nhid x --cutoffs 20 30 40 50")) == 1
     assert problems_of("--nonmono 0") == ["--nonmono 0: must be a whole number, 1 or more; for example 5"]
     assert len(problems_of("--locked --dropout 0 --dropout-last-input 2")) == 1
     assert problems_of("--cpus 0 --gctype 2bit") == ["--cpus 0: must be a whole number, 1 or more, or none"]

@@ -229,6 +229,13 @@ def test_recipe_follows_from_the_file():
     assert resolve(config_file="recipe: mxnet", recipe="demo").recipe == "demo"
 
 
+def test_a_file_with_every_value_needs_no_recipe_and_one_without_does():
+    config = resolve(recipe="mxnet").config
+    assert read_config(config.to_yaml(recipe="nobodys")) == config
+    with pytest.raises(ConfigError, match="recipe nobodys .*must be one of"):
+        read_config("recipe: nobodys\nhidden_size: 5\n")
+
+
 def test_unknown_recipe_gets_the_nearest():
     assert problems_of(resolve, recipe="mxnett") == [
         f"--recipe mxnett: must be one of {', '.join(recipe_names())}; did you mean mxnet?"

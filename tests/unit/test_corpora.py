@@ -79,6 +79,19 @@ def test_one_file_is_cut_90_5_5_at_lines(tmp_path):
     ]
 
 
+def test_a_part_without_words_is_named_as_a_part(tmp_path):
+    (tmp_path / "notes.txt").write_text("word a b c\n" * 1000 + "\n" * 800)
+    message = refused(tmp_path / "notes.txt")
+    assert message.startswith(f"{tmp_path / 'notes.txt'} (bytes 11,211 to 11,800): has no words")
+
+
+def test_a_folder_for_corpora_that_is_not_looked_at_is_said(tmp_path, caplog):
+    (tmp_path / "notes.txt").write_text("word a b c\n" * 100)
+    with caplog.at_level("INFO"):
+        load(tmp_path / "notes.txt", data_dir="/corpora")
+    assert "nothing of it is looked for in /corpora (--data-dir)" in caplog.text
+
+
 def test_one_file_of_one_line_is_cut_at_words(tmp_path):
     (tmp_path / "line.txt").write_text(" ".join(f"w{number % 5}" for number in range(100)))
     corpus = load(tmp_path / "line.txt")

@@ -141,9 +141,19 @@ def test_a_span_is_a_part_of_a_file(tmp_path):
 
 
 def test_progress_is_written_off_in_bytes(tmp_path):
-    text = Text.of(write(tmp_path, "Ü b\n"), write(tmp_path, "c", "2.txt"))
-    assert text.num_bytes == 6
+    text = Text.of(write(tmp_path, "Ü b\r\n"), write(tmp_path, "c", "2.txt"))
+    assert text.num_bytes == 7
     assert Text((Span(text.spans[0].path, 1, 3),)).num_bytes == 2
+    read: list[int] = []
+    assert list(text.pieces(read.append)) and sum(read) == text.num_bytes
+
+
+def test_a_reader_of_the_progress_that_is_gone_is_no_fault_of_the_disk(tmp_path):
+    def build(folder: Path) -> dict[str, int]:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Cache(tmp_path / "cache").entry(["key"], build)
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -312,6 +322,8 @@ def test_where_the_cache_is(monkeypatch):
     monkeypatch.delenv("GLUON_LM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert default_cache_dir() == Path("/home/someone/.cache/gluon_lm")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user whom the system does not know
+    assert default_cache_dir().is_relative_to(tempfile.gettempdir())
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert default_cache_dir() == Path("/xdg/gluon_lm")
     monkeypatch.setenv("GLUON_LM_CACHE", "/named")

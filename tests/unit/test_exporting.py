@@ -53,7 +53,7 @@ MODELS = {
 }  # fmt: skip
 
 
-def save_run(path, averaged=False, evaluated=True, **model):
+def save_run(path, averaged=False, evaluated=True, loss=2.5, **model):
     """A run folder with one checkpoint, of a model with large random weights."""
     architecture = {"embed_size": 4, "hidden_size": 5, "num_layers": 3, **model}
     config = Config(data=DataConfig(tokenizer="words"), model=ModelConfig(**{"dropout": 0.2, **architecture}))
@@ -63,7 +63,7 @@ def save_run(path, averaged=False, evaluated=True, **model):
         unaveraged={name: array + 1 for name, array in parameters.items()} if averaged else {},
         optimizer={},
         carried=[],
-        training=TrainingState(step=70, epoch=3, best_loss=2.5, best_step=70 if evaluated else 60),
+        training=TrainingState(step=70, epoch=3, best_loss=loss, best_step=70 if evaluated else 60),
         text={"name": "tales", "licence": "CC-BY-4.0"},
     )
     run = RunFolder(path)
@@ -214,6 +214,11 @@ def test_manifest_says_what_the_files_are(tmp_path, export):
         "checkpoint": "step-70", "epochs": 3, "steps": 70, "averaged": False,
         "validation_loss": 2.5, "validation_perplexity": math.exp(2.5),
     }  # fmt: skip
+
+
+def test_a_loss_without_a_finite_perplexity_is_exported_without_one(tmp_path):
+    training = export_run(save_run(tmp_path / "run", loss=800.0), tmp_path / "exported")["training"]
+    assert (training["validation_loss"], training["validation_perplexity"]) == (800.0, None)
 
 
 def test_a_checkpoint_that_was_not_evaluated_has_no_result(tmp_path):

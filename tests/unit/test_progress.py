@@ -57,6 +57,7 @@ def test_long_work_leaves_a_plain_line_now_and_then(capsys):
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with progress_bar(total=2, desc="counting", unit="step") as bar:

@@ -89,7 +89,7 @@ def test_the_c_library_takes_the_setting(limit):
 
 def test_the_peak_of_memory_is_what_was_held_at_most():
     code = """
-from gluon_lm.runtime import peak_memory
+from gluon_lm.memory import peak_memory
 before, size = peak_memory(), 200 << 20
 held = bytearray(size)
 held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])  # a page is only taken when it is written to

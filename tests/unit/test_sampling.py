@@ -102,6 +102,11 @@ def test_the_uniform_number_decides_the_word_by_the_cumulative_distribution():
     assert (np.concatenate([[0], cumulative])[words] < uniforms + 1e-5).all()
 
 
+def test_a_word_without_any_chance_has_none_at_the_highest_temperature():
+    ways = [Sampling(temperature=1e30, suppress_unk=True)] * 400
+    assert UNK not in draw(np.zeros((400, 5)), ways)
+
+
 def test_each_stream_draws_in_its_own_way():
     rng = np.random.RandomState(5)
     logits_NV, uniforms_N = rng.normal(0, 2, (len(WAYS), 300)), rng.random_sample(len(WAYS))

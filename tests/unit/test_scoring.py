@@ -42,6 +42,25 @@ def test_each_line_is_scored_on_its_own_its_end_included(cell, head, monkeypatch
         assert score.is_unknown == [word not in VOCABULARY for word in (*line, "<eos>")]
 
 
+@pytest.mark.parametrize("head", [{}, {"num_experts": 2}])
+def test_a_long_line_is_read_in_pieces(head, monkeypatch):
+    predictor = ModelPredictor(build_model(**head), VOCABULARY, "whitespace", mx.cpu())
+    long_line = [f"w{i % 7}" for i in range(100)]
+    (whole,) = scoring.score_lines(predictor, [long_line])
+    prompt_TN = VOCABULARY.encode(long_line)[:, None]
+    read = predictor.read(prompt_TN, predictor.begin_state(1))
+    sizes, encode = [], predictor._model.encoder.forward
+    monkeypatch.setattr(ModelPredictor, "rows_at_once", 30)
+    monkeypatch.setattr(
+        predictor._model.encoder, "forward", lambda x, *states: sizes.append(x.shape[0]) or encode(x, *states)
+    )
+    (in_pieces,) = scoring.score_lines(predictor, [long_line])
+    np.testing.assert_allclose(in_pieces.log_probs, whole.log_probs, rtol=1e-5)
+    for state, expected in zip(predictor.read(prompt_TN, predictor.begin_state(1)), read):
+        np.testing.assert_allclose(state.asnumpy(), expected.asnumpy(), rtol=1e-5)
+    assert sizes == [30, 30, 30, 11, 30, 30, 30, 10]
+
+
 def test_no_lines_have_no_scores():
     predictor = ModelPredictor(build_model(), VOCABULARY, "whitespace", mx.cpu())
     assert list(scoring.score_lines(predictor, [])) == []

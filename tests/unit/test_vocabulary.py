@@ -105,7 +105,7 @@ def test_save_and_load(tmp_path_factory, words):
 
 def test_load_accepts_a_file_from_elsewhere(tmp_path):
     path = tmp_path / "vocab.txt"
-    path.write_bytes(b"the\r\n<unk>\r\n<eos>")
+    path.write_bytes(b"\xef\xbb\xbfthe\r\n<unk>\r\n<eos>")
     assert Vocabulary.load(path).words == ("the", "<unk>", "<eos>")
 
 
@@ -113,6 +113,7 @@ def test_load_accepts_a_file_from_elsewhere(tmp_path):
     ("content", "message"),
     [
         (b"<unk>\n<eos>\na b\n", "line 3: 'a b' is not one word"),
+        (b"<unk>\n<eos>\n \nNew York\n", "line 3: ' ' is not one word"),
         (b"<unk>\n\n<eos>\n", "line 2: '' is not one word"),
         ("<unk>\n<eos>\na\u00a0b\n".encode(), "line 3: 'a\\\\xa0b' is not one word"),
         (b"<unk>\na\n<eos>\na\n", "line 4: 'a' occurs a second time, first in line 2"),
