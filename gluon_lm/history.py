@@ -50,8 +50,8 @@ class SavedCheckpoint:
     Attributes
     ----------
     step : int
-    epoch : float
-        Passes over the training text by then.
+    epoch : int
+        Whole passes over the training text by then.
     loss : float or None
         On the validation text, in nats a token, where it was evaluated.
     num_bytes : int
@@ -83,7 +83,7 @@ class RunHistory:
     events : list of dict
         The lines of ``metrics.jsonl``.
     state : str
-        One of `STATES`: *running* while a process holds ``metrics.jsonl``; else how the last one ended. One that was
+        One of `STATES`: *running* while a process holds the run; else how the last one ended. One that was
         killed could not tell, and counts as *stopped*.
     reason : str or None
         Why it failed or stopped, where that is known.

@@ -16,7 +16,7 @@ from .distributed.supervisor import Supervisor
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .train import settle
-from .training.run_folder import RunFolder
+from .training.run_folder import RunFolder, strip_model_suffix
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
 
@@ -56,13 +56,13 @@ def _launch(argv: Sequence[str]) -> int:
         raise ConfigError("no flags for train: add them after --, as in --workers 2 -- --data ptb --tied")
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
-    messages = [f"--{name}" for name in ("quiet", "verbose") if getattr(parsed.build(DebugOptions), name)]
+    messages = [f"--{name}" for name in DebugOptions.__dataclass_fields__ if getattr(parsed.build(DebugOptions), name)]
     is_here = options.hostfile is None
     flags, command, run = _train_command([*words[split + 1 :], *messages], is_here)
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    if is_here or command.resume is None:  # or else the batch is that of a run which lies elsewhere
+    if run is not None or command.resume is None:  # or else the batch is that of a run which lies elsewhere
         num_devices = options.workers * (device_count(command.config) or 1)
         problems = share_problems(command.config, num_devices, command.sources)
         if problems:
@@ -82,12 +82,13 @@ def _launch(argv: Sequence[str]) -> int:
 def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand, RunFolder | None]:
     """The flags of each worker, what they mean and the run that they continue, checked once before any is started.
 
-    The run's folder is looked at only if `is_here`, and not somewhere on the machines of a host file.
+    Where not all `is_here`, but on the machines of a host file, the run's folder is looked at if it is seen from here.
     """
 
     def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
         command = parse_train(flags)
-        return settle(command)[:2] if is_here else (command, None)
+        is_seen = is_here or (command.resume is not None and strip_model_suffix(command.resume).exists())
+        return settle(command)[:2] if is_seen else (command, None)
 
     flags = normalise_argv(words)
     with contextlib.suppress(ConfigError):  # which may be that a single device has nothing to add up

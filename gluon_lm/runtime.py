@@ -13,6 +13,7 @@ from pathlib import Path
 from . import __version__
 from .config import Config
 from .control_groups import processor_share
+from .distributed.control import LOCAL_WORKERS_VARIABLE
 from .logs import LOGGER
 from .memory import recurrent_bytes
 
@@ -28,7 +29,7 @@ def prepare_training(config: Config) -> None:
     """`prepare_process` for a training run, in the way that suits its size."""
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
     is_large, varies = recurrent_bytes(config, tokens) > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
-    num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.horovod else 1)
+    num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.has_workers else 1)
     if not config.training.tf32:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if varies:  # a pool that looks for the very size would keep a block for each length of a window
@@ -89,8 +90,9 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
 
 
 def _processes_here() -> int:
-    """How many processes horovodrun, Open MPI, MPICH or Slurm started on this machine."""
+    """How many processes our launcher, horovodrun, Open MPI, MPICH or Slurm started on this machine."""
     for name in (
+        LOCAL_WORKERS_VARIABLE,
         "HOROVOD_LOCAL_SIZE",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
         "MPI_LOCALNRANKS",

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from .. import __version__
-from ..runtime import usable_cores
-from .control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE
+from .control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE, LOCAL_WORKERS_VARIABLE
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
 GRACE_S = 3.0
@@ -96,7 +95,7 @@ class Agent(EventLoop):
         for process in processes:
             name, environment = process["name"], {**os.environ, **process["env"]}
             if process["is_worker"]:  # which share the machine's cores and GPUs
-                environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
+                environment[LOCAL_WORKERS_VARIABLE] = str(num_workers)
                 environment[LOCAL_WORKER_VARIABLE] = str(next(local_numbers))
             try:
                 child = self._start(name, process["argv"], environment, process["is_worker"])

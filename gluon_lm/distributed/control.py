@@ -18,6 +18,7 @@ from ..errors import DistributedError
 CONTROL_VARIABLE = "GLUON_LM_CONTROL"  # the numbers of two inherited file descriptors: "read,write"
 WORKER_VARIABLE = "GLUON_LM_WORKER"  # the worker's number in the launcher's order
 LOCAL_WORKER_VARIABLE = "GLUON_LM_LOCAL_WORKER"  # its number among the workers on its machine
+LOCAL_WORKERS_VARIABLE = "GLUON_LM_LOCAL_WORKERS"  # how many these are
 _ALIVE_INTERVAL_S = 0.25
 
 

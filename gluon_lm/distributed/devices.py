@@ -172,7 +172,7 @@ def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Commun
     DistributedError
         For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
     """
-    devices = resolve_devices(config, every_gpu and not config.horovod, _number_on_machine(config))
+    devices = resolve_devices(config, every_gpu and not config.has_workers, _number_on_machine(config))
     if config.horovod:
         return COMMUNICATORS["horovod"](devices, config)
     if len(devices) > 1 or config.has_workers:

@@ -333,9 +333,11 @@ class Supervisor(EventLoop):
         """
         if self._is_decided():
             return
-        waiting = [worker for worker in self._workers if worker.is_waiting]
+        waiting = [worker for worker in self._workers if worker.is_waiting and worker.code is None]
         ended = [worker for worker in self._workers if worker.code is not None]
-        if waiting and ended:
+        if waiting and ended and self._stop is not None:
+            self._finish(128 + self._stop)  # one of them was not ready yet to stop with the others
+        elif waiting and ended:
             names = ", ".join(worker.full_name for worker in waiting)
             self._fail(f"{ended[0].full_name} has finished, while {names} waited for it")
         elif len(waiting) == len(self._workers):

@@ -65,6 +65,8 @@ class TrainingState:
         Of all evaluations so far.
     averaging_since : int or None
         Updates of the parameters after which they are averaged.
+    seconds : float
+        Time that training has taken since the last evaluation.
     """
 
     step: int = 0
@@ -78,6 +80,7 @@ class TrainingState:
     evaluations_since_best: int = 0
     valid_losses: list[float] = field(default_factory=list)
     averaging_since: int | None = None
+    seconds: float = 0.0
 
     @property
     def num_updates(self) -> int:

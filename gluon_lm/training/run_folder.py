@@ -116,7 +116,8 @@ class RunFolder:
     def _move_in(self, fresh: Path, overwrite: bool) -> None:
         """Put the folder `fresh` where this run is or will be."""
         if overwrite and self._place.exists():
-            with self.held():
+            finetuned = RunFolder(self._place / FINETUNED)
+            with self.held(), finetuned.held() if finetuned.path.is_dir() else contextlib.nullcontext():
                 exchange(fresh, self._place)
             return
         try:

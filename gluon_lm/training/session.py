@@ -64,8 +64,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run = RunFolder(strip_model_suffix(command.save))
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, communicator, run)
-    if checkpoint is not None:
-        trainer.start_from(checkpoint)
+    if initial is not None and checkpoint is not None:
+        trainer.start_from(checkpoint, initial)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -57,5 +58,6 @@ class StopRequest:
         if number == signal.SIGHUP:
             leave_terminal(and_pipes=True)
         self.signal = signal.Signals(number)
-        then = "Ctrl-C again stops at once" if number == signal.SIGINT else "a checkpoint is written first"
-        LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)
+        then = "Ctrl-C again stops at once" if number == signal.SIGINT else "the run can go on from there"
+        with contextlib.suppress(RuntimeError):  # the signal came in the midst of a line that waits to be read
+            LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mxnet as mx
@@ -177,11 +178,12 @@ class Trainer:
                     self._step.rehearse(longest)
                 self._train(stop)
                 self._bar.close()
+                is_whole = stop.signal is None
                 if stop.signal in (None, signal.SIGINT) and self._communicator.is_primary:
-                    self._test_best()
+                    is_whole &= self._test_best(stop)
                 self._communicator.gather_object("done")
-            self._note_end("finished" if stop.signal is None else "stopped")
-            return stop.exit_code
+            self._note_end("finished" if is_whole else "stopped")
+            return 0 if is_whole else stop.exit_code
         except (Exception, KeyboardInterrupt) as error:
             with contextlib.suppress(OSError):  # what ended the run is the error to tell
                 self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
@@ -209,13 +211,12 @@ class Trainer:
     def _train(self, stop: StopRequest) -> None:
         training, state = self.config.training, self.state
         interval = _Interval(time.perf_counter())
-        epoch_started = time.perf_counter()
+        self._counts_from = interval.started - state.seconds
         while True:
             if self._evaluation_due():
                 with contextlib.suppress(Stopped):
-                    self._validate(stop, time.perf_counter() - epoch_started)
-                epoch_started = time.perf_counter()
-                interval = _Interval(epoch_started)
+                    self._validate(stop)
+                interval = _Interval(time.perf_counter())
             elif training.checkpoint_every and state.step % training.checkpoint_every == 0:
                 self._save_unless_saved()
             if self._must_stop(stop):
@@ -340,8 +341,9 @@ class Trainer:
             return True
         return state.step % training.eval_every == 0 if training.eval_every else state.window == 0
 
-    def _validate(self, stop: StopRequest, seconds: float) -> None:
+    def _validate(self, stop: StopRequest) -> None:
         state, optim = self.state, self.config.optim
+        seconds = time.perf_counter() - self._counts_from
         loss = self._validation_loss(stop)
         if not math.isfinite(loss):
             raise TrainingDiverged(
@@ -387,6 +389,7 @@ class Trainer:
                 state.step,
             )
         self._save(is_best=is_best)
+        self._counts_from = time.perf_counter()
 
     def _validation_loss(self, stop: StopRequest) -> float:
         """Rank 0's, on every worker; raises `Stopped` on all where a signal ends the evaluation."""
@@ -412,18 +415,33 @@ class Trainer:
             return f"end of epoch {state.epoch:3d}"
         return f"epoch {state.epoch + 1:3d} step {state.step:6d}"
 
-    def _test_best(self) -> None:
-        """Evaluate the best checkpoint on the test text, or the newest parameters where none was evaluated."""
-        state = self.state
-        if state.best_step is not None:
-            load_parameters(self.model, self.run.checkpoint(state.best_step))
-        result = self._evaluate(self.corpus.test, "test")
-        which = f"step {state.best_step if state.best_step is not None else state.step}"
+    def _test_best(self, stop: StopRequest) -> bool:
+        """Evaluate the best checkpoint on the test text, or the newest where none was evaluated.
+
+        Returns
+        -------
+        bool
+            Whether it was read to its end, and no signal came that had not come before.
+        """
+        heeded = stop.signal
+
+        def check() -> None:
+            if stop.signal is not heeded:
+                raise Stopped
+
+        step = self.state.best_step if self.state.best_step is not None else self._saved_step
+        if step is not None:
+            load_parameters(self.model, self.run.checkpoint(step))
+        try:
+            result = self._evaluate(self.corpus.test, "test", check)
+        except Stopped:
+            LOGGER.log(RESULT, "stopped before the end of the test text; continue with --resume %s", self.run.path)
+            return False
         LOGGER.log(RESULT, "=" * 89)
         LOGGER.log(
             RESULT,
             "| End of training | %s | test loss %5.4f | test ppl %8.2f",
-            which,
+            f"step {step or 0}",
             result.loss,
             result.perplexity,
         )
@@ -435,6 +453,7 @@ class Trainer:
             bits_per_word=result.bits_per_word,
             num_tokens=result.num_tokens,
         )
+        return True
 
     def _evaluate(
         self,
@@ -501,6 +520,8 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         self._check_agreement()
         carried, residuals = self._carried_state(), self._communicator.residuals()
+        is_evaluated = self.state.evaluated_step == self.state.step
+        self.state.seconds = 0.0 if is_evaluated else time.perf_counter() - self._counts_from
         if self._communicator.is_primary:
             self._write_checkpoint(carried, residuals, is_best)
         self._communicator.checkpointed()
@@ -545,24 +566,40 @@ class Trainer:
             is_best=is_best,
         )
 
-    def start_from(self, checkpoint: Checkpoint) -> None:
+    def start_from(self, checkpoint: Checkpoint, path: Path) -> None:
         """Take over the model of a finished run. It is evaluated first, so that a worse one does not take its place.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        path : Path
+            Where it is.
 
         Raises
         ------
         DataError, CheckpointError
             As `restore`.
         """
-        self._check_corpus(checkpoint)
-        set_parameters(self.model, checkpoint.parameters, self.run.path)
+        self._check_corpus(checkpoint, path, "restore the text, or name its place with --data")
+        set_parameters(self.model, checkpoint.parameters, path)
         self.state.evaluated_step = -1
 
-    def _check_corpus(self, checkpoint: Checkpoint) -> None:
+    def _check_corpus(self, checkpoint: Checkpoint, path: Path, fix: str) -> None:
         if checkpoint.corpus != self.corpus.digest:
             raise DataError(
-                f"{self.run.path}: was trained on another text or vocabulary than {self.corpus.name} now gives; "
-                "restore the text or name its place with --data, or train anew with --overwrite"
+                f"{path}: was trained on another text or vocabulary than {self.corpus.name} now gives; {fix}"
             )
+
+    def _forget_best_if_gone(self) -> None:
+        """An older checkpoint may know of a best one that a later best has taken the place of since."""
+        state = self.state
+        if state.best_step is not None and not self.run.checkpoint(state.best_step).is_dir():
+            LOGGER.warning(
+                "the best checkpoint until then, of step %d, is not kept any more: the next evaluation is taken for "
+                "the best",
+                state.best_step,
+            )
+            state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, on any number of devices that divides the batch.
@@ -574,11 +611,13 @@ class Trainer:
         CheckpointError
             If the checkpoint is of another model or optimiser.
         """
-        self._check_corpus(checkpoint)
+        fix = "restore the text or name its place with --data, or train anew with --overwrite"
+        self._check_corpus(checkpoint, self.run.path, fix)
         devices = self._communicator.devices
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
         self.state = checkpoint.training
+        self._forget_best_if_gone()
         if self._loss_scale is not None and checkpoint.loss_scale:
             self._loss_scale.load_state_dict(checkpoint.loss_scale)
         if not (self.config.optim.ntasgd or self.config.optim.asgd):

@@ -260,6 +260,15 @@ def test_a_run_that_is_being_trained_is_neither_continued_nor_replaced(project):
     project.run("train", "--resume", "run", "--max-steps", 1)  # a killed process holds nothing
 
 
+def test_a_run_in_which_a_finetuning_goes_on_is_not_replaced(project):
+    project.train("run")
+    with RunFolder(Path("run/finetune_model")).created("", Vocabulary(("<unk>", "<eos>"))):
+        assert "run/finetune_model: another process" in project.refused(
+            "train", *project.training_flags, "--save", "run", "--overwrite"
+        )
+        assert (project.path / "run/finetune_model/vocab.txt").exists()
+
+
 def test_a_run_that_is_only_looked_at_can_be_trained(tmp_path):
     lock, done = tmp_path / ".lock", threading.Event()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -60,6 +61,13 @@ def refuse(number, _):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, refuse if what == "deaf" else lambda number, _: asked.append(number))
 control = Control.from_environment()
+if what == "late":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("reads the text", flush=True)
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as every command does
 control.join(control.index)
 listen(control.alive)
 print("joined", flush=True)
@@ -316,6 +324,14 @@ def test_workers_stop_by_themselves_when_the_launcher_is_asked_to(cluster, numbe
     assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
 
 
+def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster):
+    cluster.supervise("train", "late")
+    cluster.wait_for("reads the text", times=1)
+    time.sleep(1)  # worker 0 waits by now
+    cluster.process.send_signal(signal.SIGINT)
+    assert not [line for line in cluster.end(code=130) if line.startswith("error: ")]
+
+
 def test_ctrl_c_twice_waits_for_nobody(cluster):
     cluster.supervise("deaf", "deaf", timeout_s=10_000)
     cluster.wait_for("third step", times=2)
@@ -387,6 +403,15 @@ def test_what_cannot_be_started_is_one_line(project, words, said):
     (project.path / "run").mkdir()
     (line,) = project.run("launch", *words, code=2).splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def test_a_run_that_is_seen_from_here_goes_on_elsewhere_as_it_was(project):
+    (project.path / "hosts.txt").write_text("nowhere.invalid slots=2\n")
+    project.train("run", "--batch-size", 4)
+    config = project.path / "run/config.yaml"
+    config.write_text(re.sub("kvstore: .*", "kvstore: dist_device_sync", config.read_text()))
+    printed = project.run("launch", "--hostfile", "hosts.txt", "--", "--resume", "run", "--print-config")
+    assert yaml.safe_load(printed)["kvstore"] == "dist_device_sync" and "hidden_size: 200" not in printed
 
 
 def test_the_configuration_is_printed_once_and_nothing_started(project):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from processes import wait_for
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -114,6 +115,17 @@ def test_stopped_by_max_steps_before_and_after_averaging_begins(project):
     assert (project.path / "parts/latest/unaveraged.npz").exists()
     project.run("train", "--resume", "parts", "--max-steps", "none")
     assert_same_ending(project, "parts", "whole")
+
+
+def test_the_averages_are_what_is_tested_where_none_was_evaluated(project):
+    flags = ("--asgd", "--lr", 5, "--epochs", 100000, "--eval-every", 100000, "--checkpoint-every", 20)
+    process = project.start_training("run", *flags)
+    wait_for((project.path / "run/latest").exists, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    tested = float(re.search(r"test ppl +([\d.]+)", output)[1])
+    evaluated = project.run("evaluate", "run", "--eval-batch-size", 10)
+    assert float(re.search(r"perplexity ([\d.]+)", evaluated)[1]) == pytest.approx(tested, abs=0.01)
 
 
 def test_averaging_that_is_switched_off_on_resume_goes_on_with_the_weights_themselves(project):
@@ -281,5 +293,8 @@ def test_what_cannot_be_finetuned_is_refused_in_one_line(finetuning):
         (finetuning.path / "text/train.txt").write_text(content)
         refused = errors(finetuning.run("finetune", *words, "--max-steps", 2, code=2))
         assert len(refused) == 1 and named in refused[0], what
+        assert not what.startswith("another") or re.match(
+            "error: .*run/checkpoints/step-[0-9]+: was trained", refused[0]
+        ), refused
         assert not (finetuning.path / "run/finetune_model").exists()
     assert not (finetuning.path / "nowhere").exists()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from processes import wait_for
+
+import gluon_lm
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -157,6 +165,40 @@ def test_ctrl_c_twice_exits_at_once(project):
     assert "test ppl" not in output
 
 
+def test_sigterm_ends_the_test_of_a_finished_training_which_resuming_does_anew(project):
+    test_text = project.path / "text/test.txt"
+    test_text.write_text(test_text.read_text() * 4000)
+    process = project.start_training("run", "--epochs", 1)
+    wait_for((project.path / "run/best").exists, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "test ppl" not in output, output
+    assert "stopped before the end of the test text; continue with --resume run" in output
+    assert json.loads((project.path / "run/status.json").read_text())["state"] == "stopped"
+
+
+def test_a_signal_in_the_midst_of_a_line_that_nobody_reads_is_heeded():
+    """Not as other tests, whose Python writes without a buffer that a signal could find locked."""
+    script = (
+        "import os, threading, time\n"
+        "from gluon_lm.logs import LOGGER, Verbosity, log_to_terminal\n"
+        "from gluon_lm.training.signals import StopRequest\n"
+        "log_to_terminal(Verbosity.NORMAL)\n"
+        "with StopRequest() as stop:\n"
+        "    while stop.signal is None:\n"
+        "        LOGGER.info('x' * 1000)\n"
+        "os._exit(stop.exit_code)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(gluon_lm.__file__).parents[1])}
+    environment.pop("PYTHONUNBUFFERED", None)
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=PIPE, stderr=PIPE)
+    time.sleep(3)  # by now the pipe is full
+    process.terminate()
+    time.sleep(0.5)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and not errors, errors
+
+
 def test_sigterm_saves_and_exits_without_testing(project):
     process = project.start_training("run", "--epochs", 100000)
     metrics = project.path / "run/metrics.jsonl"
@@ -222,6 +264,26 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
     assert project.parameters("run", "checkpoints/abandoned-step-14") == project.parameters(
         "run", "checkpoints/step-14"
     )
+
+
+def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_finds_a_new_best(project):
+    flags = ("--lr", 8, "--clip", 1, "--decay", "none", "--eval-every", 4, "--max-steps", 16)
+    project.train("run", *flags)
+    losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
+    kept = sorted(path.name for path in (project.path / "run/checkpoints").iterdir())
+    assert min(losses) == losses[3] and min(losses[:3]) != losses[2] and kept == ["step-12", "step-16"]
+    output = project.run("train", "--resume", "run/checkpoints/step-12", "--lr", 1e-6, "--max-steps", 24)
+    assert "is not kept any more: the next evaluation is taken for the best" in output and "test ppl" in output
+    assert project.run("evaluate", "run") == project.run("evaluate", "run/best")
+
+
+def test_what_training_took_is_counted_over_a_stop(project):
+    project.train("run", "--max-steps", 30, "--eval-every", 1000, "--checkpoint-every", 20)
+    shutil.rmtree(project.path / "run/checkpoints/step-30")
+    state = json.loads((project.path / "run/checkpoints/step-20/state.json").read_text())
+    project.run("train", "--resume", "run/checkpoints/step-20", "--max-steps", 31)
+    (event,) = [event for event in project.events("run") if event["event"] == "valid"]
+    assert 0 < state["training"]["seconds"] < event["seconds"]
 
 
 def test_other_text_is_read_with_the_tokenizer_of_the_run(project):

@@ -73,6 +73,14 @@ def test_processes_of_horovod_share_the_cores(environment, monkeypatch, started_
     assert ("OMP_WAIT_POLICY" in variables) == (processes == 1)
 
 
+def test_workers_of_the_launcher_share_the_cores_with_their_contexts(environment, monkeypatch):
+    variables, _ = environment
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 24)
+    variables["GLUON_LM_LOCAL_WORKERS"] = "3"
+    runtime.prepare_training(Config(devices=DeviceConfig(kvstore="dist_sync", cpus=2)))
+    assert int(variables["OMP_NUM_THREADS"]) == 4
+
+
 def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_are_loaded(environment):
     variables, _ = environment
     runtime.prepare_training(resolve(recipe="lm").config)
