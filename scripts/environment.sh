@@ -81,21 +81,32 @@ pip_install() {
         fail "the installation failed, see above; running this again starts it anew"
 }
 
+# The extras named, each once, but of several that bring an MXNet only one: the last for GPUs, or else that for CPUs.
+with_one_mxnet() {
+    printf '%s\n' "$@" | awk '
+        /^cu[0-9]+$/ { gpu = $0; next }
+        $0 == "cpu" { cpu = $0; next }
+        $0 && !seen[$0]++
+        END { if (gpu) print gpu; else if (cpu) print cpu }' | sort | paste -s -d " "
+}
+
 # Makes $VENV hold gluon_lm (editable) with the extras named, those installed before included, and puts it on PATH.
 # Nothing is installed where it does already.
 use_environment() {
-    local wanted hash extra before=""
-    exec 9<"$ROOT/setup.py"
+    local wanted hash before=""
+    # Two scripts started at once: the second waits. On a network file system a lock needs a file opened for writing.
+    if [ -w "$ROOT/setup.py" ]; then exec 9>>"$ROOT/setup.py"; else exec 9<"$ROOT/setup.py"; fi
     if command -v flock >/dev/null; then
-        flock 9  # two scripts started at once: the second waits
+        flock 9 || echo "no locks here: start one script at a time" >&2
     fi
     hash="$(fingerprint | sha256sum | cut -d ' ' -f 1)"
     is_whole || make_environment
     [ ! -f "$INSTALLED" ] || before="$(sed -n 3p "$INSTALLED")"
-    wanted="$(printf '%s\n' $before "$@" | sort -u | paste -s -d ' ')"
+    wanted="$(with_one_mxnet $before "$@")"
     if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
         printf 'installing gluon_lm with %s (the first time downloads about 100 MB)\n' "$wanted"
         rm -f "$INSTALLED"
+        remove_other_mxnets "$wanted"
         case " $wanted " in *" peers "*) install_gluonnlp ;; esac
         (cd "$ROOT" && pip_install -e ".[${wanted// /,}]")
         printf '%s\n' "$VENV $(describe_python "$VENV/bin/python")" "$hash" "$wanted" >"$INSTALLED.new"
@@ -104,6 +115,20 @@ use_environment() {
     exec 9<&-
     export PATH="$VENV/bin:$PATH"
     unset PYTHONHOME
+}
+
+# All have one and the same module, which the last to be removed would take along.
+remove_other_mxnets() {
+    local own=mxnet extra distribution others=()
+    for extra in $1; do
+        case "$extra" in cu*) own="mxnet-$extra" ;; esac
+    done
+    for distribution in mxnet mxnet-cu112 mxnet-cu117; do
+        [ "$distribution" = "$own" ] && continue
+        "$VENV/bin/python" -m pip show -q "$distribution" >/dev/null 2>&1 && others+=("$distribution")
+    done
+    # Its own one, too, is installed anew then: another one's files lie in the same folder.
+    [ ${#others[@]} -eq 0 ] || "$VENV/bin/python" -m pip uninstall -q -y "$own" "${others[@]}"
 }
 
 # gluonnlp 0.10.0 ships C code that an old Cython wrote and that Python 3.11 and later refuse. Without it, it is written anew.

@@ -35,11 +35,7 @@ sys.exit(not has_all)
 PYTHON
 }
 
-# An environment for GPUs keeps its MXNet; any other gets the one for CPUs.
-case " $(sed -n 3p "$INSTALLED" 2>/dev/null) " in
-    *" cu112 "* | *" cu117 "*) use_environment ;;
-    *) use_environment cpu ;;
-esac
+use_environment cpu
 
 if is_built; then
     printf '%s has Horovod %s\n' "$VENV" "$VERSION"
