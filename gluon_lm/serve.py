@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
-import math
-import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 from .cli import CommandParser, DebugOptions, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
-from .errors import ConfigError, MissingDependency
-from .logs import LOGGER, RESULT, log_to_terminal
+from .errors import ConfigError, MissingDependency, reason
+from .logs import log_to_terminal
 from .runtime import prepare_process
 from .serving.limits import Limits
-
-_IDLE_CONNECTIONS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +63,10 @@ def _serve(argv: Sequence[str]) -> int:
         from .distributed import resolve_single_device
         from .prediction import load_predictor
         from .serving.app import create_app
+        from .serving.server import run_server
 
         predictor = load_predictor(parsed.arguments.run, resolve_single_device(parsed.build(DeviceConfig)))
-        _run(create_app(predictor, limits, options.root_path), limits, listener)
+        run_server(create_app(predictor, limits, options.root_path), limits, listener)
     return 0
 
 
@@ -88,60 +82,19 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host}: is not an address of this machine ({error.strerror}); name another"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else reason(error)
+        raise ConfigError(f"--host {host}: is not an address of this machine ({why}); name another") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # or a second server could bind it while this one loads its model
         return listener
     except OSError as error:
         listener.close()
         raise ConfigError(
             f"--host {host} --port {port}: cannot be listened on ({error.strerror}); name another port, or 0 for any"
         ) from error
-
-
-def _run(app: Any, limits: Limits, listener: socket.socket) -> None:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Says where it listens and, on the first signal, how much is left to do; ends well on any."""
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            host, port, *_ = listener.getsockname()
-            LOGGER.log(RESULT, "serving at http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, port)
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            self.install_signal_handlers()
-            yield
-
-        def install_signal_handlers(self) -> None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
-
-        def _stop(self, number: signal.Signals) -> None:
-            if self.should_exit:
-                self.force_exit |= number == signal.SIGINT
-                return
-            LOGGER.info("%s: finishing %d text(s); Ctrl-C again stops at once", number.name, app.state.engine.num_live)
-            self.should_exit = True
-
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=limits.capacity + _IDLE_CONNECTIONS,
-        timeout_graceful_shutdown=math.ceil(limits.timeout),
-    )
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        app.state.engine.close(0)  # where a second Ctrl-C left no time for the application to do so
 
 
 if __name__ == "__main__":

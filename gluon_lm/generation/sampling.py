@@ -13,6 +13,7 @@ import numpy as np
 from mxnet import gluon
 
 _BLOCK = 256
+_GRAPHS = 6  # kept for ways that come again; each holds memory for all streams
 _SORTED = 128  # words that are sorted where no stream asks for more
 _NO_CHANCE = -1e30  # added to a word's score, it leaves no probability
 _BELOW_ONE = 1 - 2**-22  # the largest uniform number: times a float32 it stays below that
@@ -125,10 +126,15 @@ class Sampler:
             # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
             needed(num_sorted == every, [[np.inf if s.top_p is None else s.top_p] for s in sampling]),
         ]
-        if ways not in self._steps:
-            self._steps[ways] = _Step(self._network, ways, self._vocab_size)
-            self._steps[ways].hybridize(static_alloc=True, static_shape=True)
-        self._step = self._steps[ways]
+        self._step = self._steps.pop(ways) if ways in self._steps else self._make_step(ways)
+        self._steps[ways] = self._step
+        if len(self._steps) > _GRAPHS:
+            del self._steps[next(iter(self._steps))]
+
+    def _make_step(self, ways: _Ways) -> _Step:
+        step = _Step(self._network, ways, self._vocab_size)
+        step.hybridize(static_alloc=True, static_shape=True)
+        return step
 
     def __call__(
         self, tokens_1N: mx.nd.NDArray, states: list[mx.nd.NDArray], uniforms_N: np.ndarray

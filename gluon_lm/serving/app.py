@@ -52,6 +52,8 @@ _FORM_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
     for status, what in [
         (200, "The text, 20 words a line."),
         (400, "Something is wrong with the form."),
+        (408, "The request came too slowly."),
+        (413, "The request is too long."),
         (429, "Too much is waiting already; try again later."),
         (503, "The server is stopping, or the time was up."),
     ]
@@ -99,6 +101,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         servers=[{"url": root_path}] if root_path else None,
     )
     app.state.engine = engine
@@ -172,7 +175,13 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
 
         request.scope[WORK] += engine.generate(requests, on_word)
         texts = asyncio.ensure_future(result(request.scope[WORK]))
-        texts.add_done_callback(lambda texts: written.put_nowait(None))
+
+        def end(texts: asyncio.Future[Any]) -> None:
+            if not texts.cancelled():
+                texts.exception()  # or, where nobody is there to hear of it, asyncio complains
+            written.put_nowait(None)
+
+        texts.add_done_callback(end)
 
         async def events() -> AsyncIterator[str]:
             yield _event(given, "start")
@@ -331,7 +340,7 @@ def _refusal(error: BaseException, limits: Limits) -> tuple[int, str]:
     if isinstance(error, Busy):
         return 429, f"{limits.capacity} texts are being written or waiting already; try again later"
     if isinstance(error, Closed):
-        return 503, "the server is stopping"
+        return 503, str(error)
     if isinstance(error, asyncio.TimeoutError):
         return 503, f"not done within {limits.timeout:g} s; ask for less, or try again later"
     return 500, "the server made an error; its log says which"

@@ -112,6 +112,7 @@ class Engine:
         self._is_closing = self._is_aborted = False
         self._thread = threading.Thread(target=self._run, name="gluon_lm engine", daemon=True)
         self._is_ready = threading.Event()
+        self._failure: Exception | None = None
 
     # ------------------------------------------------------------ from any thread
 
@@ -131,6 +132,12 @@ class Engine:
     def is_ready(self) -> bool:
         """Whether work is accepted and begun at once."""
         return self._is_ready.is_set() and self.is_alive and not self._is_closing
+
+    def wait_until_ready(self) -> None:
+        """Wait until the first step has been taken; raises what kept it from that."""
+        self._is_ready.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def num_live(self) -> int:
@@ -200,7 +207,7 @@ class Engine:
     def _accept(self, futures: Sequence[Future[Any]], begin: Callable[[], None]) -> None:
         with self._changed:
             if self._is_closing or not self.is_alive:
-                raise Closed
+                raise Closed("the server is stopping" if self._is_closing else "the engine has stopped")
             if len(self._unfinished) + len(futures) > self.capacity:
                 raise Busy
             self._unfinished.update(futures)
@@ -217,9 +224,14 @@ class Engine:
     # ------------------------------------------------------------ in the engine's own thread
 
     def _run(self) -> None:
-        self._reset()
-        self._step()  # padding alone: what MXNet does once, it does now
-        self._is_ready.set()
+        try:
+            self._reset()
+            self._step()  # padding alone: what MXNet does once, it does now
+        except Exception as error:
+            self._failure = error
+            return
+        finally:
+            self._is_ready.set()
         while self._wait_for_work():
             try:
                 self._drop_cancelled()
@@ -230,7 +242,7 @@ class Engine:
             except Exception as error:
                 LOGGER.exception("the engine failed; all that it was working on is given up")
                 self._fail_all(error)
-        self._fail_all(Closed())
+        self._fail_all(Closed("the server is stopping"))
 
     def _wait_for_work(self) -> bool:
         """Take in what has been accepted, sleeping while there is nothing to do; False when the thread is to end."""

@@ -31,6 +31,8 @@ Application = Callable[[Any, Receive, Send], Awaitable[None]]
 class Guard:
     """ASGI middleware.
 
+    A path means the same with a slash at its end as without.
+
     Parameters
     ----------
     app : callable
@@ -70,29 +72,34 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        asked = _printable(scope)
+        asked = _printable((scope.get("raw_path") or scope["path"].encode()).decode("ascii", "replace"))
+        client = _printable((scope.get("client") or ["-"])[0])  # which a header may have set
+        method = scope["method"]
         scope = {**self._without_root(scope), WORK: []}
+        if method == "HEAD":  # what GET answers; the server leaves the body out
+            scope["method"] = "GET"
         try:
             refusal = await self._answer(scope, receive, note_status)
             if not status:
                 status = refusal[0]
-                await _refuse(note_status, *refusal)
+                await _refuse(note_status, *refusal, is_form=(scope["method"], scope["path"]) == ("POST", "/"))
         finally:
             work: list[Future[Any]] = scope[WORK]
             for future in work:
                 future.cancel()
             seconds = time.perf_counter() - began
-            client = (scope.get("client") or ["-"])[0]
-            LOGGER.info("%s %s %s %d %.3f s", client, scope["method"], asked, status, seconds)
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.add(method, getattr(scope.get("route"), "path", "other"), status, seconds)
+            LOGGER.info("%s %s %s %d %.3f s", client, method, asked, status, seconds)
+            counted = method if method in _METHODS else "other"
+            self._metrics.add(counted, getattr(scope.get("route"), "path", "other"), status, seconds)
 
     def _without_root(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         root, path = self._root_path, scope["path"]
-        if root is None or not (path == root or path.startswith(root + "/")):
-            return scope
-        path = path[len(root) :] or "/"
-        if scope["method"] == "POST" and path not in self._post_paths:
+        is_below = root is not None and (path == root or path.startswith(root + "/"))
+        if is_below:
+            path = path[len(root or "") :] or "/"
+        if len(path) > 1:
+            path = path.removesuffix("/")
+        if is_below and scope["method"] == "POST" and path not in self._post_paths:
             path = "/"
         return {**scope, "path": path, "raw_path": path.encode()}
 
@@ -157,16 +164,16 @@ def _replay(body: bytes, gone: asyncio.Future[None]) -> Receive:
     return receive
 
 
-async def _refuse(send: Send, status: int, reason: str) -> None:
+async def _refuse(send: Send, status: int, reason: str, is_form: bool) -> None:
     if status == _CLIENT_GONE:
         return
-    body = json.dumps({"detail": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    body = f"{reason}\n".encode() if is_form else json.dumps({"detail": reason}).encode()
+    kind = b"text/plain; charset=utf-8" if is_form else b"application/json"
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def _printable(scope: MutableMapping[str, Any]) -> str:
-    """The path as it was asked for, without what could forge a line of the log."""
-    path = (scope.get("raw_path") or scope["path"].encode()).decode("ascii", "replace")[:200]
-    return re.sub(r"[^!-~]", "?", path)
+def _printable(sent: str) -> str:
+    """What a client sent, without what could forge a line of the log."""
+    return re.sub(r"[^!-~]", "?", sent[:200])

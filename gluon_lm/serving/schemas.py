@@ -52,6 +52,8 @@ class RequestModels:
             stream: bool = Field(False, description="Send each word when it is written, as server-sent events.")
 
         class FormRequest(Knobs):
+            model_config = ConfigDict(extra="forbid")
+
             words: int = word_count(...)
             temperature: float = Field(1.0, ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE, description=_DARING)
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
+import mxnet as mx
 import pytest
 from serving import PATIENCE, Server, train_tiny_run, until
 
@@ -78,6 +79,8 @@ def test_a_form_takes_a_seed_and_both_encodings(server):
         (multipart({"words": "many"}), "words"),
         (multipart({"words": 0}), "words"),
         (multipart({"words": 61}), "60"),
+        (multipart({"words": 5, "temprature": 0.1}), "temprature"),
+        (multipart({"words": 5, "n": 4}), "n: "),
         (multipart({"words": 5, "temperature": 0.0009}), "temperature"),
         (multipart({"words": 5, "temperature": "nan"}), "temperature"),
         (multipart({}, file="words"), "files"),
@@ -207,10 +210,24 @@ def test_what_is_no_json_is_refused(server, body):
 
 def test_what_is_too_long_or_nowhere_is_refused(server):
     assert server.ask("POST", "/v1/generate", b" " * 100_000, "application/json").status == 413
-    assert server.ask("POST", "/", b"words=5&x=" + b"y" * 100_000, URLENCODED).status == 413
+    too_long = server.ask("POST", "/", b"words=5&x=" + b"y" * 100_000, URLENCODED)
+    assert too_long.status == 413 and re.fullmatch(r"the request is longer than \d+ bytes\n", too_long.text)
     assert server.ask("GET", "/nowhere").status == 404
     assert server.ask("POST", "/nowhere").status == 404
     assert server.ask("DELETE", "/v1/model").status == 405
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/healthz", "/v1/model", "/metrics"])
+def test_head_answers_as_get_without_the_body(server, path):
+    got, head = server.ask("GET", path), server.ask("HEAD", path)
+    assert (head.status, head.headers["content-type"], head.text) == (200, got.headers["content-type"], "")
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(server):
+    for root in ("", "/expose/ID"):
+        assert server.ask("GET", f"{root}/docs/").text == server.ask("GET", "/docs").text
+        answer = server.ask_json(f"{root}/v1/generate/", {"words": 3, "seed": 1})
+        assert answer.json == server.ask_json("/v1/generate", {"words": 3, "seed": 1}).json
 
 
 def test_it_says_what_it_is_and_how_it_is(server):
@@ -234,6 +251,13 @@ def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 pass
+    with socket.create_connection((server.host, server.port), PATIENCE) as client:
+        forged = b"X-Forwarded-For: 9.9.9.9 GET / 200 0.001 s\x1b[31m\x85"
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + forged + b"\r\nConnection: close\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while client.recv(4096):
+                pass
+    until(lambda: any(line.startswith("9.9.9.9?GET?/?200") or "400" in line for line in server.lines))
     assert all(line.rstrip("\n").isprintable() for line in server.lines)
 
 
@@ -318,6 +342,26 @@ def test_a_signal_finishes_what_is_running_and_takes_nothing_new(run):
         assert server.process.wait(PATIENCE) == 0
 
 
+def test_ctrl_c_twice_stops_at_once_and_without_a_traceback(run):
+    with Server(run, "--slots", 1, "--max-words", 100_000) as server:
+        with server.stream(words=100_000) as events:
+            assert next(events)[0] == "start" and next(events)[0] == "word"
+            server.process.send_signal(signal.SIGINT)
+            until(lambda: any(line.startswith("SIGINT: finishing 1 text") for line in server.lines))
+            assert server.stop(signal.SIGINT) == 0
+        assert not [line for line in server.lines if "Traceback" in line or "Error" in line], server.lines
+
+
+def test_connections_on_which_nothing_is_asked_keep_nobody_out_and_are_closed(run):
+    with Server(run, "--slots", 1, "--max-waiting", 0, "--max-texts", 1, "--timeout", 3) as server:
+        with contextlib.ExitStack() as stack:
+            address = (server.host, server.port)
+            clients = [stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(300)]
+            clients[0].sendall(b"GET /healthz HTTP/1.1\r\nHost:")
+            assert server.ask("GET", "/healthz").json == {"ok": True}
+            assert [client.recv(1) for client in clients] == [b""] * 300
+
+
 def is_listening(server):
     try:
         socket.create_connection((server.host, server.port), PATIENCE).close()
@@ -339,6 +383,20 @@ def test_a_port_in_use_is_said_in_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: cannot be listened on" in problem_of(capsys, "run", "--port", port)
+
+
+def test_an_address_that_is_none_is_said_in_one_line(capsys):
+    assert "--host a..b: is not an address of this machine" in problem_of(capsys, "run", "--host", "a..b")
+
+
+def test_an_engine_that_cannot_start_is_said_in_one_line(run, capsys, monkeypatch):
+    def fail(predictor, num_streams):
+        raise mx.MXNetError("Memory allocation failed: out of memory")
+
+    monkeypatch.setattr("gluon_lm.prediction.ModelPredictor.begin_state", fail)
+    problem = problem_of(capsys, run, "--port", 0)
+    assert problem.startswith("error: memory is short (")
+    assert "serving at" not in capsys.readouterr().out
 
 
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch):

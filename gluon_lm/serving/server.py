@@ -1,0 +1,123 @@
+"""The HTTP server that the application runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from ..logs import LOGGER, RESULT
+from .engine import Engine
+from .limits import Limits
+
+
+def run_server(app: Any, limits: Limits, listener: socket.socket) -> None:
+    """Serve an application of `create_app` until a signal comes.
+
+    Parameters
+    ----------
+    app : FastAPI
+    limits : Limits
+    listener : socket
+        Bound, and closed at the end.
+
+    Raises
+    ------
+    Exception
+        What kept the engine from starting.
+    """
+    engine: Engine = app.state.engine
+    config = uvicorn.Config(
+        app,
+        http=_protocol(limits.timeout),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(limits.timeout),
+    )
+    try:
+        _Server(config, engine, listener).run(sockets=[listener])
+    finally:
+        engine.close(0)  # where a second Ctrl-C left no time for the application to do so
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens and, on the first signal, how much is left to do; ends well on any."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._engine, self._address = engine, listener.getsockname()
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._engine.wait_until_ready)
+        except Exception:
+            await self.shutdown(sockets)
+            raise
+        host, port, *_ = self._address
+        LOGGER.log(RESULT, "serving at http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, port)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # which leaves the rest to the event loop, and that complains of it
+            tasks = list(self.server_state.tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.lifespan.shutdown()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        self.install_signal_handlers()
+        yield
+
+    def install_signal_handlers(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self.should_exit:
+            self.force_exit |= number == signal.SIGINT
+            return
+        LOGGER.info("%s: finishing %d text(s); Ctrl-C again stops at once", number.name, self._engine.num_live)
+        self.should_exit = True
+
+
+def _protocol(seconds: float) -> type[asyncio.Protocol]:
+    """HTTP as uvicorn speaks it, but that a connection on which no request arrives whole in time is closed."""
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _closing: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget()
+
+        def _watch(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget()  # the head of a request is here, and the application minds the rest
+            elif self._closing is None:
+                self._closing = self.loop.call_later(seconds, self.transport.close)
+
+        def _forget(self) -> None:
+            if self._closing is not None:
+                self._closing.cancel()
+                self._closing = None
+
+    return Protocol
