@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained language model in one command: makes the environment, trains a small LSTM on a century of
-# presidential speeches (a corpus that arrives with pip), evaluates it on text it has not seen, and lets it write.
+# From nothing to a trained language model in one command: makes the environment, trains a small LSTM on two centuries
+# of presidential speeches (a corpus that arrives with pip), evaluates it on text it has not seen, and lets it write.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

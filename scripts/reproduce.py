@@ -38,7 +38,7 @@ from benchmarks.machine import version_of  # noqa: E402
 from gluon_lm.cli import parse_train  # noqa: E402
 from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
-from gluon_lm.files import atomic_write  # noqa: E402
+from gluon_lm.files import atomic_write, exclusive_lock  # noqa: E402
 from gluon_lm.runtime import cpu_model  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
@@ -109,18 +109,23 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            self._rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         except (OSError, ValueError) as error:
-            raise Problem(f"{path}: cannot be read ({error}); restore it, or move it away") from error
+            raise Problem(f"{self._path}: cannot be read ({error}); restore it, or move it away") from error
 
     def of(self, row: Row) -> dict[str, Any]:
         return self._rows.get(row.name, {})
 
     def note(self, row: Row, **values: Any) -> None:
-        self._rows[row.name] = {**self.of(row), **values}
-        with atomic_write(self._path) as file:
-            file.write((json.dumps(self._rows, indent=2) + "\n").encode("utf-8"))
+        with exclusive_lock(self._path.with_name(f".{self._path.name}.lock"), is_needed=False):
+            self._rows = self._read()  # other rows may have come since, from another process
+            self._rows[row.name] = {**self.of(row), **values}
+            with atomic_write(self._path) as file:
+                file.write((json.dumps(self._rows, indent=2) + "\n").encode("utf-8"))
 
 
 # ---------------------------------------------------------------- commands
@@ -254,17 +259,18 @@ def reproduce(row: Row, rows: dict[str, Row], options: argparse.Namespace, runne
     print(f"\n== {row.name}: {row.title}", flush=True)
     if not results.of(row).get("trained"):
         train(row, rows, folder, flags, results, runner)
-    started = time.monotonic()
+    only_evaluates = row.train is None and row.finetune is None
     if row.evaluate != "none":
         for split in SPLITS:
             if split not in results.of(row):
+                started = time.monotonic()
                 written, _ = runner.run(evaluation_command(row, folder, split), flags, subprocess.PIPE)
                 print(written, end="", flush=True)
                 perplexity, tokens = figures(written, split)
                 counted = {**results.of(row).get("tokens", {}), split: tokens}
                 results.note(row, **{split: perplexity}, tokens=counted)
-    if row.train is None and row.finetune is None:
-        results.note(row, seconds=time.monotonic() - started)
+                if only_evaluates:
+                    results.note(row, seconds=results.of(row).get("seconds", 0.0) + time.monotonic() - started)
     results.note(
         row,
         vocabulary=sum(1 for _ in open(folder / "vocab.txt", encoding="utf-8")),
@@ -385,7 +391,8 @@ def shown_command(row: Row, rows: dict[str, Row]) -> str:
     if row.finetune is not None:
         return f"python -m gluon_lm.finetune RUN {row.finetune}".rstrip()
     name, *flags = shlex.split(row.evaluate)
-    return f"python -m gluon_lm.{shlex.join([name, 'RUN', *flags])}"
+    is_finetuned = row.after is not None and rows[row.after].finetune is not None
+    return f"python -m gluon_lm.{shlex.join([name, 'RUN/finetune_model' if is_finetuned else 'RUN', *flags])}"
 
 
 def tables(rows: dict[str, Row], results: Results, only_done: bool = False) -> str:
