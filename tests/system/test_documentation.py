@@ -425,7 +425,8 @@ def known_flags():
 
 # Flags of other programs, and of the systems that are replaced.
 _OTHERS = {"--no-deps", "--hybridize", "--static-alloc", "--static-shape", "--model-dir", "--model-name", "--mode"}
-_OTHERS |= {"--config-file", "--continue-learning"}
+_OTHERS |= {"--config-file", "--continue-learning", "--export-model", "--eval-only"}
+_OTHERS |= {"--lr-update-interval", "--lr-update-factor"}
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
