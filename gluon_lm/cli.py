@@ -233,6 +233,11 @@ class CommandParser(argparse.ArgumentParser):
             group.add_argument(*flags, action=_Store, dest=_RUN, metavar="RUN", default=argparse.SUPPRESS, help=named)
             self._declared[_RUN] = option(None, pathname("RUN"), named)
 
+    @property
+    def flags(self) -> Sequence[str]:
+        """All flags that it knows."""
+        return list(self._option_string_actions)
+
     def error(self, message: str) -> NoReturn:
         match = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
         if match and match.group(1).startswith("-"):
@@ -282,11 +287,12 @@ class CommandParser(argparse.ArgumentParser):
         for name, (flag, raw) in vars(namespace).pop("given", {}).items():
             before = len(problems)
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
-            unreadable |= len(problems) > before and name in LINKED
+            unreadable |= len(problems) > before and name in LINKED | {_RUN}
         run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)
-        if named is not None and run not in (None, named.value):
+        if named is not None and None not in (run, named.value) and run != named.value:
             flag = named.source.removeprefix("flag ")
             problems.append(f"{show(run)} with {flag} {show(named.value)}: both name the run; leave one of them out")
+            unreadable = True
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if problems and (postponed is None or unreadable):
@@ -580,6 +586,8 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
     settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
     settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
+    if not options.continue_train:  # the run's own bound is on the run's own steps
+        settings.setdefault("max_steps", Setting(None, "finetune"))
     command = TrainCommand(
         **vars(resolve(settings, default_recipe=None)),
         save=None,

@@ -72,7 +72,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
             "that has both with --data"
         ) from error
     trained_on = verify_checkpoint(checkpoint)["text"].get(TRAINING_TEXT)
-    if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints did not say
+    if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints do not say
         raise DataError(
             f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "
             "name that one"

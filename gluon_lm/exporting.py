@@ -302,8 +302,8 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT or manifest["kind"] != "symbol":
             raise CheckpointError(
-                f"{folder}: is an export of format {manifest['format']} ({manifest['kind']}); gluon_lm {__version__} "
-                f"loads format {_FORMAT} (symbol); export the run again"
+                f"{folder}: is an export as {manifest['kind']} of format {manifest['format']}, and gluon_lm "
+                f"{__version__} loads those as symbol of format {_FORMAT}; export the run with --format symbol"
             )
         if manifest["digest"] != _digest(manifest):
             raise CheckpointError(f"{folder}: {MANIFEST} is not as it was written; export the run again")

@@ -63,17 +63,24 @@ def synchronise(path: Path) -> None:
     beat()
 
 
+def _is_written_to(path: Path) -> bool:
+    """Whether what is written to a path goes to where it leads, and does not take its place."""
+    is_open_already = path.absolute().parts[:2] == ("/", "dev") and path.absolute().parts[2:3] != ("shm",)
+    return is_open_already or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends well, and else leaves no trace.
 
-    A link stays, and what it names is replaced; a device or a pipe is written to.
+    A link stays, and what it names is replaced; a device or a pipe is written to, and so is what a process has open
+    (``/dev/stdout``, ``/dev/fd/3``).
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        with open(target, "wb") as file:
+    if _is_written_to(path):
+        with open(path, "ab") as file:
             yield file
         return
+    target = Path(os.path.realpath(path))
     fresh = beside(target)
     try:
         with open(fresh, "wb") as file:
@@ -187,11 +194,11 @@ def output_file(flag: str, name: str) -> Path:
         If it cannot be one.
     """
     path = Path(name)
+    is_written_to = _is_written_to(path)
     folder = Path(os.path.realpath(path)).parent
-    if path.is_dir() or not folder.is_dir():
+    if not is_written_to and (path.is_dir() or not folder.is_dir()):
         raise ConfigError(f"{flag} {path}: must be a file in a folder that exists; name another")
-    is_replaced = path.is_file() or not path.exists()  # and not written to, as `atomic_write` does with a device
-    if not os.access(folder if is_replaced else path, os.W_OK):
+    if not os.access(path if is_written_to else folder, os.W_OK):
         raise ConfigError(f"{flag} {path}: no permission to write there; name another")
     return path
 

@@ -28,7 +28,7 @@ class GenerateOptions(Section):
     prompt: str | None = option(None, optional(text("TEXT")), "words to go on from (default: one drawn at random)")
     samples: int = option(1, integer(1, 4096), "texts to write side by side, each of --words words")
     temperature: float = option(
-        1.0, real(1e-3, 1e3), "below 1 keeps to likely words, above 1 is more daring; without any chance: --greedy"
+        1.0, real(0, 1e3), "below 1 keeps to likely words, above 1 is more daring; 0: as --greedy"
     )
     top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
     top_p: float | None = option(
@@ -89,7 +89,8 @@ def _generate(argv: Sequence[str]) -> int:
     prompt = None if options.prompt is None else TOKENIZERS[predictor.tokenizer](options.prompt)
     unknown = predictor.vocabulary.unknown(prompt or [])
     if unknown:
-        LOGGER.warning("--prompt: the model does not know %s, and reads <unk>", ", ".join(map(show, unknown)))
+        quoted = ", ".join(f'"{show(word)}"' for word in unknown)
+        LOGGER.warning("--prompt: the model does not know %s, and reads <unk>", quoted)
     sampling = Sampling(
         0.0 if options.greedy else options.temperature, options.top_k, options.top_p, suppress_unk=options.no_unk
     )
@@ -161,7 +162,7 @@ def _write(words: Iterable[list[str | None]], prompt: list[str], options: Genera
     for n, sample in enumerate(written):
         if n:
             put("")
-        for line in [detokenize(sample)] if options.detokenize else _lines(sample):
+        for line in [detokenize(sample).rstrip("\n")] if options.detokenize else _lines(sample):
             put(line)
     return num_words
 

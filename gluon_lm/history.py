@@ -162,14 +162,17 @@ class RunHistory:
 
     @property
     def epoch(self) -> int:
-        """Passes over the training text that were begun."""
-        return max((event["epoch"] for event in self.events if event.get("epoch") is not None), default=0)
+        """Whole passes over the training text that are known of."""
+        counted = [event for event in self.events if event.get("epoch") is not None]
+        # A line of training is of the pass that goes on, an evaluation of those that are done.
+        return max((event["epoch"] - (event["event"] == "train") for event in counted), default=0)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the lowest validation loss."""
+        """The last evaluation that was the best by then, as which its checkpoint was kept."""
         evaluated = [event for event in self.of("valid") if event["loss"] is not None]
-        return min(evaluated, key=lambda event: event["loss"], default=None)
+        bests = [event for event in evaluated if event.get("best")]
+        return bests[-1] if bests else min(evaluated, key=lambda event: event["loss"], default=None)
 
     @property
     def test(self) -> dict[str, Any] | None:
@@ -194,6 +197,14 @@ class RunHistory:
         """What it is trained on: a corpus of the registry, or the user's files."""
         names = [saved.corpus for saved in self.checkpoints if saved.corpus]
         return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
+
+    @functools.cached_property
+    def vocab_size(self) -> int | None:
+        """Words of the vocabulary, where its file is there."""
+        try:
+            return self.folder.vocabulary.read_bytes().count(b"\n")
+        except OSError:
+            return None
 
     @functools.cached_property
     def num_parameters(self) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command
+from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command, train_parser
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
 from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
@@ -45,6 +45,7 @@ def _launch(argv: Sequence[str]) -> int:
         "launch",
         "Train with several workers and MXNet's parameter server; the flags after -- are those of train.",
         "python -m gluon_lm.launch --workers 4 --servers 2 --hostfile hosts.txt -- --data ptb --tied --save runs/ptb",
+        instead=dict.fromkeys(train_parser().flags, "it is a flag of train: write it after --"),
     )
     parser.add_section(ClusterOptions, "cluster")
     parser.add_section(DebugOptions, "messages")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,18 @@ def _runs(argv: Sequence[str]) -> int:
 
 def _table(runs: list[dict[str, Any]]) -> list[str]:
     rows = [_row(run) for run in runs]
-    widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
-    return [
-        "  ".join(
-            cell.rjust(width) if name in _NUMBERS else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, row, widths)
-        ).rstrip()
-        for row in [_COLUMNS, *rows]
-    ]
+    widths = [max(_width(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
+
+    def padded(name: str, cell: str, width: int) -> str:
+        room = " " * (width - _width(cell))
+        return room + cell if name in _NUMBERS else cell + room
+
+    return ["  ".join(map(padded, _COLUMNS, row, widths)).rstrip() for row in [_COLUMNS, *rows]]
+
+
+def _width(cell: str) -> int:
+    """Columns of a terminal that a text takes: two for a letter of East Asia."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in cell)
 
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:

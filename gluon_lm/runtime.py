@@ -14,6 +14,7 @@ from . import __version__
 from .config import Config
 from .control_groups import processor_share
 from .distributed.control import LOCAL_WORKERS_VARIABLE
+from .errors import ConfigError
 from .logs import LOGGER
 from .memory import recurrent_bytes
 
@@ -65,10 +66,15 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     ------
     MemoryError
         If the process may not have as much memory as MXNet's library takes.
+    ConfigError
+        For a number of threads in the environment that would end MXNet.
     """
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY and allowed < _LIBRARY_BYTES:
         raise MemoryError(f"{allowed >> 20} MB are allowed, and MXNet alone takes {_LIBRARY_BYTES >> 20}")
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not threads.isdecimal() or int(threads) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS={threads}: MXNet needs one whole number, 1 or more; set that, or nothing")
     if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")

@@ -76,7 +76,7 @@ def _score(argv: Sequence[str]) -> int:
         for number, score in enumerate(scores, 1):
             rows = _json_row(number, score) if options.format == "jsonl" else _table_rows(number, score, options.words)
             file.write("".join(f"{row}\n" for row in rows))
-            num_words += len(score.words)
+            num_words += len(score.words) - 1  # without <eos>
             num_unknown += sum(score.is_unknown)
     if num_unknown:
         LOGGER.info("%d of %d words are not known to the model and scored as <unk>", num_unknown, num_words)

@@ -49,8 +49,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _FlatLoader(yaml.SafeLoader):
-    """Knows no aliases of lists and mappings: a few lines of them stand for more than any memory holds."""
+    """Knows no aliases of lists and mappings: a few lines of them stand for more than any memory holds.
+
+    Numbers are left to the kinds of values, which read them as those of flags: to YAML 1.1, 010 is 8, and 1:30 is 90.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)

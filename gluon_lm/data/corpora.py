@@ -464,7 +464,7 @@ def load_corpus(
         If the text or the vocabulary cannot be found, fetched, read or used.
     """
     if vocabulary is None and config.vocab is not None:
-        vocabulary = Vocabulary.load(Path(config.vocab))
+        vocabulary = Vocabulary.load(Path(config.vocab), "utf-8-sig")
     needed = [split for split in (*SPLITS, ALL) if split in splits or (vocabulary is None and split == "train")]
     try:
         source = _find_source(config.data, Path(config.data_dir), needed, corpora)

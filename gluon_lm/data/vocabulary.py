@@ -76,8 +76,14 @@ class Vocabulary:
         return cls(tuple(sorted([*kept, *SPECIAL_WORDS], key=lambda word: (-frequency[word], position[word]))))
 
     @classmethod
-    def load(cls, path: str | Path) -> Vocabulary:
+    def load(cls, path: str | Path, encoding: str = "utf-8") -> Vocabulary:
         """Read a file with one word a line.
+
+        Parameters
+        ----------
+        path : str or Path
+        encoding : str
+            ``utf-8-sig`` for a file that other programs may have begun with a byte order mark.
 
         Raises
         ------
@@ -86,7 +92,7 @@ class Vocabulary:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = path.read_bytes().decode(encoding)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); name a file with one word a line") from error
         except UnicodeDecodeError as error:

@@ -12,8 +12,8 @@ _RULES = [
     (re.compile(r" n't\b"), "n't"),  # Penn Treebank: do n't
     (re.compile(r" (['’](?:s|t|re|ve|ll|d|m)\b)"), r"\1"),
     (re.compile(r'(^|\s)(["“]) ([^"“”]*?) (["”])'), r"\1\2\3\4"),
-    (re.compile(r"((?:(?<!\S)[(\[£€#])|\$) "), r"\1"),  # and US$ 5
-    (re.compile(r" ([.,;:!?%)\]]+)(?!\S)"), r"\1"),
+    (re.compile(r'((?:(?<![^\s"“(\[])[(\[£€#])|\$) '), r"\1"),  # and US$ 5
+    (re.compile(r' ([.,;:!?%)\]]+)(?![^\s"”)\]])'), r"\1"),
 ]
 
 

@@ -12,6 +12,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
+
 _BLOCK = 256
 _GRAPHS = 6  # kept for ways that come again; each holds memory for all streams
 _SORTED = 128  # words that are sorted where no stream asks for more
@@ -26,7 +28,8 @@ class Sampling:
     Attributes
     ----------
     temperature : float
-        Words are drawn from ``p(word)^(1 / temperature)``, normalised; 0 takes the likeliest.
+        Words are drawn from ``p(word)^(1 / temperature)``, normalised; below `LOWEST_TEMPERATURE` the likeliest is
+        taken.
     top_k : int, optional
         Only from the k likeliest words (Fan et al. 2018, "Hierarchical Neural Story Generation"), equally likely ones
         with them.
@@ -41,6 +44,10 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     suppress_unk: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature < LOWEST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 AS_IS = Sampling()

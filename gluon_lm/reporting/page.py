@@ -155,6 +155,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         "State",
         "Model",
         "Corpus",
+        "Vocabulary",
         "Parameters",
         "Steps",
         "Epochs",
@@ -165,10 +166,11 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         "Peak memory",
     )
     summaries = [run.summary() for run in runs]
+    are_comparable = len({(run.corpus, run.vocab_size) for run in runs}) == 1
     leads = {}
     for key in ("best_perplexity", "test_perplexity"):
         known = [summary[key] for summary in summaries if summary[key] is not None]
-        leads[key] = min(known) if len(known) > 1 else None
+        leads[key] = min(known) if len(known) > 1 and are_comparable else None
     rows = []
     for run, name, summary in zip(runs, names, summaries):
         seconds, memory = run.training_seconds, run.peak_memory("device_memory") or run.peak_memory()
@@ -176,6 +178,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
             _state(run),
             _text(run.model),
             _text(run.corpus),
+            _number(run.vocab_size),
             _number(run.num_parameters),
             _number(run.steps),
             _Cell(f"{run.epoch} of {run.config.training.epochs}", is_number=True),
@@ -187,6 +190,8 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         ]
         rows.append((escape(name), cells))
     note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."
+    if not are_comparable:
+        note += " Perplexities over different texts or vocabularies do not compare."
     return f'{_table(None, columns, rows)}\n<p class="quiet">{note}</p>'
 
 

@@ -122,8 +122,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         return None if asked.prompt is None else list(tokenize(asked.prompt))
 
     def text_requests(asked: Any, prompt: Optional[list[str]], seed: int, num_texts: int) -> list[TextRequest]:
-        is_greedy = asked.temperature < schemas.LOWEST_TEMPERATURE
-        sampling = Sampling(0.0 if is_greedy else asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
+        sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
         return [
             TextRequest(asked.words, sampling, seed, index, prompt, asked.stop_at_eos) for index in range(num_texts)
         ]

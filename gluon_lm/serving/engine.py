@@ -229,6 +229,7 @@ class Engine:
             self._step()  # padding alone: what MXNet does once, it does now
         except Exception as error:
             self._failure = error
+            self._fail_unfinished(error)
             return
         finally:
             self._is_ready.set()
@@ -266,13 +267,16 @@ class Engine:
         self._pieces.clear()
 
     def _fail_all(self, error: Exception) -> None:
+        self._fail_unfinished(error)
+        self._reset()
+
+    def _fail_unfinished(self, error: Exception) -> None:
         with self._changed:
             futures = [*self._unfinished]
             self._accepted.clear()
         for future in futures:
             if not future.done() and future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        self._reset()
 
     def _drop_cancelled(self) -> None:
         self._slots = [None if text is None or text.done.cancelled() else text for text in self._slots]

@@ -7,9 +7,9 @@ from typing import Any, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..generation.sampling import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from .limits import Limits
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
 _DARING = "Below 1 keeps to likely words, above 1 is more daring."
 _GREEDY = f"Below {LOWEST_TEMPERATURE:g}: the likeliest word each time."
 

@@ -60,8 +60,12 @@ class _Server(uvicorn.Server):
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._engine.wait_until_ready)
         except Exception:
+            self.force_exit = True  # nobody is to wait for what cannot be done
             await self.shutdown(sockets)
             raise
+        if self.should_exit:  # by a signal in the meantime, after which some versions would leave at once
+            await self.shutdown(sockets)
+            return
         host, port, *_ = self._address
         LOGGER.log(RESULT, "serving at http://%s:%d/ (Ctrl-C stops)", f"[{host}]" if ":" in host else host, port)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import os
 import shutil
 import time
@@ -65,6 +66,8 @@ class RunFolder:
             If it exists and must not be replaced, or nothing can be written there.
         """
         if self.path.exists() or self.path.is_symlink():
+            if not overwrite and not self.config.is_file():
+                raise ConfigError(f"--save {self.path}: exists already, and is not a run; name another folder")
             if not overwrite:
                 raise ConfigError(
                     f"--save {self.path}: exists already; name another folder, continue it with "
@@ -240,7 +243,11 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if not path.is_dir() and path != Path(name) and path.name == "model":
         path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
-        raise CheckpointError(f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/)")
+        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/config.yaml"))  # as a mixture's are
+        hint = f"; did you mean {stamped[-1].parent}?" if stamped else ""
+        raise CheckpointError(
+            f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
+        )
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None

@@ -68,7 +68,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         trainer.start_from(checkpoint, initial)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
-        LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
+        LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
         return 0
     if not communicator.is_primary:
         return trainer.fit()
@@ -90,9 +90,17 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         trainer.restore(checkpoint)
         if "lr" in command.settings:
             trainer.state.lr = command.config.optim.lr
-        LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
+        if trainer.is_finished:
+            LOGGER.warning(
+                "nothing is left to train at step %d, epoch %d, by --epochs, --max-steps or --patience: raise the one "
+                "that ended the run to go on. The best model is tested anew",
+                trainer.state.step,
+                trainer.state.epoch,
+            )
+        else:
+            LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
         if command.dry_run:
-            LOGGER.log(RESULT, "dry run: everything is in order, and nothing was written")
+            LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
             return 0
         if not communicator.is_primary:
             return trainer.fit()

@@ -178,9 +178,10 @@ class Trainer:
                     self._step.rehearse(longest)
                 self._train(stop)
                 self._bar.close()
-                is_whole = stop.signal is None
-                if stop.signal in (None, signal.SIGINT) and self._communicator.is_primary:
-                    is_whole &= self._test_best(stop)
+                heeded = stop.signal
+                is_whole = heeded is None
+                if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
+                    is_whole &= self._test_best(stop, heeded)
                 self._communicator.gather_object("done")
             self._note_end("finished" if is_whole else "stopped")
             return 0 if is_whole else stop.exit_code
@@ -214,19 +215,23 @@ class Trainer:
         self._counts_from = interval.started - state.seconds
         while True:
             if self._evaluation_due():
+                if interval.num_steps:
+                    self._log_interval(interval)
                 with contextlib.suppress(Stopped):
                     self._validate(stop)
                 interval = _Interval(time.perf_counter())
             elif training.checkpoint_every and state.step % training.checkpoint_every == 0:
                 self._save_unless_saved()
             if self._must_stop(stop):
+                if interval.num_steps:
+                    self._log_interval(interval)
                 self._save_unless_saved()
                 if self._saved_step is None:
                     LOGGER.log(RESULT, "stopped before the first step")
                 else:
                     LOGGER.log(RESULT, "stopped at step %d; continue with --resume %s", state.step, self.run.path)
                 return
-            if self._finished():
+            if self.is_finished:
                 return
             started = time.perf_counter()
             result = self._take_step(stop)
@@ -324,7 +329,9 @@ class Trainer:
             self._epoch = self.state.epoch, self._windows.epoch(self.state.epoch)
         return self._epoch[1]
 
-    def _finished(self) -> bool:
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended by its own rules."""
         training, optim, state = self.config.training, self.config.optim, self.state
         return (
             state.epoch >= training.epochs
@@ -337,7 +344,7 @@ class Trainer:
         training, state = self.config.training, self.state
         if state.step == state.evaluated_step:
             return False
-        if self._finished():
+        if self.is_finished:
             return True
         return state.step % training.eval_every == 0 if training.eval_every else state.window == 0
 
@@ -415,15 +422,20 @@ class Trainer:
             return f"end of epoch {state.epoch:3d}"
         return f"epoch {state.epoch + 1:3d} step {state.step:6d}"
 
-    def _test_best(self, stop: StopRequest) -> bool:
+    def _test_best(self, stop: StopRequest, heeded: signal.Signals | None) -> bool:
         """Evaluate the best checkpoint on the test text, or the newest where none was evaluated.
+
+        Parameters
+        ----------
+        stop : StopRequest
+        heeded : signal.Signals or None
+            The signal that has ended training.
 
         Returns
         -------
         bool
             Whether it was read to its end, and no signal came that had not come before.
         """
-        heeded = stop.signal
 
         def check() -> None:
             if stop.signal is not heeded:
@@ -440,8 +452,9 @@ class Trainer:
         LOGGER.log(RESULT, "=" * 89)
         LOGGER.log(
             RESULT,
-            "| End of training | %s | test loss %5.4f | test ppl %8.2f",
-            f"step {step or 0}",
+            "| %s | model of step %d | test loss %5.4f | test ppl %8.2f",
+            "End of training" if heeded is None else "Stopped",
+            step or 0,
             result.loss,
             result.perplexity,
         )
@@ -593,7 +606,8 @@ class Trainer:
     def _forget_best_if_gone(self) -> None:
         """An older checkpoint may know of a best one that a later best has taken the place of since."""
         state = self.state
-        if state.best_step is not None and not self.run.checkpoint(state.best_step).is_dir():
+        is_gone = state.best_step is not None and not self.run.checkpoint(state.best_step).is_dir()
+        if self._communicator.broadcast_object(is_gone):  # each worker sees its own machine's folder
             LOGGER.warning(
                 "the best checkpoint until then, of step %d, is not kept any more: the next evaluation is taken for "
                 "the best",

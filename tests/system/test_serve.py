@@ -257,7 +257,7 @@ def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 pass
-    until(lambda: any(line.startswith("9.9.9.9?GET?/?200") or "400" in line for line in server.lines))
+    until(lambda: any(line.startswith("9.9.9.9?GET?/?200") for line in server.lines))
     assert all(line.rstrip("\n").isprintable() for line in server.lines)
 
 

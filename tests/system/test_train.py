@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +173,7 @@ def test_sigterm_ends_the_test_of_a_finished_training_which_resuming_does_anew(p
     test_text.write_text(test_text.read_text() * 4000)
     process = project.start_training("run", "--epochs", 1)
     wait_for((project.path / "run/best").exists, process)
+    time.sleep(0.5)  # the rest of the checkpoint is written; the test takes longer
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "test ppl" not in output, output
@@ -192,7 +196,14 @@ def test_a_signal_in_the_midst_of_a_line_that_nobody_reads_is_heeded():
     environment = {**os.environ, "PYTHONPATH": str(Path(gluon_lm.__file__).parents[1])}
     environment.pop("PYTHONUNBUFFERED", None)
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=PIPE, stderr=PIPE)
-    time.sleep(3)  # by now the pipe is full
+    waiting = array.array("i", [0])
+
+    def is_full() -> bool:
+        fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)
+        return waiting[0] > 60_000
+
+    wait_for(is_full, process)
+    time.sleep(0.2)  # and it is blocked
     process.terminate()
     time.sleep(0.5)
     output, errors = process.communicate(timeout=60)

@@ -577,8 +577,10 @@ def test_finetuning_names_its_run_first_or_by_save():
     assert [parse_tuning(line).is_continued for line in ("RUN", "RUN --continue_train")] == [False, True]
     command = parse_tuning("RUN --overwrite --print-config --dry-run --debug").command
     assert command.overwrite and command.print_config and command.dry_run
-    assert problems_of("RUN --save OTHER --overwrite --continue-train", parse_tuning) == [
-        "RUN with --save OTHER: both name the run; leave one of them out",
+    both = "RUN with --save OTHER: both name the run; leave one of them out"
+    assert problems_of("RUN --save OTHER", parse_tuning) == [both]
+    assert len(problems_of("RUN --save=", parse_tuning)) == 1
+    assert problems_of("RUN --overwrite --continue-train", parse_tuning) == [
         "--overwrite with --continue-train: it is either continued or replaced; leave one of them out",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 import yaml
@@ -227,6 +228,13 @@ def test_recipe_follows_from_the_file():
     assert resolve(flags(model="lstm"), config_file="model: awd-lstm").recipe == "lm"
     assert resolve(config_file="recipe: mxnet").config.model.hidden_size == 650
     assert resolve(config_file="recipe: mxnet", recipe="demo").recipe == "demo"
+
+
+def test_numbers_of_a_file_are_those_of_flags():
+    assert read_config("seed: 010\nlr: 1e-3\nwhen: [3, 5]\n") == read_config("seed: 10\nlr: 0.001\nwhen: 3,5\n")
+    for line in ("lr: 1:30", "seed: 0x10", "epochs: 1.0"):
+        with pytest.raises(ConfigError, match=re.escape(line) + ": must be"):
+            read_config(f"{line}\n")
 
 
 def test_a_file_with_every_value_needs_no_recipe_and_one_without_does():
@@ -486,7 +494,7 @@ def test_probabilities_of_keeping_outside_their_range_are_refused_together(key, 
         ("0", "0"),
         ("1.01", "1.01"),
         ("-0.5", "-0.5"),
-        (".nan", "nan"),
+        (".nan", ".nan"),
         ("true", "true"),
         ("", "none"),
     ]:

@@ -136,6 +136,7 @@ def test_text_that_reads():
     assert detokenize(f"{first} {second}".split()) == (
         "the cost rose to 1,000 ($3.5), he said: \"don't\".\nit's a well-known ' case '?\n"
     )
+    assert detokenize('he said : " ( really ) ? no ! " then left .'.split()) == 'he said: "(really)? no!" then left.'
     assert detokenize("a .22 rifle in C# minor for US$ 5 , a :)".split()) == "a .22 rifle in C# minor for US$5, a:)"
 
 

@@ -106,7 +106,7 @@ def test_save_and_load(tmp_path_factory, words):
 def test_load_accepts_a_file_from_elsewhere(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_bytes(b"\xef\xbb\xbfthe\r\n<unk>\r\n<eos>")
-    assert Vocabulary.load(path).words == ("the", "<unk>", "<eos>")
+    assert Vocabulary.load(path, "utf-8-sig").words == ("the", "<unk>", "<eos>")
 
 
 @pytest.mark.parametrize(
