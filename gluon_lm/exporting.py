@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import warnings
@@ -27,7 +26,7 @@ from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import beside, exchange, file_hash, synchronise
-from .metrics import perplexity
+from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .progress import progress_bar
@@ -195,7 +194,6 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
 def _describe(trained: TrainedModel) -> dict[str, Any]:
     training, model = trained.checkpoint.training, trained.config.model
     loss = training.best_loss if training.best_step == training.step else None
-    reached = math.inf if loss is None else perplexity(loss)
     return {
         "model": {
             "cell": model.cell,
@@ -218,7 +216,7 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
             "steps": training.step,
             "averaged": bool(trained.checkpoint.unaveraged),
             "validation_loss": loss,
-            "validation_perplexity": reached if math.isfinite(reached) else None,  # JSON has no infinity
+            "validation_perplexity": None if loss is None else finite_or_none(perplexity(loss)),
         },
     }
 
@@ -303,7 +301,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         if manifest["format"] != _FORMAT or manifest["kind"] != "symbol":
             raise CheckpointError(
                 f"{folder}: is an export as {manifest['kind']} of format {manifest['format']}, and gluon_lm "
-                f"{__version__} loads those as symbol of format {_FORMAT}; export the run with --format symbol"
+                f"{__version__} loads those as symbol of format {_FORMAT}; export the run again, with --format symbol"
             )
         if manifest["digest"] != _digest(manifest):
             raise CheckpointError(f"{folder}: {MANIFEST} is not as it was written; export the run again")

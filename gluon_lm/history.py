@@ -17,7 +17,7 @@ import numpy as np
 
 from .config import read_config
 from .errors import CheckpointError, ConfigError, reason
-from .metrics import perplexity
+from .metrics import finite_or_none, perplexity
 from .tracking import read_events
 from .training.run_folder import FINETUNED, RunFolder, checkpoint_step
 
@@ -263,8 +263,7 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
 
 def _perplexity(result: dict[str, Any] | None) -> float | None:
     """Of a validation or a test; None where there is none, or it is beyond a float, which JSON cannot say."""
-    value = math.inf if result is None or result["loss"] is None else perplexity(result["loss"])
-    return value if math.isfinite(value) else None
+    return None if result is None or result["loss"] is None else finite_or_none(perplexity(result["loss"]))
 
 
 def _count_numbers(path: Path) -> int | None:

@@ -8,3 +8,8 @@ import math
 def perplexity(loss: float) -> float:
     """``exp(loss)``, of a mean negative log-likelihood in nats; infinite where that is beyond a float."""
     return math.exp(loss) if loss < 709 else math.inf
+
+
+def finite_or_none(number: float) -> float | None:
+    """The number, or None for what JSON has no word for: infinities and NaN."""
+    return number if math.isfinite(number) else None

@@ -57,7 +57,7 @@ def _report(argv: Sequence[str]) -> int:
         settings = {name: s for name, s in parsed.settings.items() if name not in DebugOptions.__dataclass_fields__}
         idle = [setting.source[len("flag ") :] for name, setting in settings.items() if name not in ("output", "words")]
         if idle:
-            raise ConfigError(f"{', '.join(idle)}: no effect with --words 0, which writes no texts; leave one out")
+            raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave one out")
     log_to_terminal(parsed.verbosity)
     runs = _read_runs(parsed.arguments.runs)
     folders = [run.folder.path for run in runs]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,17 +99,7 @@ def _read(name: str) -> list[str]:
 
 
 def _json_row(number: int, score: LineScore) -> list[str]:
-    words = [
-        {"word": word, "log_prob": float(log_prob), "unknown": unknown}
-        for word, log_prob, unknown in zip(score.words, score.log_probs, score.is_unknown)
-    ]
-    row = {
-        "line": number,
-        "log_prob": score.log_prob,
-        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
-        "tokens": len(words),
-        "words": words,
-    }
+    row = {"line": number, "tokens": len(score.words), **score.as_json()}
     return [json.dumps(row, ensure_ascii=False)]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mxnet as mx
 import numpy as np
 
 from .data.vocabulary import EOS
-from .metrics import perplexity
+from .metrics import finite_or_none, perplexity
 from .prediction import Predictor
 
 _LINES_SORTED_TOGETHER = 1024
@@ -46,6 +47,18 @@ class LineScore:
     def perplexity(self) -> float:
         """``exp`` of minus the mean log-probability of a word; infinite where that is beyond a float."""
         return perplexity(-self.log_prob / len(self.words))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values, numbers that are not finite as None."""
+        words = [
+            {"word": word, "log_prob": finite_or_none(float(log_prob)), "unknown": unknown}
+            for word, log_prob, unknown in zip(self.words, self.log_probs, self.is_unknown)
+        ]
+        return {
+            "log_prob": finite_or_none(self.log_prob),
+            "perplexity": finite_or_none(self.perplexity),
+            "words": words,
+        }
 
 
 def score_lines(predictor: Predictor, lines: Iterable[Sequence[str]]) -> Iterator[LineScore]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError, MissingDependency
 from .files import AppendedText, atomic_write
+from .metrics import finite_or_none
 
 
 class MetricsFile:
@@ -41,10 +42,7 @@ class MetricsFile:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one event; numbers that are not finite are written as null, for JSON has none."""
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
+        finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
 
     def close(self) -> None:

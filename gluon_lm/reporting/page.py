@@ -17,6 +17,7 @@ import numpy as np
 from .. import __version__
 from ..config import SECTIONS, Config, get, resolve, show
 from ..history import RunHistory, duration
+from ..metrics import finite_or_none, perplexity
 from .curves import COLOURS, DARK_COLOURS, DASHES, Curve, Panel, linear_ticks, thinned, tick_label
 
 _SIDE = 1000  # of a plot's coordinates, which are stretched over the room that there is
@@ -213,10 +214,9 @@ def _checkpoints(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         for saved in run.checkpoints:
             newest = run.checkpoints[-1]
             marks = ["best"] * (saved.step == newest.best_step) + ["latest"] * (saved is newest)
-            loss = next((e["perplexity"] for e in run.of("valid") if e["step"] == saved.step), None)
             cells = [
                 _number(saved.epoch),
-                _number(loss, ",.2f"),
+                _number(None if saved.loss is None else finite_or_none(perplexity(saved.loss)), ",.2f"),
                 _size(saved.num_bytes),
                 _text(", ".join(marks) or None),
             ]

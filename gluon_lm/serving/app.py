@@ -7,7 +7,6 @@ FastAPI reads the handlers' annotations when they are defined, so annotations ar
 
 import asyncio
 import json
-import math
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -26,7 +25,6 @@ from ..data.tokenizers import TOKENIZERS
 from ..generation.detokenize import detokenize
 from ..generation.sampling import Sampling
 from ..prediction import Predictor
-from ..scoring import LineScore
 from . import schemas
 from .engine import Busy, Closed, Engine, TextRequest
 from .guard import WORK, Guard
@@ -210,7 +208,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         lines = asked.lines or asked.text.splitlines()
         request.scope[WORK].append(engine.score([tokenize(line) for line in lines]))
         (scores,) = await result(request.scope[WORK])
-        return {"lines": list(map(_line_answer, scores))}
+        return {"lines": [score.as_json() for score in scores]}
 
     @app.get("/v1/model", summary="What is served", response_model=schemas.ModelAnswer)
     async def model() -> Any:
@@ -283,18 +281,6 @@ def _seed_of(asked: Any) -> int:
 
 def _texts(texts: list[list[str]]) -> dict[str, Any]:
     return {"texts": [{"text": detokenize(words), "words": words} for words in texts]}
-
-
-def _line_answer(score: LineScore) -> dict[str, Any]:
-    words = [
-        {"word": word, "log_prob": _finite(float(log_prob)), "unknown": unknown}
-        for word, log_prob, unknown in zip(score.words, score.log_probs, score.is_unknown)
-    ]
-    return {"log_prob": _finite(score.log_prob), "perplexity": _finite(score.perplexity), "words": words}
-
-
-def _finite(number: float) -> Optional[float]:
-    return number if math.isfinite(number) else None
 
 
 def _event(data: dict[str, Any], kind: Optional[str] = None) -> str:

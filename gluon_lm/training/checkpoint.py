@@ -221,7 +221,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             corpus=str(state["corpus"]),
             text=dict(state["text"]),
             num_devices=int(state["num_devices"]),
-            loss_scale=dict(state.get("loss_scale", {})),
+            loss_scale=dict(state["loss_scale"]),
             unaveraged=_load_some_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
             residuals=_load_some_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
@@ -268,8 +268,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        # The first checkpoints had no digest.
-        if state.get("digest") not in (None, _digest(state)):
+        if state["digest"] != _digest(state):
             raise ValueError(f"{STATE} is not as it was written")
         if state["format"] != _FORMAT:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
-from .run_folder import RunFolder, point, strip_model_suffix
+from .run_folder import RunFolder, point
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
@@ -61,7 +61,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
         run.check_free(overwrite=False)
     else:
-        run = RunFolder(strip_model_suffix(command.save))
+        run = RunFolder(Path(command.save))
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, communicator, run)
     if initial is not None and checkpoint is not None:

@@ -389,6 +389,10 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--", "--kvstore", "dist_async"), "stale parameters"),
         (("--", "--kvstore=device", "--cpus", 2), "--kvstore device: must be dist_sync or dist_device_sync"),
         (("--", "--droput", 0.5), "--droput: unknown flag"),
+        (
+            ("--data", "text", "--workers", 2, "--", "--tied"),
+            "--data: unknown flag; it is a flag of train: write it after",
+        ),
         (("--", "--data", "text", "--save", "run"), "--save run: exists already"),
         (("--", "--data", "text", "--batch-size", 5), "--batch-size 5: must be a multiple of the number of devices, 2"),
         (("--", "--resume", "nowhere"), "nowhere: there is no such run"),

@@ -232,6 +232,13 @@ def test_finetuning_ends_by_the_rule_and_never_worse_than_the_run(finetuning):
     assert evaluated_loss(finetuning, "run/finetune_model", "test") == evaluated_loss(finetuning, "run", "test")
 
 
+@pytest.mark.parametrize("flags, steps", [((), 42), (("--max-steps", 4), 4)])
+def test_the_runs_bound_on_steps_is_not_that_of_its_finetuning(project, flags, steps):
+    project.train("run", "--max-steps", 3)
+    project.run("finetune", "run", "--epochs", 1, *flags)
+    assert project.events("run/finetune_model")[-1]["step"] == steps
+
+
 @pytest.mark.parametrize(
     ("devices", "go_on"),
     [

@@ -210,6 +210,21 @@ def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder
     assert "left out: " in capsys.readouterr().out
 
 
+def test_perplexities_over_different_vocabularies_have_no_best(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.copytree(NAMES[0], tmp_path / "other")
+    with open(tmp_path / "other/vocab.txt", "a") as vocabulary:
+        vocabulary.write("more\n")
+
+    def page(*runs):
+        assert report([*map(str, runs), "--words", "0", "--output", str(tmp_path / "page.html")]) == 0
+        return (tmp_path / "page.html").read_text()
+
+    alike, unlike = page(*NAMES), page(NAMES[0], tmp_path / "other")
+    assert '<strong class="lead">' in alike and "do not compare" not in alike
+    assert '<strong class="lead">' not in unlike and "do not compare" in unlike
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

@@ -67,6 +67,12 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
     assert any(f"{done['best_perplexity']:.2f}  " in row and "(killed)" not in row for row in rows)
 
 
+def test_a_pass_over_the_text_counts_when_it_is_done(project):
+    (project.path / "all").mkdir()
+    project.train("all/half", "--max-steps", 50, "--log-interval", 1)  # of 42 in an epoch
+    assert listed(project)[0]["half"]["epoch"] == 1
+
+
 def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all").mkdir()
     project.train("all/good")

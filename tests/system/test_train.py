@@ -288,6 +288,24 @@ def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_f
     assert project.run("evaluate", "run") == project.run("evaluate", "run/best")
 
 
+def test_a_run_that_is_done_says_that_nothing_is_left(project):
+    project.train("run", "--max-steps", 10)
+    assert "nothing is left to train at step 10" in project.run("train", "--resume", "run")
+    assert "nothing is left" not in project.run("train", "--resume", "run", "--max-steps", 12)
+
+
+def test_every_step_is_in_some_line_of_the_log_also_where_an_interval_is_longer_than_an_epoch(project):
+    project.train("run", "--epochs", 2, "--log-interval", 1000)
+    steps = [event["step"] for event in project.events("run") if event["event"] == "train"]
+    assert steps == [event["step"] for event in project.events("run") if event["event"] == "valid"] and len(steps) == 2
+
+
+@pytest.mark.parametrize("suffixes", [".pt", ".params.pt"])
+def test_the_suffix_of_a_reference_is_taken_off_once(project, suffixes):
+    project.train(f"model{suffixes}", "--max-steps", 2)
+    assert (project.path / f"model{suffixes.removesuffix('.pt')}" / "config.yaml").is_file()
+
+
 def test_what_training_took_is_counted_over_a_stop(project):
     project.train("run", "--max-steps", 30, "--eval-every", 1000, "--checkpoint-every", 20)
     shutil.rmtree(project.path / "run/checkpoints/step-30")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 
 import pytest
 
@@ -103,6 +104,22 @@ def test_scores_tell_what_the_model_learnt(run):
     objects = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
     assert [o["log_prob"] for o in objects] == pytest.approx([float(row[2]) for row in rows], abs=1e-5)
     assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
+
+
+def test_what_is_open_already_is_written_to_and_not_replaced(run):
+    generate_ten = [*run.command("generate", "run", "--words", 10, "--outf", "/dev/stdout", "--quiet")]
+    with open(run.path / "whole.txt", "ab") as file:
+        for words in (["echo", "before"], generate_ten, ["echo", "after"]):
+            subprocess.run(words, stdout=file, env=run.environment(), check=True, timeout=120)
+    first, text, last = (run.path / "whole.txt").read_text().splitlines()
+    assert (first, last) == ("before", "after") and len(text.split()) == 10
+    piped = subprocess.run(generate_ten, stdout=subprocess.PIPE, env=run.environment(), check=True, timeout=120)
+    assert piped.stdout.decode().strip() == text
+
+
+def test_samples_of_readable_text_are_set_apart_by_one_blank_line(run):
+    flags = ("--words", 40, "--samples", 4, "--stop-at-eos", "--detokenize", "--prompt", "the cat")
+    assert len(run.run("generate", "run", *flags).rstrip("\n").split("\n\n")) == 4
 
 
 def test_a_text_that_ends_early_is_counted_as_it_is(run):

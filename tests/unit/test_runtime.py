@@ -12,6 +12,7 @@ import pytest
 from gluon_lm import runtime
 from gluon_lm.config import Config, DeviceConfig, Setting, recipe_names, resolve
 from gluon_lm.distributed import memory_in_use
+from gluon_lm.errors import ConfigError
 
 
 @pytest.fixture
@@ -71,6 +72,14 @@ def test_processes_of_horovod_share_the_cores(environment, monkeypatch, started_
     runtime.prepare_training(Config(devices=DeviceConfig(horovod=True)))
     assert int(variables["OMP_NUM_THREADS"]) == 24 // processes
     assert ("OMP_WAIT_POLICY" in variables) == (processes == 1)
+
+
+@pytest.mark.parametrize("threads", ["1,1", "abc", "0", "-1", ""])
+def test_a_number_of_threads_that_would_end_mxnet_is_refused(environment, threads):
+    variables, _ = environment
+    variables["OMP_NUM_THREADS"] = threads
+    with pytest.raises(ConfigError, match=f"^OMP_NUM_THREADS={threads}: MXNet needs"):
+        runtime.prepare_process()
 
 
 def test_workers_of_the_launcher_share_the_cores_with_their_contexts(environment, monkeypatch):
