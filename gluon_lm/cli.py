@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gluon_lm.config import (
-    LINKED,
     SECTIONS,
     Config,
     DeviceConfig,
@@ -251,16 +250,13 @@ class CommandParser(argparse.ArgumentParser):
                 raise ConfigError(f"{flag}: takes no value; write {flag} alone")
         raise ConfigError(f"{message}; see {self.prog} --help")
 
-    def parse(self, argv: Sequence[str] | None = None, postponed: list[str] | None = None) -> Parsed:
+    def parse(self, argv: Sequence[str] | None = None) -> Parsed:
         """Read a command line.
 
         Parameters
         ----------
         argv : sequence of str, optional
             The process's own words if None.
-        postponed : list of str, optional
-            Where given, the problems are added to it instead of raised, if they are only of single values
-            that no rule between fields reads: the caller can then find the rest and raise them all.
 
         Raises
         ------
@@ -282,23 +278,17 @@ class CommandParser(argparse.ArgumentParser):
                 previous = ""  # the unknown flag's value, and no problem of its own
             else:
                 problems.append(f"{show(word)}: belongs to no flag; see {self.prog} --help")
-        unreadable = bool(problems)
         settings: Layer = {}
         for name, (flag, raw) in vars(namespace).pop("given", {}).items():
-            before = len(problems)
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
-            unreadable |= len(problems) > before and name in LINKED | {_RUN}
         run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)
         if named is not None and None not in (run, named.value) and run != named.value:
             flag = named.source.removeprefix("flag ")
             problems.append(f"{show(run)} with {flag} {show(named.value)}: both name the run; leave one of them out")
-            unreadable = True
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
-        if problems and (postponed is None or unreadable):
+        if problems:
             raise ConfigError(problems)
-        if postponed is not None:
-            postponed += problems
         return Parsed(namespace, settings, run if named is None else named.value)
 
 
@@ -415,7 +405,7 @@ class TrainCommand:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
-    def over(self, config_file: Path, may_change: Set[str], problems: Sequence[str] = ()) -> TrainCommand:
+    def over(self, config_file: Path, may_change: Set[str]) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
 
         Parameters
@@ -423,8 +413,6 @@ class TrainCommand:
         config_file : Path
         may_change : set of str
             Fields, besides those of the devices, that may differ from the run's.
-        problems : sequence of str
-            Those found already.
 
         Raises
         ------
@@ -436,7 +424,7 @@ class TrainCommand:
         run = f"run {config_file.parent}"
         own = {setting.source for setting in self.settings.values()}
         sources = {name: source if source in own else run for name, source in resolved.sources.items()}
-        problems = list(problems)
+        problems = []
         for name, setting in self.settings.items():
             value, old = get(resolved.config, name), get(before, name)
             if value != old and name not in may_change | DeviceConfig.__dataclass_fields__.keys():
@@ -477,8 +465,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     superfluous = [word for word in words if word in _ALWAYS_SO]
     if superfluous:
         print(f"warning: {' '.join(superfluous)}: always so here; leave it out", file=sys.stderr)
+    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
     problems: list[str] = []
-    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO], postponed=problems)
     run = parsed.build(RunOptions)
     own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
     settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
@@ -547,14 +535,11 @@ class FinetuneCommand:
         Whether to continue a finetuning that was stopped.
     command : TrainCommand
         The flags alone, unchecked; `TrainCommand.over` lays them over the run's configuration.
-    problems : list of str
-        Of single values, to be raised with those that `TrainCommand.over` finds.
     """
 
     run: str | None
     is_continued: bool
     command: TrainCommand
-    problems: list[str]
 
 
 def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
@@ -577,12 +562,12 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         parser.add_section(section, name, only=sorted(fields), default="the run's")
     parser.add_section(DebugOptions, "messages")
     parser.add_run("--save", "--checkpoint")
-    problems: list[str] = []
-    parsed = parser.parse(argv, postponed=problems)
+    parsed = parser.parse(argv)
     options = parsed.build(FinetuneOptions)
     if options.continue_train and options.overwrite:
-        unclear = "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
-        raise ConfigError([*problems, unclear])
+        raise ConfigError(
+            "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
+        )
     own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
     settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
     settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
@@ -598,7 +583,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         verbosity=parsed.verbosity,
         settings=settings,
     )
-    return FinetuneCommand(parsed.run, options.continue_train, command, problems)
+    return FinetuneCommand(parsed.run, options.continue_train, command)
 
 
 # ---------------------------------------------------------------- how a command ends

@@ -51,9 +51,9 @@ def _finetune(argv: Sequence[str]) -> int:
     target = RunFolder(run.path / FINETUNED)
     if is_continued:
         target, _ = find_run(target.path)
-        command = command.over(target.config, MAY_CHANGE_ON_RESUME, parsed.problems)
+        command = command.over(target.config, MAY_CHANGE_ON_RESUME)
     else:
-        command = command.over(run.config, _MAY_CHANGE, parsed.problems)
+        command = command.over(run.config, _MAY_CHANGE)
         if not command.print_config:
             if target.path.exists() and not command.overwrite:
                 raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,10 +169,6 @@ def _free_on_machine() -> int | None:
 
 def _free_below_limit() -> int | None:
     """Below ``ulimit -v``."""
-    try:
-        import resource
-    except ImportError:
-        return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     used = _kilobytes(_STATUS, "VmSize")
     return None if limit == resource.RLIM_INFINITY or used is None else max(0, limit - used)

@@ -5,7 +5,7 @@ Where values come from, highest first: flags, ``--config``, the recipe, the defa
 
 from .kinds import Kind, choice, integer, option, optional, pathname, pathnames, read_value, real, show, switch, text
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
-from .rules import LINKED, device_count, share_problems, validate, vocabulary_problems
+from .rules import device_count, share_problems, validate, vocabulary_problems
 from .sections import (
     SECTIONS,
     TAIL_FACTOR,
@@ -25,7 +25,6 @@ __all__ = [
     "DataConfig",
     "DeviceConfig",
     "Kind",
-    "LINKED",
     "Layer",
     "ModelConfig",
     "OptimConfig",

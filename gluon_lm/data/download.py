@@ -103,14 +103,11 @@ class ParquetMirror(Mirror):
         For each file of the corpus, the parquet files that make it, in order.
     num_rows : mapping of str to int
         For each file of the corpus, its number of lines; files that are not named are not counted.
-    blank : str
-        The blank line of the published file.
     """
 
     url: str
     parts: Mapping[str, tuple[str, ...]]
     num_rows: Mapping[str, int]
-    blank: str = " \n"
 
     def fetch(self, names: Sequence[str], folder: Path) -> None:
         try:
@@ -127,7 +124,7 @@ class ParquetMirror(Mirror):
                         for batch in opened.iter_batches(columns=["text"]):
                             rows = batch.column(0).to_pylist()
                             num_rows += len(rows)
-                            file.write("".join(row or self.blank for row in rows).encode("utf-8"))
+                            file.write("".join(row or " \n" for row in rows).encode("utf-8"))
             expected = self.num_rows.get(name, num_rows)
             if num_rows != expected:
                 raise DataError(f"{name} has {num_rows} rows instead of {expected}")
