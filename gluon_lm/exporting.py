@@ -7,10 +7,8 @@ inputs are ``tokens``, of shape (T, N), and flat states; its outputs log-probabi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import beside, exchange, file_hash, synchronise
+from .files import digest_of, file_hash, file_hashes, replaced_folder
 from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
@@ -96,48 +94,30 @@ def write_export(
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name)
         bar.update(1)
-        return _write_folder(trained, output, kind, write_model, bar)
-
-
-def _write_folder(
-    trained: TrainedModel,
-    output: Path,
-    kind: str,
-    write_model: Callable[[TrainedModel, Path], dict[str, Any]],
-    bar: Any,
-) -> dict[str, Any]:
-    target = Path(os.path.realpath(output))  # a link to an export stays one
-    fresh = beside(target)
-    try:
-        fresh.mkdir(parents=True)
-        interface = write_model(trained, fresh)
+        target = Path(os.path.realpath(output))  # a link to an export stays one
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replaced_folder(target) as fresh:
+                interface = write_model(trained, fresh)
+                bar.update(1)
+                trained.vocabulary.save(fresh / VOCABULARY)
+                manifest = {
+                    "format": _FORMAT,
+                    "kind": kind,
+                    "gluon_lm": __version__,
+                    "mxnet": mx.__version__,
+                    **interface,
+                    **_describe(trained),
+                    "sha256": file_hashes(fresh),
+                }
+                manifest["digest"] = digest_of(manifest)
+                written = json.dumps(manifest, indent=1, ensure_ascii=False)
+                (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
+            ) from error
         bar.update(1)
-        trained.vocabulary.save(fresh / VOCABULARY)
-        manifest = {
-            "format": _FORMAT,
-            "kind": kind,
-            "gluon_lm": __version__,
-            "mxnet": mx.__version__,
-            **interface,
-            **_describe(trained),
-            "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
-        }
-        manifest["digest"] = _digest(manifest)
-        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path in [*fresh.iterdir(), fresh]:
-            synchronise(path)
-        if target.exists():
-            exchange(fresh, target)
-        else:
-            fresh.rename(target)
-        synchronise(target.parent)
-        bar.update(1)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return manifest
 
 
@@ -221,12 +201,6 @@ def _describe(trained: TrainedModel) -> dict[str, Any]:
     }
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    """Hash of all else in a manifest, which an edit by hand does not fit."""
-    content = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _check_free(output: Path) -> None:
     if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
         raise ConfigError(
@@ -303,7 +277,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
                 f"{folder}: is an export as {manifest['kind']} of format {manifest['format']}, and gluon_lm "
                 f"{__version__} loads those as symbol of format {_FORMAT}; export the run again, with --format symbol"
             )
-        if manifest["digest"] != _digest(manifest):
+        if manifest["digest"] != digest_of(manifest):
             raise CheckpointError(f"{folder}: {MANIFEST} is not as it was written; export the run again")
         for name in (SYMBOL, PARAMETERS, VOCABULARY):
             if file_hash(folder / name) != manifest["sha256"][name]:

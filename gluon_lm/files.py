@@ -8,15 +8,17 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ConfigError, reason
 from .heartbeat import beat
@@ -183,6 +185,38 @@ def exchange(one: Path, other: Path) -> None:
         aside.rename(other)
         raise
     aside.rename(one)
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target`, whole and synchronised, when the block ends well.
+
+    It does so in one step where the system can. Otherwise `target` is as it was, and nothing is left of the new one.
+    """
+    fresh = beside(target)
+    try:
+        fresh.mkdir()
+        yield fresh
+        for path in [*fresh.iterdir(), fresh]:
+            synchronise(path)
+        if target.exists():
+            exchange(fresh, target)
+        else:
+            fresh.rename(target)
+        synchronise(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """`file_hash` of each file of a folder, by name."""
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Hash of all that JSON says of `content` but its ``digest``, which an edit by hand does not fit."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def output_file(flag: str, name: str) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from ..files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
+from ..files import BLOCK_BYTES, exclusive_lock, file_hash, file_hashes, synchronise
 from ..heartbeat import beat
 from ..logs import LOGGER
 from ..progress import progress_bar
@@ -261,7 +261,7 @@ class Cache:
             try:
                 fresh.mkdir()
                 values = dict(build(fresh))
-                sha256 = {path.name: file_hash(path) for path in sorted(fresh.iterdir())}
+                sha256 = file_hashes(fresh)
                 index = json.dumps({"sha256": sha256, "values": values}, indent=1)
                 (fresh / self._INDEX).write_text(index, encoding="utf-8")
                 for path in [*fresh.iterdir(), fresh]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import shutil
 import time
@@ -30,7 +29,7 @@ from .. import __version__
 from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..errors import CheckpointError, reason
-from ..files import beside, exchange, file_hash, read_arrays, synchronise, write_arrays
+from ..files import digest_of, file_hash, file_hashes, read_arrays, replaced_folder, synchronise, write_arrays
 from ..logs import LOGGER
 from ..models import LanguageModel
 from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
@@ -151,40 +150,32 @@ def save_checkpoint(
         If it cannot be written; those before it are as they were.
     """
     started = time.perf_counter()
-    final = run.checkpoint(checkpoint.training.step)
-    fresh = beside(final)
+    final = run.checkpoint(checkpoint.training.step)  # which is there already where the same step is now evaluated
     try:
         _check_space(run.checkpoints, checkpoint)
-        fresh.mkdir()
-        _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
-        if checkpoint.unaveraged:
-            _save_arrays(fresh / UNAVERAGED, checkpoint.unaveraged)
-        if checkpoint.residuals:
-            _save_arrays(fresh / RESIDUALS, checkpoint.residuals)
-        _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
-        _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
-        (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
-        vocabulary.save(fresh / VOCABULARY)
-        state = {
-            "format": _FORMAT,
-            "gluon_lm": __version__,
-            "training": dataclasses.asdict(checkpoint.training),
-            "communicator": checkpoint.communicator,
-            "loss_scale": checkpoint.loss_scale,
-            "corpus": checkpoint.corpus,
-            "text": dict(checkpoint.text),
-            "num_devices": checkpoint.num_devices,
-            "sha256": {path.name: file_hash(path) for path in sorted(fresh.iterdir())},
-        }
-        state["digest"] = _digest(json.loads(json.dumps(state)))
-        (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in [*fresh.iterdir(), fresh]:
-            synchronise(path)
-        if final.exists():  # the same step again, now evaluated
-            exchange(fresh, final)
-        else:
-            fresh.rename(final)
-        synchronise(run.checkpoints)
+        with replaced_folder(final) as fresh:
+            _save_arrays(fresh / PARAMETERS, checkpoint.parameters)
+            if checkpoint.unaveraged:
+                _save_arrays(fresh / UNAVERAGED, checkpoint.unaveraged)
+            if checkpoint.residuals:
+                _save_arrays(fresh / RESIDUALS, checkpoint.residuals)
+            _save_arrays(fresh / OPTIMIZER, checkpoint.optimizer)
+            _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
+            (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
+            vocabulary.save(fresh / VOCABULARY)
+            state = {
+                "format": _FORMAT,
+                "gluon_lm": __version__,
+                "training": dataclasses.asdict(checkpoint.training),
+                "communicator": checkpoint.communicator,
+                "loss_scale": checkpoint.loss_scale,
+                "corpus": checkpoint.corpus,
+                "text": dict(checkpoint.text),
+                "num_devices": checkpoint.num_devices,
+                "sha256": file_hashes(fresh),
+            }
+            state["digest"] = digest_of(json.loads(json.dumps(state)))
+            (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         if is_best:
             _link(run.best, final)
         _link(run.latest, final)
@@ -195,8 +186,6 @@ def save_checkpoint(
             f"{final}: cannot be written ({error.strerror or error}); fix that, and continue from the newest "
             f"checkpoint with --resume {run.path}"
         ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     LOGGER.debug("%s written in %.2f s", final, time.perf_counter() - started)
     return final
 
@@ -253,12 +242,6 @@ def _read_training(values: Mapping[str, Any]) -> TrainingState:
     return TrainingState(**values)
 
 
-def _digest(state: Mapping[str, Any]) -> str:
-    """Hash of all else in ``state.json``."""
-    content = {name: value for name, value in state.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of ``state.json``, once every file fits its hash.
 
@@ -268,7 +251,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["digest"] != _digest(state):
+        if state["digest"] != digest_of(state):
             raise ValueError(f"{STATE} is not as it was written")
         if state["format"] != _FORMAT:
             raise CheckpointError(

@@ -28,7 +28,7 @@ from processes import wait_for
 
 from gluon_lm import exporting, tracking
 from gluon_lm.data import Vocabulary
-from gluon_lm.files import is_in_use, sole_use
+from gluon_lm.files import digest_of, is_in_use, sole_use
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
 
@@ -476,7 +476,7 @@ def forge(run: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     state = json.loads((folder / "state.json").read_text())
     state["sha256"][name] = hashlib.sha256(content).hexdigest()
-    state["digest"] = checkpoint._digest(state)
+    state["digest"] = digest_of(state)
     (folder / "state.json").write_text(json.dumps(state))
 
 
@@ -545,7 +545,7 @@ def test_a_state_that_is_none_is_refused(project):
         name: {**whole, "training": {**whole["training"], name: value}}
         for name, value in {"step": "7", "lr": None, "epoch": [1], "valid_losses": 3, "nothing": 1}.items()
     } | {"text": {**whole, "text": 3}, "num_devices": {**whole, "num_devices": {}}}
-    forged = {how: {**content, "digest": checkpoint._digest(content)} for how, content in wrong.items()}
+    forged = {how: {**content, "digest": digest_of(content)} for how, content in wrong.items()}
     cases = BAD_STATES | {how: json.dumps(content).encode() for how, content in forged.items()}
     for how, content in cases.items():
         state.write_bytes(content)
@@ -636,7 +636,7 @@ def test_an_export_with_forged_files_is_refused(project):
 def write_manifest(manifest: dict, changes: dict) -> None:
     """A manifest that says something else and fits itself."""
     changed = {**manifest, **changes}
-    Path("exported/manifest.json").write_text(json.dumps({**changed, "digest": exporting._digest(changed)}))
+    Path("exported/manifest.json").write_text(json.dumps({**changed, "digest": digest_of(changed)}))
 
 
 def test_a_bad_line_among_the_metrics_is_named(project):

@@ -21,12 +21,11 @@ from gluon_lm.data import Vocabulary
 from gluon_lm.data.encoding import Cache, Text, build_vocabulary, encode_text
 from gluon_lm.data.windows import TrainingWindows
 from gluon_lm.errors import CheckpointError, ConfigError, DataError
-from gluon_lm.files import read_arrays, write_arrays
+from gluon_lm.files import digest_of, read_arrays, write_arrays
 from gluon_lm.tracking import MetricsFile
 from gluon_lm.training.checkpoint import (
     Checkpoint,
     TrainingState,
-    _digest,
     load_checkpoint,
     save_checkpoint,
     verify_checkpoint,
@@ -307,7 +306,7 @@ def test_any_json_in_place_of_a_part_of_the_state_is_read_or_refused_on_one_line
     path, files, content = saved
     whole = json.loads(files["state.json"])
     state = whole | {part: value}
-    for forged in (state, state | {"digest": _digest(state)}):
+    for forged in (state, state | {"digest": digest_of(state)}):
         (path / "state.json").write_text(json.dumps(forged))
         try:
             found = content_of(load_checkpoint(path))
