@@ -71,7 +71,7 @@ def recurrent_bytes(config: Config, tokens: int) -> int:
 
 
 def training_need(
-    config: Config, num_parameters: int, largest: int, logits: int, tokens: int, num_sharing: int
+    config: Config, num_parameters: int, largest: int, logits: int, tokens: int, num_sharing: int, merged: int = 0
 ) -> Need:
     """What a run takes.
 
@@ -87,6 +87,8 @@ def training_need(
         Of a window, that a device works on at once.
     num_sharing : int
         Devices that share one memory: CPU contexts; for GPUs 1.
+    merged : int
+        Elements that the GPU holds on which the largest parameter's gradients are added up.
     """
     copies = 2 + _STATES[config.optim.optimizer]
     if num_sharing > 1:
@@ -94,7 +96,7 @@ def training_need(
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's
     bytes_a_logit = _FLOAT if config.training.amp == "none" else _MIXED
     return Need(
-        _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing),
+        _FLOAT * (num_parameters * (copies * num_sharing + average) + largest * num_sharing + merged),
         bytes_a_logit * logits * num_sharing,
         recurrent_bytes(config, tokens) * num_sharing,
     )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds Horovod against the MXNet of the environment, for `horovodrun ... python -m gluon_lm.train --horovod`. Where it
-# is built already, nothing happens. Needs cmake, make and g++, and takes a minute or two.
+# is built already, nothing happens. Needs cmake, make and g++, for a CUDA MXNet the CUDA toolkit too (nvcc), and takes
+# a minute or two.
 #
 # Two things in its sources are mended.
 # Over gloo it opens a second set of connections for which it forgets the network interface that it was told
@@ -27,9 +28,11 @@ from importlib.metadata import version
 
 import gluon_lm  # first: MXNet on newer numpy
 import horovod.mxnet as hvd
+import mxnet
 
 has_all = version("horovod") == sys.argv[1] and hvd.gloo_built()
 has_all = has_all and (not os.environ.get("HOROVOD_WITH_MPI") or hvd.mpi_built())
+has_all = has_all and (hvd.cuda_built() or not mxnet.runtime.Features().is_enabled("CUDA"))
 has_all = has_all and (os.environ.get("HOROVOD_GPU_OPERATIONS") != "NCCL" or hvd.nccl_built())
 sys.exit(not has_all)
 PYTHON
@@ -45,6 +48,12 @@ for tool in cmake make g++; do
     command -v "$tool" >/dev/null ||
         fail "$tool: is needed to build Horovod and is not here; apt-get install cmake make g++, then run this again"
 done
+
+if "$VENV/bin/python" -c 'import sys, gluon_lm, mxnet; sys.exit(not mxnet.runtime.Features().is_enabled("CUDA"))'; then
+    PATH="$PATH:${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}}/bin" command -v nvcc >/dev/null ||
+        fail "nvcc: is needed to build Horovod for a CUDA MXNet and is not here; install the CUDA toolkit, or name it" \
+            "with HOROVOD_CUDA_HOME"
+fi
 
 printf 'building Horovod %s, which takes a minute or two\n' "$VERSION"
 pip_install "setuptools<70" wheel packaging psutil cloudpickle "PyYAML>=6.0.1,<7"

@@ -187,7 +187,7 @@ def thresholds_of_one_step(parameters: list[Any]) -> dict[str, Any]:
 
     scales = GradientScales()
     for _ in range(CALIBRATION_STEPS):
-        scales.observe(parameters, lambda numbers: np.array([numbers]))
+        scales.observe([[p.grad() for p in parameters]], lambda numbers: np.array([numbers]))
     return {"threshold": 0.5, **scales.state_dict()}
 
 

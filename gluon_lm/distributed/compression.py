@@ -35,22 +35,27 @@ class GradientScales:
         self._steps = 0
         self._square_sums: np.ndarray | float = 0.0
 
-    def observe(self, parameters: Sequence[gluon.Parameter], exchange: Callable[[Sequence[float]], np.ndarray]) -> None:
-        """Take in one step's gradients, device by device, before they are reduced.
+    def observe(
+        self,
+        gradients_DP: Sequence[Sequence[mx.nd.NDArray]],
+        exchange: Callable[[Sequence[float]], np.ndarray],
+    ) -> None:
+        """Take in one step's gradients as they would be compressed.
 
         Parameters
         ----------
-        parameters : sequence of Parameter
+        gradients_DP : sequence of sequences of NDArray
+            Of each of D devices, or of what else compresses by itself, the P parameters' gradients.
         exchange : callable
             `Communicator.exchange`: the scales are to be the same for all workers.
         """
-        sums = [square_sums(grads) for grads in zip(*(p.list_grad() for p in parameters))]
+        sums = [square_sums(gradients) for gradients in gradients_DP]
         sums_WP = exchange(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
         self._square_sums = self._square_sums + sums_WP.sum(axis=0)
         self._steps += 1
         if self._steps == CALIBRATION_STEPS:
             count = len(sums) * len(sums_WP) * self._steps
-            sizes = np.array([np.prod(p.shape) * count for p in parameters], dtype=np.float64)
+            sizes = np.array([gradient.size * count for gradient in gradients_DP[0]], dtype=np.float64)
             self.factors = [
                 power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0 for rms in np.sqrt(self._square_sums / sizes)
             ]

@@ -38,10 +38,13 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False, number: int =
         wanted = list(config.gpus)
         flag = "--gpus " + ",".join(map(str, wanted))
     elif config.cuda or config.single_gpu:
-        wanted = [number % max(1, num_gpus)]
+        good = [i for i in range(num_gpus) if i not in reasons] or [0]
+        wanted = [good[number % len(good)]]
         flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        in_turn = (mx.gpu((number + i) % num_gpus) for i in range(num_gpus))
+        # The driver tells all processes of a machine alike which GPUs are good, so each has another one of these.
+        good = [i for i in range(num_gpus) if i not in reasons]
+        in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
         usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
         found = list(usable) if every_gpu else list(itertools.islice(usable, 1))
         found = found or [mx.cpu(0)]

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from mxnet import gluon
 from ..errors import DistributedError
 from ..heartbeat import listen
 from ..logs import LOGGER
+from ..memory import is_allocation_failure
 from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
 from .compression import GradientScales
@@ -75,6 +77,11 @@ class HorovodCommunicator(Communicator):
         timeout_s = _timeout()
         self._hvd = _start()
         self.rank, self.size = self._hvd.rank(), self._hvd.size()
+        if devices[0].device_type == "gpu" and not self._hvd.cuda_built():
+            raise DistributedError(
+                f"--horovod: this Horovod was built without CUDA and cannot read {devices[0]}; build it anew with bash "
+                "scripts/install_horovod.sh"
+            )
         self._watch = _Watch(self._hvd, timeout_s)
         listen(self._watch.beat)
         if self.size == 1 and compression != "none":
@@ -87,6 +94,19 @@ class HorovodCommunicator(Communicator):
         self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None
         self._restored_threshold = threshold
+        if devices[0].device_type == "gpu" and self._hvd.nccl_built():
+            self._refuse_shared_gpus()
+
+    def _refuse_shared_gpus(self) -> None:
+        """NCCL joins no two processes on one GPU, and does not say so."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = self.gather_object([socket.gethostname(), visible, self.devices[0].device_id])
+        shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
+        if len(shared) > 1:
+            raise DistributedError(
+                f"--horovod: workers {', '.join(map(str, shared))} share {self.devices[0]} of {gpus[self.rank][0]}, "
+                "which NCCL cannot; start as many processes there as it has GPUs"
+            )
 
     @property
     def description(self) -> str:
@@ -115,7 +135,7 @@ class HorovodCommunicator(Communicator):
         if self._scales is None:
             self._add_up(gradients)
         elif self._scales.factors is None:
-            self._scales.observe(parameters, self.exchange)
+            self._scales.observe([gradients], self.exchange)
             self._add_up(gradients)
         else:
             self._add_up_codes(gradients, self._scales.factors)
@@ -198,6 +218,9 @@ class HorovodCommunicator(Communicator):
             self._watch.is_waiting = False
             self._watch.beat()
         except mx.MXNetError as error:
+            if is_allocation_failure(error):  # of a gradient that was still being computed
+                self._watch.stop()
+                raise
             # Much has failed at once, in threads of MXNet's and of Horovod's, and MXNet keeps their errors in one list
             # that it does not lock: waitall may crash, and so may MXNet itself when the process ends.
             self._watch.stop()

@@ -91,7 +91,7 @@ class ParameterServer(Communicator):
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         factors = self._scales.factors if self._scales else None
         if self._scales and factors is None:
-            self._scales.observe(parameters, self.exchange)
+            self._scales.observe([list(map(_sum_of_devices, parameters))], self.exchange)
         if factors and not self._is_compressing:
             self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
             self._is_compressing = True
@@ -125,3 +125,9 @@ class ParameterServer(Communicator):
 
     def close(self):
         self._control.leave()
+
+
+def _sum_of_devices(parameter: gluon.Parameter) -> mx.nd.NDArray:
+    """What a worker pushes, and what is compressed."""
+    first, *others = parameter.list_grad()
+    return mx.nd.add_n(first, *(grad.as_in_context(first.context) for grad in others)) if others else first

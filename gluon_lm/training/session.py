@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import mxnet as mx
@@ -218,7 +219,19 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,
+        merged=0 if on_cpu else _merged(list(sizes.values()), len(devices), config.devices.gctype == "2bit"),
     )
+
+
+def _merged(sizes: Sequence[int], num_gpus: int, is_compressed: bool) -> int:
+    """Elements that KVStore `device` holds on one GPU besides: a parameter's gradients of all GPUs, and their sum.
+
+    It deals the parameters out to the GPUs, and the largest one weighs most. Compressed, there is one more of it, and
+    what each GPU has not sent yet of all parameters.
+    """
+    if num_gpus == 1:
+        return 0
+    return (num_gpus + 1) * max(sizes) + sum(sizes) if is_compressed else num_gpus * max(sizes)
 
 
 def _free_memory(communicator: Communicator) -> int | None:

@@ -345,6 +345,16 @@ def test_workers_of_one_machine_take_its_gpus_in_turn(monkeypatch, config, devic
     assert create_communicator(config).devices == [device]
 
 
+def test_workers_share_out_the_gpus_that_are_good(monkeypatch):
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 3)
+    monkeypatch.setattr(device_flags, "reasons_against_gpus", lambda: {0: "is too old"})
+    monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: gpu.device_id not in reasons)
+    for flags in ({}, {"cuda": True}):
+        taken = [device_flags.resolve_devices(DeviceConfig(**flags), number=number) for number in range(4)]
+        assert taken == [[mx.gpu(1)], [mx.gpu(2)], [mx.gpu(1)], [mx.gpu(2)]]
+    assert device_flags.resolve_devices(DeviceConfig(), every_gpu=True) == [mx.gpu(1), mx.gpu(2)]
+
+
 @without_gpu
 def test_workers_of_a_machine_without_gpus_take_its_cpu(monkeypatch):
     monkeypatch.setitem(COMMUNICATORS, "dist_sync", lambda devices, config: SingleDevice(devices))

@@ -138,10 +138,16 @@ def test_workers_of_several_devices_have_the_sum_of_all(tmp_path):
             np.testing.assert_allclose(arrays[str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
 
 
-def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path):
-    found = run_cluster(tmp_path, "dist_sync", 1, THRESHOLD)
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path, num_devices):
+    found = run_cluster(tmp_path, "dist_sync", num_devices, THRESHOLD)
     by_step = sums(found)
-    drawn = [[draw(step, rank) for rank in found.ranks] for step in range(NUM_STEPS)]
+
+    def pushed(step, rank):
+        """What a worker's devices have together, which is compressed."""
+        return [sum(arrays) for arrays in zip(*(draw(step, rank, i) for i in range(num_devices)))]
+
+    drawn = [[pushed(step, rank) for rank in found.ranks] for step in range(NUM_STEPS)]
     squares = [
         np.mean([np.square(arrays[k], dtype=np.float64) for ranks in drawn[:CALIBRATION_STEPS] for arrays in ranks])
         for k in range(len(SHAPES))

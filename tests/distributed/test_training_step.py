@@ -572,6 +572,13 @@ def test_the_gpu_gives_the_parameters_of_the_cpu(settings):
 
 
 @pytest.mark.gpu
+def test_square_sums_on_the_gpu_are_those_of_float64():
+    arrays = [np.random.RandomState(i).normal(size=shape).astype("f") for i, shape in enumerate([(33278, 200), (7,)])]
+    found = square_sums([mx.nd.array(array, ctx=mx.gpu(0)) for array in arrays]).asnumpy()
+    np.testing.assert_allclose(found, [np.square(array, dtype=np.float64).sum() for array in arrays], rtol=1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kvstore", ["device", "local"])
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_two_gpus_give_the_parameters_of_one(kvstore, settings):
