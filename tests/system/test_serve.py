@@ -330,8 +330,8 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
 
 
 def test_a_signal_finishes_what_is_running_and_takes_nothing_new(run):
-    words = 800
-    with Server(run, "--slots", 1) as server:
+    words = 3000  # which take seconds, and a signal milliseconds
+    with Server(run, "--slots", 1, "--max-words", words) as server:
         with server.stream(words=words) as events:
             assert next(events)[0] == "start" and next(events)[0] == "word"
             server.process.send_signal(signal.SIGTERM)
