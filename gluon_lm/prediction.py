@@ -128,8 +128,14 @@ class _Scores(gluon.HybridBlock):
         return (self.head.scores(F, hidden_TNH), *new_states)
 
 
-def load_predictor(name: str | Path | None, device: mx.Context) -> Predictor:
+def load_predictor(name: str | Path | None, device: mx.Context | None = None) -> Predictor:
     """A run (its best checkpoint), a checkpoint, or an exported folder, by a user's name for it; None: the newest run.
+
+    Parameters
+    ----------
+    name : str or Path, optional
+    device : Context, optional
+        Where it computes; the CPU if None.
 
     Raises
     ------
@@ -139,6 +145,7 @@ def load_predictor(name: str | Path | None, device: mx.Context) -> Predictor:
     from .exporting import is_exported, load_exported
     from .training.checkpoint import load_model
 
+    device = device or mx.cpu()
     if name is not None and is_exported(Path(name)):
         return load_exported(name, device)
     model, vocabulary, config, _ = load_model(name, device)

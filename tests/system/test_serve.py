@@ -208,6 +208,12 @@ def test_what_is_no_json_is_refused(server, body):
     assert answer.status == 422 and answer.json["detail"][0]["msg"]
 
 
+def test_json_that_is_not_said_to_be_json_is_refused_with_what_to_say(server):
+    for content_type in (None, URLENCODED):
+        answer = server.ask("POST", "/v1/generate", b'{"words": 5}', content_type)
+        assert answer.status == 422 and "Content-Type: application/json" in answer.json["detail"][0]["msg"]
+
+
 def test_what_is_too_long_or_nowhere_is_refused(server):
     assert server.ask("POST", "/v1/generate", b" " * 100_000, "application/json").status == 413
     too_long = server.ask("POST", "/", b"words=5&x=" + b"y" * 100_000, URLENCODED)
