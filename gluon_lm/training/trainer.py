@@ -41,9 +41,10 @@ CHECK_EVERY = 100  # steps after which the workers compare their parameters
 
 @dataclass
 class _Interval:
-    """Sums since the last line of the log."""
+    """Sums since the last line of the log, and the learning rate of the last step."""
 
     started: float
+    lr: float = 0.0
     loss_sum: float = 0.0
     num_targets: int = 0
     num_steps: int = 0
@@ -233,7 +234,7 @@ class Trainer:
                 return
             if self.is_finished:
                 return
-            started = time.perf_counter()
+            started, interval.lr = time.perf_counter(), state.lr
             result = self._take_step(stop)
             interval.add(result)
             self._show(result, time.perf_counter() - started)
@@ -497,7 +498,7 @@ class Trainer:
             epoch,
             batch,
             windows,
-            state.lr,
+            interval.lr,
             1000 * seconds / interval.num_steps,
             loss,
             perplexity(loss),
@@ -513,7 +514,7 @@ class Trainer:
             epoch=epoch,
             loss=loss,
             perplexity=perplexity(loss),
-            lr=state.lr,
+            lr=interval.lr,
             grad_norm=interval.grad_norm,
             tokens_per_second=interval.num_targets / seconds,
             **scaling,
