@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import control_groups
-from .config import Config
+from .config import OPTIMIZER_STATES, Config
 from .errors import OutOfMemory
 
 _STATUS = Path("/proc/self/status")
 _FLOAT = 4
 _MIXED = 8  # a logit in float32 and in half precision, and what oneDNN keeps of products: precision.FORWARD_ROWS
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
-_STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that an optimiser keeps
 _RECURRENT_FLOATS = 20  # for each unit and token; oneDNN's LSTM takes them twice over
 _FAILURE = re.compile(
     "failed to allocate|out of memory|alloc_failed|cudaErrorMemoryAllocation|bad_alloc|"
@@ -90,7 +89,7 @@ def training_need(
     merged : int
         Elements that the GPU holds on which the largest parameter's gradients are added up.
     """
-    copies = 2 + _STATES[config.optim.optimizer]
+    copies = 2 + OPTIMIZER_STATES[config.optim.optimizer]
     if num_sharing > 1:
         copies += 1  # where gradients are added up
     average = int(config.optim.ntasgd or config.optim.asgd)  # the first device's

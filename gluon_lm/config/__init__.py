@@ -7,6 +7,7 @@ from .kinds import Kind, choice, integer, option, optional, pathname, pathnames,
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
 from .rules import device_count, share_problems, validate, vocabulary_problems
 from .sections import (
+    OPTIMIZER_STATES,
     SECTIONS,
     TAIL_FACTOR,
     Config,
@@ -27,6 +28,7 @@ __all__ = [
     "Kind",
     "Layer",
     "ModelConfig",
+    "OPTIMIZER_STATES",
     "OptimConfig",
     "SECTIONS",
     "Section",

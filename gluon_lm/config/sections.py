@@ -29,6 +29,7 @@ from .kinds import (
 KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
 COMPRESSIONS = ("none", "2bit", "fp16")
 OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
+OPTIMIZER_STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that it keeps
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
 MODELS = CELLS + tuple(REGULARISED_CELLS)

@@ -146,12 +146,6 @@ def test_state_goes_through_json_and_checkpoints_between_steps_change_no_sum(com
         np.testing.assert_array_equal(arrays[0], again[0])
 
 
-def test_close_twice(communicator):
-    reduce(communicator, make_parameters(communicator.devices), draw(0, len(communicator.devices)))
-    communicator.close()
-    communicator.close()
-
-
 # ---------------------------------------------------------------- 2-bit compression
 
 SIZES = (3.0, 1e-2, 2e-4)

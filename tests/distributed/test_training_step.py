@@ -160,8 +160,6 @@ def test_states_are_carried_on_each_device(num_devices):
         assert [state.context for state in states] == [mx.cpu(i)] * 4
         assert all(state.shape[1] == BATCH // num_devices for state in states)
         assert all(np.abs(state.asnumpy()).max() > 0 for state in states)
-    step.states = None
-    assert step.states is None
 
 
 # ---------------------------------------------------------------- against numpy

@@ -19,6 +19,7 @@ import mxnet as mx
 import pytest
 from serving import PATIENCE, Server, train_tiny_run, until
 
+from gluon_lm.export import main as export
 from gluon_lm.serve import main
 
 URLENCODED = "application/x-www-form-urlencoded"
@@ -374,6 +375,18 @@ def is_listening(server):
     except ConnectionRefusedError:
         return False
     return True
+
+
+def test_an_exported_folder_is_served_as_its_run(run, server, tmp_path):
+    assert export([str(run), "--output", str(tmp_path / "exported")]) == 0
+    with Server(tmp_path / "exported", "--slots", 8) as exported:
+        for path, asked in [
+            ("/v1/generate", {"words": 20, "n": 2, "seed": 3, "prompt": "the cat"}),
+            ("/v1/generate", {"words": 20, "temperature": 0}),
+        ]:
+            assert exported.ask_json(path, asked).json["texts"] == server.ask_json(path, asked).json["texts"]
+        own, theirs = (one.ask_json("/v1/score", {"text": "the cat sees"}).json["lines"] for one in (exported, server))
+        assert own[0]["log_prob"] == pytest.approx(theirs[0]["log_prob"], rel=1e-5)
 
 
 # ---------------------------------------------------------------- before it serves

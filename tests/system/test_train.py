@@ -71,6 +71,7 @@ def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project,
         wait_for(lambda steps=steps: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL  # and had not ended by then
         process = project.start("train", "--resume", "killed")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

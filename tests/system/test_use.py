@@ -128,6 +128,16 @@ def test_a_text_that_ends_early_is_counted_as_it_is(run):
     assert f"{len((run.path / 'o.txt').read_text().split()):,} words in o.txt" in output
 
 
+def test_lines_come_from_standard_input_where_the_file_is_a_hyphen(run):
+    (run.path / "lines.txt").write_text("the cat sees a tree .\na dog\n")
+    command = run.command("score", "run", "-", "--quiet")
+    piped = subprocess.run(
+        command, input=b"the cat sees a tree .\na dog\n", stdout=subprocess.PIPE, env=run.environment()
+    )
+    assert piped.returncode == 0
+    assert piped.stdout.decode() == run.run("score", "run", "lines.txt", "--quiet")
+
+
 def test_standard_input_that_is_closed_has_no_lines(run, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert run.refused("score", "run", "-").startswith("error: ")
