@@ -283,8 +283,9 @@ class CommandParser(argparse.ArgumentParser):
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
         run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)
         if named is not None and None not in (run, named.value) and run != named.value:
-            flag = named.source.removeprefix("flag ")
-            problems.append(f"{show(run)} with {flag} {show(named.value)}: both name the run; leave one of them out")
+            problems.append(
+                f"{show(run)} with {named.flag} {show(named.value)}: both name the run; leave one of them out"
+            )
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if problems:
@@ -428,7 +429,7 @@ class TrainCommand:
         for name, setting in self.settings.items():
             value, old = get(resolved.config, name), get(before, name)
             if value != old and name not in may_change | DeviceConfig.__dataclass_fields__.keys():
-                flag = setting.source[len("flag ") :] + ("" if isinstance(value, bool) else f" {show(value)}")
+                flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
                 was = f"{config_file.parent} was trained with {show(old)}"
                 problems.append(f"{flag}: {was}; leave the flag out, or train anew")
         resolved = dataclasses.replace(resolved, sources=sources)

@@ -132,8 +132,9 @@ def _check_cache(options: EvaluateOptions, parsed: Parsed) -> None:
         for name in _CACHE_FLAGS:
             if name in parsed.settings:
                 setting = parsed.settings[name]
-                flag = f"{setting.source[len('flag ') :]} {show(setting.value)}"
-                problems.append(f"{flag}: has no effect without --cache; add it, or leave the flag out")
+                problems.append(
+                    f"{setting.flag} {show(setting.value)}: has no effect without --cache; add it, or leave the flag out"
+                )
     if problems:
         raise ConfigError(problems)
 

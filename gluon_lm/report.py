@@ -55,7 +55,7 @@ def _report(argv: Sequence[str]) -> int:
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
     if not options.words:
         settings = {name: s for name, s in parsed.settings.items() if name not in DebugOptions.__dataclass_fields__}
-        idle = [setting.source[len("flag ") :] for name, setting in settings.items() if name not in ("output", "words")]
+        idle = [setting.flag for name, setting in settings.items() if name not in ("output", "words")]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave one out")
     log_to_terminal(parsed.verbosity)

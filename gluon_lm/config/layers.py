@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,11 @@ class Setting:
 
     value: Any
     source: str
+
+    @property
+    def flag(self) -> str:
+        """The flag that gave it, as it was spelled; of another source that."""
+        return self.source.removeprefix("flag ")
 
 
 Layer = dict[str, Setting]
@@ -141,44 +146,32 @@ def _choose_recipe(flags: Layer, file: Layer) -> str:
     return DEFAULT_RECIPE
 
 
-def _replaced_by(layer: Layer) -> set[str]:
-    """The fields that `layer` takes the place of in the layers below, because both together make no sense.
+# Fields that a layer takes the place of in the layers below, because both together make no sense: where the value of the
+# first is such, the others go. So `--cpus 2` continues a run that was configured with GPUs, and `--vocab FILE` goes
+# with any recipe.
+_REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
+    ("cpus", bool, frozenset({"gpus", "cuda", "single_gpu"})),
+    ("gpus", bool, frozenset({"cpus", "cuda", "single_gpu"})),
+    ("single_gpu", bool, frozenset({"cpus", "gpus"})),
+    ("cuda", bool, frozenset({"cpus"})),
+    ("cuda", lambda value: value is False, frozenset({"gpus", "single_gpu"})),
+    ("gctype", lambda value: value in ("none", "fp16"), frozenset({"gcthreshold"})),
+    ("horovod", bool, frozenset({"kvstore"})),
+    ("kvstore", bool, frozenset({"horovod"})),
+    ("vocab", bool, frozenset({"min_freq", "max_vocab"})),
+    ("min_freq", bool, frozenset({"vocab"})),
+    ("max_vocab", bool, frozenset({"vocab"})),
+    ("optimizer", lambda value: value == "adam", frozenset({"ntasgd", "asgd", "nonmono"})),
+    ("ntasgd", bool, frozenset({"asgd", "lr_decay"})),
+    ("asgd", bool, frozenset({"ntasgd", "lr_decay"})),
+    ("shuffle", bool, frozenset({"max_seq_len_delta"})),
+    ("max_seq_len_delta", lambda value: value is not None, frozenset({"shuffle"})),
+)
 
-    So ``--cpus 2`` continues a run that was configured with GPUs, and ``--vocab FILE`` goes with any recipe.
-    """
-    values = {name: setting.value for name, setting in layer.items()}
-    replaced: set[str] = set()
-    if values.get("cpus"):
-        replaced |= {"gpus", "cuda", "single_gpu"}
-    if values.get("gpus"):
-        replaced |= {"cpus", "cuda", "single_gpu"}
-    if values.get("single_gpu"):
-        replaced |= {"cpus", "gpus"}
-    if values.get("cuda"):
-        replaced |= {"cpus"}
-    if values.get("cuda") is False:
-        replaced |= {"gpus", "single_gpu"}
-    if values.get("gctype") in ("none", "fp16"):
-        replaced |= {"gcthreshold"}
-    if values.get("horovod"):
-        replaced |= {"kvstore"}
-    if values.get("kvstore"):
-        replaced |= {"horovod"}
-    if values.get("vocab"):
-        replaced |= {"min_freq", "max_vocab"}
-    if values.get("min_freq") or values.get("max_vocab"):
-        replaced |= {"vocab"}
-    if values.get("optimizer") == "adam":
-        replaced |= {"ntasgd", "asgd", "nonmono"}
-    if values.get("ntasgd"):
-        replaced |= {"asgd", "lr_decay"}
-    if values.get("asgd"):
-        replaced |= {"ntasgd", "lr_decay"}
-    if values.get("shuffle"):
-        replaced |= {"max_seq_len_delta"}
-    if values.get("max_seq_len_delta") is not None:
-        replaced |= {"shuffle"}
-    return replaced
+
+def _replaced_by(layer: Layer) -> set[str]:
+    replaced = [names for field, is_such, names in _REPLACES if field in layer and is_such(layer[field].value)]
+    return set().union(*replaced)
 
 
 def _value(layer: Layer, name: str) -> Any:
