@@ -146,8 +146,8 @@ def _choose_recipe(flags: Layer, file: Layer) -> str:
     return DEFAULT_RECIPE
 
 
-# Fields that a layer takes the place of in the layers below, because both together make no sense: where the value of the
-# first is such, the others go. So `--cpus 2` continues a run that was configured with GPUs, and `--vocab FILE` goes
+# Fields that a layer takes the place of in the layers below, because both together make no sense: where the value of
+# the first is such, the others go. So `--cpus 2` continues a run that was configured with GPUs, and `--vocab FILE` goes
 # with any recipe.
 _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     ("cpus", bool, frozenset({"gpus", "cuda", "single_gpu"})),
