@@ -129,12 +129,11 @@ def _check_cache(options: EvaluateOptions, parsed: Parsed) -> None:
             "leave one of them out"
         )
     if not options.cache:
-        for name in _CACHE_FLAGS:
-            if name in parsed.settings:
-                setting = parsed.settings[name]
-                problems.append(
-                    f"{setting.flag} {show(setting.value)}: has no effect without --cache; add it, or leave the flag out"
-                )
+        problems += [
+            f"{setting.flag} {show(setting.value)}: has no effect without --cache; add it, or leave the flag out"
+            for name, setting in parsed.settings.items()
+            if name in _CACHE_FLAGS
+        ]
     if problems:
         raise ConfigError(problems)
 
