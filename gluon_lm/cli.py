@@ -28,6 +28,7 @@ from gluon_lm.config import (
     Layer,
     Section,
     Setting,
+    TrainingConfig,
     build,
     flag_of,
     get,
@@ -559,8 +560,9 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     )
     parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
     for name, section in SECTIONS.items():
-        fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when"}
+        fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when", "max_steps"}
         parser.add_section(section, name, only=sorted(fields), default="the run's")
+    parser.add_section(TrainingConfig, "steps", only=["max_steps"])
     parser.add_section(DebugOptions, "messages")
     parser.add_run("--save", "--checkpoint")
     parsed = parser.parse(argv)

@@ -65,10 +65,15 @@ def synchronise(path: Path) -> None:
     beat()
 
 
-def _is_written_to(path: Path) -> bool:
-    """Whether what is written to a path goes to where it leads, and does not take its place."""
-    is_open_already = path.absolute().parts[:2] == ("/", "dev") and path.absolute().parts[2:3] != ("shm",)
-    return is_open_already or (path.exists() and not path.is_file() and not path.is_dir())
+def _open_in_place(path: Path) -> BinaryIO | None:
+    """What is written to and not replaced: what the process has open, a device, a pipe; None for anything else."""
+    standard = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    number = standard.get(str(path), str(path).removeprefix("/dev/fd/").removeprefix("/proc/self/fd/"))
+    if number.isdecimal() and str(path) != number:
+        return os.fdopen(os.dup(int(number)), "wb")  # opened anew, it would begin to write at another place
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return open(path, "wb")
+    return None
 
 
 @contextlib.contextmanager
@@ -78,9 +83,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     A link stays, and what it names is replaced; a device or a pipe is written to, and so is what a process has open
     (``/dev/stdout``, ``/dev/fd/3``).
     """
-    if _is_written_to(path):
-        with open(path, "ab") as file:
-            yield file
+    in_place = _open_in_place(path)
+    if in_place is not None:
+        with in_place:
+            yield in_place
         return
     target = Path(os.path.realpath(path))
     fresh = beside(target)
@@ -228,11 +234,16 @@ def output_file(flag: str, name: str) -> Path:
         If it cannot be one.
     """
     path = Path(name)
-    is_written_to = _is_written_to(path)
     folder = Path(os.path.realpath(path)).parent
-    if not is_written_to and (path.is_dir() or not folder.is_dir()):
+    try:
+        in_place = _open_in_place(path)
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); name another") from error
+    if in_place is not None:
+        in_place.close()
+    elif path.is_dir() or not folder.is_dir():
         raise ConfigError(f"{flag} {path}: must be a file in a folder that exists; name another")
-    if not os.access(path if is_written_to else folder, os.W_OK):
+    elif not os.access(folder, os.W_OK):
         raise ConfigError(f"{flag} {path}: no permission to write there; name another")
     return path
 

@@ -64,10 +64,11 @@ def _generate(argv: Sequence[str]) -> int:
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
-    if options.greedy:
+    if options.greedy or options.temperature == 0:
+        greedy = "--greedy" if options.greedy else "--temperature 0"
         problems = [
-            f"--greedy with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
-            for flag in ("temperature", "top_k", "top_p")
+            f"{greedy} with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
+            for flag in ("top_k", "top_p", *(["temperature"] if options.greedy else []))
             if flag in parsed.settings
         ]
         if problems:

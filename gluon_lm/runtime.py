@@ -72,8 +72,10 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY and allowed < _LIBRARY_BYTES:
         raise MemoryError(f"{allowed >> 20} MB are allowed, and MXNet alone takes {_LIBRARY_BYTES >> 20}")
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    if not threads.isdecimal() or int(threads) < 1:
+    threads = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not threads:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    elif not threads.isdecimal() or int(threads) < 1:
         raise ConfigError(f"OMP_NUM_THREADS={threads}: MXNet needs one whole number, 1 or more; set that, or nothing")
     if own_layers:
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")

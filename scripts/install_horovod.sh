@@ -50,7 +50,8 @@ for tool in cmake make g++; do
 done
 
 if "$VENV/bin/python" -c 'import sys, gluon_lm, mxnet; sys.exit(not mxnet.runtime.Features().is_enabled("CUDA"))'; then
-    PATH="$PATH:${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}}/bin" command -v nvcc >/dev/null ||
+    command -v nvcc >/dev/null || export HOROVOD_CUDA_HOME="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-/usr/local/cuda}}"
+    PATH="$PATH:${HOROVOD_CUDA_HOME:-}/bin" command -v nvcc >/dev/null ||
         fail "nvcc: is needed to build Horovod for a CUDA MXNet and is not here; install the CUDA toolkit, or name it" \
             "with HOROVOD_CUDA_HOME"
 fi

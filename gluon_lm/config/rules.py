@@ -38,6 +38,7 @@ def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] 
         if size is not None and size % num_devices:
             below = size // num_devices * num_devices
             fix = f"use {below} or {below + num_devices}" if below else f"use {num_devices}"
+            fix += ", or devices whose number divides it"
             named = named_setting(name, size, sources or {})
             problems.append(f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}")
     return problems
@@ -80,9 +81,11 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
                 "in horovodrun -np 4"
             )
     elif devices.gctype == "fp16":
-        problems.append(f"{named('gctype')}: only Horovod sends half precision; add --horovod, or use --gctype 2bit")
+        problems.append(
+            f"{named('gctype')}: only Horovod sends half precision; add --horovod, or use --gctype 2bit or none"
+        )
     if count == 1 and not devices.has_workers:
-        reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or leave it out"
+        reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or use none"
         if devices.gctype == "2bit":
             problems.append(f"{named('gctype')}: nothing to compress, {reason}")
         if devices.kvstore is not None:

@@ -65,9 +65,13 @@ class Agent(EventLoop):
         """Serve until the supervisor says that it is enough or is gone; what was started has ended then."""
         self._supervisor.send("hello", os.getpid(), __version__)
         self.run_until(lambda: self._is_ending)
-        self._signal_all(signal.SIGTERM)
+        # The workers first: to write a checkpoint they need what serves them.
+        self._signal(self._running_workers(), signal.SIGTERM)
+        self.run_until(lambda: not self._running_workers() or self._is_urgent, GRACE_S)
+        self._signal(self._running_workers(), signal.SIGKILL)
+        self._signal(self._running(), signal.SIGTERM)
         self.run_until(lambda: not self._running() or self._is_urgent, GRACE_S)
-        self._signal_all(signal.SIGKILL)
+        self._signal(self._running(), signal.SIGKILL)
         self.run_until(lambda: not self._running(), GRACE_S)
         self._supervisor.close(_FLUSH_S)
 
@@ -143,8 +147,11 @@ class Agent(EventLoop):
     def _running(self) -> list[_Child]:
         return [child for child in self._children.values() if not child.has_ended]
 
-    def _signal_all(self, number: int) -> None:
-        for child in self._running():
+    def _running_workers(self) -> list[_Child]:
+        return [child for child in self._running() if child.to_worker is not None]
+
+    def _signal(self, children: Sequence[_Child], number: int) -> None:
+        for child in children:
             child.signal(number)
 
     def _start(self, name: str, argv: list[str], environment: dict[str, str], is_worker: bool) -> _Child:

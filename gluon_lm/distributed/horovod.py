@@ -93,16 +93,16 @@ class HorovodCommunicator(Communicator):
         self._scales = GradientScales() if compression == "2bit" else None
         self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None
-        self._restored_threshold = threshold
-        if devices[0].device_type == "gpu" and self._hvd.nccl_built():
+        self._restored_threshold, self._had_sent = threshold, True
+        if self._hvd.nccl_built():  # which all know alike: they ask each other
             self._refuse_shared_gpus()
 
     def _refuse_shared_gpus(self) -> None:
         """NCCL joins no two processes on one GPU, and does not say so."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = self.gather_object([socket.gethostname(), visible, self.devices[0].device_id])
+        gpus = self.gather_object([socket.gethostname(), visible, str(self.devices[0])])
         shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
-        if len(shared) > 1:
+        if len(shared) > 1 and self.devices[0].device_type == "gpu":
             raise DistributedError(
                 f"--horovod: workers {', '.join(map(str, shared))} share {self.devices[0]} of {gpus[self.rank][0]}, "
                 "which NCCL cannot; start as many processes there as it has GPUs"
@@ -234,12 +234,16 @@ class HorovodCommunicator(Communicator):
     # ---------------------------------------------------------------- state
 
     def state_dict(self):
-        return {"threshold": self._threshold, **self._scales.state_dict()} if self._scales else {}
+        if self._scales is None:
+            return {}
+        has_sent = bool(self._codecs) or self._restored_residual is not None
+        return {"threshold": self._threshold, "has_sent": has_sent, **self._scales.state_dict()}
 
     def load_state_dict(self, state):
         if self._scales and state:
             self._scales.load_state_dict(state)
             self._restored_threshold = state.get("threshold", self._threshold)
+            self._had_sent = state.get("has_sent", True)
 
     def residuals(self) -> dict[str, mx.nd.NDArray]:
         """What each worker has not sent yet, which a resumed run needs besides `state_dict`. All call it together.
@@ -262,6 +266,8 @@ class HorovodCommunicator(Communicator):
     def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
         """Take up the residuals of a run whose state was loaded."""
         if self._scales is None or self._scales.factors is None:
+            return
+        if not self._had_sent:
             return
         if str(self.rank) not in residuals:
             LOGGER.warning("2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
@@ -396,7 +402,9 @@ def _start() -> Any:
             f"builds it for the MXNet that is installed. Then {_START}"
         ) from error
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
-        raise DistributedError(f"--horovod: this process was not started as one of several; {_START}")
+        raise DistributedError(
+            f"--horovod: this process was not started as one of several; {_START}, or go on without: --no-horovod"
+        )
     try:
         hvd.init()
     except ValueError as error:

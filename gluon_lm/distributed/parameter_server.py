@@ -45,7 +45,7 @@ class ParameterServer(Communicator):
         if control is None:
             raise DistributedError(
                 f"--kvstore {kvstore}: needs a scheduler, servers and other workers, which python -m gluon_lm.launch "
-                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb"
+                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb; --kvstore none does without"
             )
         self._control, self._kind, self._threshold = control, kvstore, threshold
         self._scales = None if threshold is None else GradientScales()
@@ -62,10 +62,9 @@ class ParameterServer(Communicator):
     @property
     def description(self) -> str:
         compression = "" if self._threshold is None else f", 2-bit pushes with threshold {self._threshold:g}"
-        return (
-            f"{self.size} workers, {len(self.devices)} devices each ({self.devices[0]} to {self.devices[-1]}), "
-            f"KVStore {self._kind}{compression}"
-        )
+        first, last = self.devices[0], self.devices[-1]
+        devices = f"{len(self.devices)} devices each ({first} to {last})" if last != first else f"one each ({first})"
+        return f"{self.size} workers, {devices}, KVStore {self._kind}{compression}"
 
     def gather_object(self, value):
         return self._control.gather(value)

@@ -202,7 +202,7 @@ class Supervisor(EventLoop):
 
     def _end_all(self) -> None:
         self._send_all("end", self._is_urgent)
-        self.run_until(lambda: not self._agents_left(), 3 * GRACE_S)
+        self.run_until(lambda: not self._agents_left(), 4 * GRACE_S)
         for agent in self._agents_left():
             start_thread(agent.kill)
         self.run_until(lambda: not self._agents_left(), 2 * GRACE_S)

@@ -167,7 +167,8 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         "Peak memory",
     )
     summaries = [run.summary() for run in runs]
-    are_comparable = len({(run.corpus, run.vocab_size) for run in runs}) == 1
+    evaluated = [run for run, summary in zip(runs, summaries) if summary["best_perplexity"] is not None]
+    are_comparable = len({(run.corpus, run.vocab_size) for run in evaluated}) <= 1
     leads = {}
     for key in ("best_perplexity", "test_perplexity"):
         known = [summary[key] for summary in summaries if summary[key] is not None]

@@ -304,7 +304,8 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
         # What was sent stays out of the answer: it may be what JSON or UTF-8 cannot say.
         keys = ("loc", "msg", "type")
         problems = [{key: problem[key] for key in keys} for problem in error.errors()]
-        if "json" not in request.headers.get("content-type", ""):
+        is_unread = all(tuple(problem["loc"]) == ("body",) for problem in problems)
+        if is_unread and "json" not in request.headers.get("content-type", "").lower():
             problems = [{"loc": ["body"], "msg": "send JSON, with Content-Type: application/json", "type": "json_type"}]
         body = json.dumps({"detail": problems})
         return Response(body, 422, media_type="application/json")

@@ -91,13 +91,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         trainer.restore(checkpoint)
         if "lr" in command.settings:
             trainer.state.lr = command.config.optim.lr
-        if trainer.is_finished:
-            LOGGER.warning(
-                "nothing is left to train at step %d, epoch %d, by --epochs, --max-steps or --patience: raise the one "
-                "that ended the run to go on. The best model is tested anew",
-                trainer.state.step,
-                trainer.state.epoch,
-            )
+        if trainer.end is not None:
+            LOGGER.warning("nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
         if command.dry_run:
@@ -219,19 +214,19 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,
-        merged=0 if on_cpu else _merged(list(sizes.values()), len(devices), config.devices.gctype == "2bit"),
+        merged=0 if on_cpu else _merged(list(sizes.values()), len(devices), config.devices),
     )
 
 
-def _merged(sizes: Sequence[int], num_gpus: int, is_compressed: bool) -> int:
-    """Elements that KVStore `device` holds on one GPU besides: a parameter's gradients of all GPUs, and their sum.
+def _merged(sizes: Sequence[int], num_gpus: int, config: DeviceConfig) -> int:
+    """Elements that a KVStore which adds up on GPUs holds on one of them: a parameter's gradients of all, and the sum.
 
     It deals the parameters out to the GPUs, and the largest one weighs most. Compressed, there is one more of it, and
     what each GPU has not sent yet of all parameters.
     """
-    if num_gpus == 1:
+    if num_gpus == 1 or config.kvstore not in (None, "device", "dist_device_sync"):
         return 0
-    return (num_gpus + 1) * max(sizes) + sum(sizes) if is_compressed else num_gpus * max(sizes)
+    return (num_gpus + 1) * max(sizes) + sum(sizes) if config.gctype == "2bit" else num_gpus * max(sizes)
 
 
 def _free_memory(communicator: Communicator) -> int | None:

@@ -232,7 +232,8 @@ class Trainer:
                 else:
                     LOGGER.log(RESULT, "stopped at step %d; continue with --resume %s", state.step, self.run.path)
                 return
-            if self.is_finished:
+            if self.end is not None:
+                LOGGER.info("training ends at step %d: %s", state.step, self.end)
                 return
             started, interval.lr = time.perf_counter(), state.lr
             result = self._take_step(stop)
@@ -240,7 +241,7 @@ class Trainer:
             self._show(result, time.perf_counter() - started)
             if state.step % CHECK_EVERY == 0:
                 self._check_agreement()
-            if interval.num_steps == training.log_interval:
+            if state.window % training.log_interval == 0:  # on the same grid after a resume
                 self._log_interval(interval)
                 interval = _Interval(time.perf_counter())
 
@@ -331,21 +332,24 @@ class Trainer:
         return self._epoch[1]
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the run has ended by its own rules."""
+    def end(self) -> str | None:
+        """The rule of its own by which the run has ended, in words; None where it goes on."""
         training, optim, state = self.config.training, self.config.optim, self.state
-        return (
-            state.epoch >= training.epochs
-            or (training.max_steps is not None and state.step >= training.max_steps)
-            or (training.patience is not None and state.evaluations_since_best >= training.patience)
-            or (optim.asgd and has_stalled(state.valid_losses, optim.nonmono))
-        )
+        if state.epoch >= training.epochs:
+            return f"--epochs {training.epochs} are done"
+        if training.max_steps is not None and state.step >= training.max_steps:
+            return f"--max-steps {training.max_steps} are done"
+        if training.patience is not None and state.evaluations_since_best >= training.patience:
+            return f"--patience {training.patience} evaluations gave no new best"
+        if optim.asgd and has_stalled(state.valid_losses, optim.nonmono):
+            return f"validation has not improved on its best of more than --nonmono {optim.nonmono} evaluations ago"
+        return None
 
     def _evaluation_due(self) -> bool:
         training, state = self.config.training, self.state
         if state.step == state.evaluated_step:
             return False
-        if self.is_finished:
+        if self.end is not None:
             return True
         return state.step % training.eval_every == 0 if training.eval_every else state.window == 0
 

@@ -210,9 +210,8 @@ def test_what_is_no_json_is_refused(server, body):
 
 
 def test_json_that_is_not_said_to_be_json_is_refused_with_what_to_say(server):
-    for content_type in (None, URLENCODED):
-        answer = server.ask("POST", "/v1/generate", b'{"words": 5}', content_type)
-        assert answer.status == 422 and "Content-Type: application/json" in answer.json["detail"][0]["msg"]
+    answer = server.ask("POST", "/v1/generate", b'{"words": 5}', URLENCODED)
+    assert answer.status == 422 and "Content-Type: application/json" in answer.json["detail"][0]["msg"]
 
 
 def test_what_is_too_long_or_nowhere_is_refused(server):

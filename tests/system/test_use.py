@@ -79,6 +79,8 @@ def test_the_references_flags_of_generation(run):
         (("run", "--temperature", -1), "--temperature -1: must be a number, 0 or more"),
         (("run", "--top-p", 1.5), "--top-p 1.5: must be"),
         (("run", "--outf", "no/such/folder.txt"), "must be a file in a folder that exists"),
+        (("run", "--outf", "/dev"), "--outf /dev: must be a file"),
+        (("run", "--outf", "/dev/fd/77"), "--outf /dev/fd/77: cannot be written to (Bad file descriptor)"),
         (("nothing",), "there is no such run"),
     ],
 )
@@ -108,7 +110,7 @@ def test_scores_tell_what_the_model_learnt(run):
 
 def test_what_is_open_already_is_written_to_and_not_replaced(run):
     generate_ten = [*run.command("generate", "run", "--words", 10, "--outf", "/dev/stdout", "--quiet")]
-    with open(run.path / "whole.txt", "ab") as file:
+    with open(run.path / "whole.txt", "wb") as file:
         for words in (["echo", "before"], generate_ten, ["echo", "after"]):
             subprocess.run(words, stdout=file, env=run.environment(), check=True, timeout=120)
     first, text, last = (run.path / "whole.txt").read_text().splitlines()

@@ -380,7 +380,7 @@ def test_every_problem_at_once(tmp_path):
         "--dropouth 0.2: has no effect here, there is one layer; raise --num-layers, or leave it out",
         "--dropoutl 0.3: has no effect here, there is one softmax; add --n-experts K, or leave it out",
         "--gctype 2bit: nothing to compress, one device exchanges no gradients; name several, as in --gpus "
-        "0,1 or --cpus 2, or leave it out",
+        "0,1 or --cpus 2, or use none",
     ]
     assert problems_of("--when 0 --ntasgd --optimizer adam") == [
         "--when 0: must be different epochs, each a whole number, 1 or more, or none"
@@ -392,7 +392,8 @@ def test_every_problem_at_once(tmp_path):
     assert problems_of("--cpus 0 --gctype 2bit") == ["--cpus 0: must be a whole number, 1 or more, or none"]
     assert problems_of("--gpuss 0,1 --gctype 2bit") == ["--gpuss: unknown flag; did you mean --gpus?"]
     assert problems_of("--cpus 3 --gctype 2bit --kvstore local --n-experts 2 --recipe lm") == [
-        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21",
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or "
+        "devices whose number divides it",
         "--gctype 2bit with --kvstore local: local cannot compress; use --kvstore device",
     ]
 
@@ -507,7 +508,8 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
     assert caught.value.problems == [
         f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train anew",
         f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train anew",
-        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81",
+        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81, or devices "
+        "whose number divides it",
     ]
 
 

@@ -779,7 +779,8 @@ def test_a_file_is_answered_for_only_where_it_differs_from_the_default():
 def test_problems_name_the_recipe_or_file_of_a_value():
     resolved = resolve(flags(cpus=3), config_file="gctype: 2bit\nkvstore: local")
     assert validate(resolved.config, resolved.sources) == [
-        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21",
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or devices whose "
+        "number divides it",
         "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; use --kvstore device",
     ]
 

@@ -74,7 +74,7 @@ def test_processes_of_horovod_share_the_cores(environment, monkeypatch, started_
     assert ("OMP_WAIT_POLICY" in variables) == (processes == 1)
 
 
-@pytest.mark.parametrize("threads", ["1,1", "abc", "0", "-1", ""])
+@pytest.mark.parametrize("threads", ["1,1", "abc", "0", "-1"])
 def test_a_number_of_threads_that_would_end_mxnet_is_refused(environment, threads):
     variables, _ = environment
     variables["OMP_NUM_THREADS"] = threads
