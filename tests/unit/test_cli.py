@@ -508,8 +508,8 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
     assert caught.value.problems == [
         f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train anew",
         f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train anew",
-        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81, or devices "
-        "whose number divides it",
+        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81, or "
+        "devices whose number divides it",
     ]
 
 
