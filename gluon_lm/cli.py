@@ -35,6 +35,7 @@ from gluon_lm.config import (
     nearest,
     option,
     optional,
+    origins_in,
     pathname,
     read_value,
     resolve,
@@ -407,7 +408,7 @@ class TrainCommand:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
-    def over(self, config_file: Path, may_change: Set[str]) -> TrainCommand:
+    def over(self, config_file: Path, may_change: Set[str], is_same_run: bool = True) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
 
         Parameters
@@ -415,6 +416,8 @@ class TrainCommand:
         config_file : Path
         may_change : set of str
             Fields, besides those of the devices, that may differ from the run's.
+        is_same_run : bool
+            Whether the run itself goes on, and its values keep their origin; another one has them from this run.
 
         Raises
         ------
@@ -433,11 +436,12 @@ class TrainCommand:
                 flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
                 was = f"{config_file.parent} was trained with {show(old)}"
                 problems.append(f"{flag}: {was}; leave the flag out, or train anew")
-        resolved = dataclasses.replace(resolved, sources=sources)
-        problems += validate(resolved.config, resolved.sources)
+        problems += validate(resolved.config, sources)
         if problems:
             raise ConfigError(problems)
-        return dataclasses.replace(self, **vars(resolved))
+        origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}
+        sources = {name: origins.get(name, source) if source == run else source for name, source in sources.items()}
+        return dataclasses.replace(self, **vars(dataclasses.replace(resolved, sources=sources)))
 
 
 def train_parser() -> CommandParser:

@@ -53,7 +53,7 @@ def _finetune(argv: Sequence[str]) -> int:
         target, _ = find_run(target.path)
         command = command.over(target.config, MAY_CHANGE_ON_RESUME)
     else:
-        command = command.over(run.config, _MAY_CHANGE)
+        command = command.over(run.config, _MAY_CHANGE, is_same_run=False)
         if not command.print_config:
             if target.path.exists() and not command.overwrite:
                 raise ConfigError(

@@ -19,6 +19,7 @@ from .sections import (
     TrainingConfig,
     flag_of,
     get,
+    origins_in,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "nearest",
     "option",
     "optional",
+    "origins_in",
     "pathname",
     "pathnames",
     "read_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -398,6 +399,11 @@ class Config:
             for name, value in vars(getattr(self, section)).items():
                 add(name, value)
         return "\n".join(lines) + "\n"
+
+
+def origins_in(text: str) -> dict[str, str]:
+    """Where each value comes from, by field name, as `Config.to_yaml` wrote it behind the value."""
+    return dict(re.findall(r"^(\w+): .*  # (.+)$", text, re.MULTILINE))
 
 
 SECTIONS: dict[str, type[Section]] = {

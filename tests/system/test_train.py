@@ -289,6 +289,14 @@ def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_f
     assert project.run("evaluate", "run") == project.run("evaluate", "run/best")
 
 
+def test_values_keep_their_origin_when_a_run_goes_on(project):
+    project.train("run", "--max-steps", 5)
+    before = (project.path / "run/config.yaml").read_text()
+    assert "max_steps: 5  # flag --max-steps" in before and "optimizer: sgd  # recipe lm" in before
+    project.run("train", "--resume", "run", "--max-steps", 7)
+    assert (project.path / "run/config.yaml").read_text() == before.replace("max_steps: 5", "max_steps: 7")
+
+
 def test_a_run_that_is_done_says_that_nothing_is_left(project):
     project.train("run", "--max-steps", 10)
     assert "nothing is left to train at step 10" in project.run("train", "--resume", "run")
