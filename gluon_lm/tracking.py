@@ -26,6 +26,8 @@ class MetricsFile:
     after_step : int
         Where a run goes on: events of later steps, which a stopped process wrote after its last checkpoint, are
         dropped, because they are about to happen again.
+    tests_again : bool
+        Whether all that is left to do is the test at that step, which takes the place of an earlier one.
 
     Raises
     ------
@@ -33,9 +35,14 @@ class MetricsFile:
         If the file has a line that is not an event.
     """
 
-    def __init__(self, path: Path, after_step: int = 0) -> None:
+    def __init__(self, path: Path, after_step: int = 0, tests_again: bool = False) -> None:
         if path.exists():
-            kept = [line for line, event in read_events(path) if event["step"] <= after_step]
+            kept = [
+                line
+                for line, event in read_events(path)
+                if event["step"] <= after_step
+                and not (tests_again and (event["event"], event["step"]) == ("test", after_step))
+            ]
             with atomic_write(path) as file:
                 file.writelines(kept)
         self._file = AppendedText(path)

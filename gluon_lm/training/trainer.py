@@ -197,7 +197,7 @@ class Trainer:
             self._communicator.close()
 
     def _open_trackers(self) -> None:
-        self._trackers.append(MetricsFile(self.run.metrics, self.state.step))
+        self._trackers.append(MetricsFile(self.run.metrics, self.state.step, tests_again=self.end is not None))
         if self.config.training.tensorboard:
             self._trackers.append(TensorBoard(self.run.tensorboard, self.state.step, self._config_yaml))
         write_status(self.run.status, "running")
@@ -336,13 +336,13 @@ class Trainer:
         """The rule of its own by which the run has ended, in words; None where it goes on."""
         training, optim, state = self.config.training, self.config.optim, self.state
         if state.epoch >= training.epochs:
-            return f"--epochs {training.epochs} are done"
+            return f"--epochs {training.epochs} is reached"
         if training.max_steps is not None and state.step >= training.max_steps:
-            return f"--max-steps {training.max_steps} are done"
+            return f"--max-steps {training.max_steps} is reached"
         if training.patience is not None and state.evaluations_since_best >= training.patience:
-            return f"--patience {training.patience} evaluations gave no new best"
+            return f"--patience {training.patience} is reached: so many evaluations gave no new best"
         if optim.asgd and has_stalled(state.valid_losses, optim.nonmono):
-            return f"validation has not improved on its best of more than --nonmono {optim.nonmono} evaluations ago"
+            return f"validation has not improved on its best of more than {optim.nonmono} evaluations ago (--nonmono)"
         return None
 
     def _evaluation_due(self) -> bool:

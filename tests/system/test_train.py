@@ -299,7 +299,9 @@ def test_values_keep_their_origin_when_a_run_goes_on(project):
 
 def test_a_run_that_is_done_says_that_nothing_is_left(project):
     project.train("run", "--max-steps", 10)
+    events = project.events("run")
     assert "nothing is left to train at step 10" in project.run("train", "--resume", "run")
+    assert project.events("run") == events  # and the test is there once
     assert "nothing is left" not in project.run("train", "--resume", "run", "--max-steps", 12)
 
 
