@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -65,15 +66,15 @@ def synchronise(path: Path) -> None:
     beat()
 
 
-def _open_in_place(path: Path) -> BinaryIO | None:
-    """What is written to and not replaced: what the process has open, a device, a pipe; None for anything else."""
-    standard = {"/dev/stdout": "1", "/dev/stderr": "2"}
-    number = standard.get(str(path), str(path).removeprefix("/dev/fd/").removeprefix("/proc/self/fd/"))
-    if number.isdecimal() and str(path) != number:
-        return os.fdopen(os.dup(int(number)), "wb")  # opened anew, it would begin to write at another place
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return open(path, "wb")
-    return None
+def _descriptor(path: Path) -> int | None:
+    """The number of what the process has open already, where a path says so."""
+    name = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
+    found = re.fullmatch("(?:/dev|/proc/self)/fd/([0-9]+)", name)
+    return int(found[1]) if found else None
+
+
+def _is_device_or_pipe(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager
@@ -83,10 +84,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     A link stays, and what it names is replaced; a device or a pipe is written to, and so is what a process has open
     (``/dev/stdout``, ``/dev/fd/3``).
     """
-    in_place = _open_in_place(path)
-    if in_place is not None:
-        with in_place:
-            yield in_place
+    descriptor = _descriptor(path)
+    if descriptor is not None or _is_device_or_pipe(path):
+        # What is open already would, opened anew, be written to from another place on.
+        with open(path, "wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb") as file:
+            yield file
         return
     target = Path(os.path.realpath(path))
     fresh = beside(target)
@@ -235,15 +237,17 @@ def output_file(flag: str, name: str) -> Path:
     """
     path = Path(name)
     folder = Path(os.path.realpath(path)).parent
-    try:
-        in_place = _open_in_place(path)
-    except OSError as error:
-        raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); name another") from error
-    if in_place is not None:
-        in_place.close()
-    elif path.is_dir() or not folder.is_dir():
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        try:
+            os.fstat(descriptor)
+        except OSError as error:
+            raise ConfigError(f"{flag} {path}: cannot be written to ({error.strerror}); name another") from error
+        return path
+    is_replaced = not _is_device_or_pipe(path)
+    if is_replaced and (path.is_dir() or not folder.is_dir()):
         raise ConfigError(f"{flag} {path}: must be a file in a folder that exists; name another")
-    elif not os.access(folder, os.W_OK):
+    if not os.access(folder if is_replaced else path, os.W_OK):
         raise ConfigError(f"{flag} {path}: no permission to write there; name another")
     return path
 
