@@ -382,6 +382,8 @@ class TrainCommand:
         The flags that were given.
     stem : str or None
         What the name of a new run begins with, where `save` does not name it: the time follows.
+    kept_origins : mapping of str to str
+        Where the values came from, when the run began, that are now those of the run that is gone on with.
     """
 
     config: Config
@@ -395,10 +397,11 @@ class TrainCommand:
     verbosity: Verbosity
     settings: Layer
     stem: str | None = None
+    kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
         """The answer to ``--print-config``: YAML with the source of each value behind it."""
-        return self.config.to_yaml(self.sources, self.recipe)
+        return self.config.to_yaml({**self.sources, **self.kept_origins}, self.recipe)
 
     def with_tokenizer(self, tokenizer: str, corpus: str) -> TrainCommand:
         """With the tokenizer that the corpus was read with, so that other text is read alike later."""
@@ -440,8 +443,8 @@ class TrainCommand:
         if problems:
             raise ConfigError(problems)
         origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}
-        sources = {name: origins.get(name, source) if source == run else source for name, source in sources.items()}
-        return dataclasses.replace(self, **vars(dataclasses.replace(resolved, sources=sources)))
+        kept = {name: origins[name] for name, source in sources.items() if source == run and name in origins}
+        return dataclasses.replace(self, **{**vars(resolved), "sources": sources}, kept_origins=kept)
 
 
 def train_parser() -> CommandParser:

@@ -488,7 +488,7 @@ def test_resume_lays_the_flags_over_the_configuration_of_the_run(write_run):
     assert command.config.training.epochs == 50
     assert command.config.devices == DeviceConfig(cpus=1)
     assert command.config.model == parse(line).config.model
-    assert [command.sources[name] for name in ("epochs", "hidden_size")] == ["flag --epochs", "flag --nhid"]
+    assert [command.sources[name] for name in ("epochs", "hidden_size")] == ["flag --epochs", f"run {path.parent}"]
     with pytest.raises(ConfigError, match="multiple of the number of devices, 3"):
         parse("--resume RUN --cpus 3").over(path, may_change=set())
 
