@@ -26,6 +26,7 @@ from gluon_lm.config import (
     DeviceConfig,
     Kind,
     Layer,
+    RunOptions,
     Section,
     Setting,
     TrainingConfig,
@@ -34,14 +35,12 @@ from gluon_lm.config import (
     get,
     nearest,
     option,
-    optional,
     origins_in,
     pathname,
     read_value,
     resolve,
     show,
     switch,
-    text,
     validate,
 )
 from gluon_lm.errors import ConfigError, GluonLMError, OutOfMemory, reason
@@ -75,24 +74,6 @@ class FinetuneOptions(Section):
 
     continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
     overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
-    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
-    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
-
-
-@dataclass(frozen=True)
-class RunOptions(Section):
-    """What `train` does with its run folder and its configuration."""
-
-    save: str | None = option(None, optional(pathname("RUN")), "run folder to write (default: under runs/)")
-    resume: str | None = option(None, optional(pathname("RUN")), "continue this run from its newest checkpoint")
-    continue_train: bool = option(False, switch(), "continue the run that --save names")
-    overwrite: bool = option(False, switch(), "replace the run folder if it exists")
-    config: str | None = option(None, optional(pathname("FILE")), "YAML file with any of the values below; flags win")
-    recipe: str | None = option(
-        None,
-        optional(text("NAME")),
-        "values to start from: lm, mxnet, demo, awd, mos or another file of configs/ (default: as the model asks)",
-    )
     print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
     dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
 
@@ -224,10 +205,10 @@ class CommandParser(argparse.ArgumentParser):
         joining = [field.name for field in dataclasses.fields(DeviceConfig) if field.name not in choosing]
         self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
 
-    def add_run(self, *flags: str) -> None:
-        """Add RUN, which every command has that reads a run, and flags that name it where it is not named first."""
-        where = "run folder or checkpoint (default: the newest run under runs/)"
-        self.add_argument("run", nargs="?", metavar="RUN", help=where)
+    def add_run(self, *flags: str, or_export: bool = False) -> None:
+        """Add RUN, the newest one where it is not named, and flags that name it where it is not named first."""
+        what = "run folder, checkpoint or exported folder" if or_export else "run folder or checkpoint"
+        self.add_argument("run", nargs="?", metavar="RUN", help=f"{what} (default: the newest run under runs/)")
         if flags:
             named = "the run, where it is not named first (default: none)"
             group = self.add_argument_group("run")

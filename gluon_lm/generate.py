@@ -59,7 +59,7 @@ def _generate(argv: Sequence[str]) -> int:
         instead={"--model": "a run knows its own model; leave it out"},
     )
     parser.add_section(GenerateOptions, "text")
-    parser.add_run("--checkpoint", "--save")
+    parser.add_run("--checkpoint", "--save", or_export=True)
     parser.add_device()
     parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)

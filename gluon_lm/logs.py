@@ -21,6 +21,7 @@ LOGGER = logging.getLogger("gluon_lm")
 # Between logging's own levels of 10, 20 and 30.
 DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
 RESULT = 25  # what the command was asked for
+NOTICE = 26  # a warning that all processes of a run would give alike, so that the first one gives it
 
 
 class Verbosity(enum.Enum):

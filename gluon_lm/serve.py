@@ -38,7 +38,7 @@ def _serve(argv: Sequence[str]) -> int:
         "Serve a run or an exported model over HTTP until Ctrl-C or SIGTERM.",
         "python -m gluon_lm.serve runs/latest --port 8000",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or exported folder")
+    parser.add_run(or_export=True)
     parser.add_section(ServeOptions, "address")
     parser.add_section(Limits, "limits")
     parser.add_device()
@@ -65,7 +65,7 @@ def _serve(argv: Sequence[str]) -> int:
         from .serving.app import create_app
         from .serving.server import run_server
 
-        predictor = load_predictor(parsed.arguments.run, resolve_single_device(parsed.build(DeviceConfig)))
+        predictor = load_predictor(parsed.run, resolve_single_device(parsed.build(DeviceConfig)))
         run_server(create_app(predictor, limits, options.root_path), limits, listener)
     return 0
 

@@ -40,6 +40,7 @@ from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
 from gluon_lm.files import atomic_write, exclusive_lock  # noqa: E402
 from gluon_lm.runtime import cpu_model  # noqa: E402
+from gluon_lm.training.run_folder import RunFolder  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
 RESULTS = ROOT / "scripts" / "reproduced.json"
@@ -159,7 +160,7 @@ def training_flags(row: Row, rows: dict[str, Row]) -> list[str]:
 
 def training_command(row: Row, folder: Path) -> list[str] | None:
     """The command that brings a row's run to its end from where it stands; None where the row trains nothing."""
-    has_checkpoint = (folder / "latest").exists()
+    has_checkpoint = bool(RunFolder(folder).saved_checkpoints())  # its links may be missing where it was copied
     if row.finetune is not None:
         begin = "--continue-train" if has_checkpoint else "--overwrite"
         return ["finetune", str(folder.parent), begin, *shlex.split(row.finetune)]
@@ -416,7 +417,7 @@ def table_line(row: Row, rows: dict[str, Row], results: Results) -> str:
         published = " / ".join(f"{row.published[split]:g}" for split in SPLITS if split in row.published)
     if row.source:
         published += f" ({row.source})"
-    title = row.title + (f"; {row.note}" if row.note else "")
+    title = f"`{row.name}`: {row.title}" + (f"; {row.note}" if row.note else "")
     if not is_done(row, results):
         return f"| {title} | `{shown_command(row, rows)}` | {published} | {state(row)} | | | |"
     valid, test = (f"{found[split]:.2f}" if split in found else "" for split in SPLITS)

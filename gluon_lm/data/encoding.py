@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from ..files import BLOCK_BYTES, exclusive_lock, file_hash, file_hashes, synchronise
+from ..files import BLOCK_BYTES, digest_of, exclusive_lock, file_hash, file_hashes, synchronise
 from ..heartbeat import beat
 from ..logs import LOGGER
 from ..progress import progress_bar
@@ -243,9 +243,11 @@ class Cache:
         """The values of a whole entry; None for one that is missing or damaged."""
         try:
             index = json.loads((place / self._INDEX).read_text(encoding="utf-8"))
-            whole = all(file_hash(place / file) == sha256 for file, sha256 in index["sha256"].items())
+            whole = index["digest"] == digest_of(index) and all(
+                file_hash(place / file) == sha256 for file, sha256 in index["sha256"].items()
+            )
             return dict(index["values"]) if whole else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def _build(self, place: Path, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
@@ -261,9 +263,9 @@ class Cache:
             try:
                 fresh.mkdir()
                 values = dict(build(fresh))
-                sha256 = file_hashes(fresh)
-                index = json.dumps({"sha256": sha256, "values": values}, indent=1)
-                (fresh / self._INDEX).write_text(index, encoding="utf-8")
+                index: dict[str, Any] = {"sha256": file_hashes(fresh), "values": values}
+                index["digest"] = digest_of(index)
+                (fresh / self._INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
                 for path in [*fresh.iterdir(), fresh]:
                     synchronise(path)
                 fresh.rename(place)

@@ -35,6 +35,17 @@ class Communicator(ABC):
         return self.rank == 0
 
     @property
+    def num_devices(self) -> int:
+        """Devices of all workers together."""
+        return self.size * len(self.devices)
+
+    def shares(self, batch_size: int) -> list[slice]:
+        """The columns of a batch that each device of this process takes; the number of devices divides it."""
+        width = batch_size // self.num_devices
+        first = self.rank * len(self.devices)
+        return [slice(i * width, (i + 1) * width) for i in range(first, first + len(self.devices))]
+
+    @property
     @abstractmethod
     def description(self) -> str:
         """How gradients travel, in a few words for the log."""

@@ -24,7 +24,7 @@ from mxnet import gluon
 
 from ..errors import DistributedError
 from ..heartbeat import listen
-from ..logs import LOGGER
+from ..logs import LOGGER, NOTICE
 from ..memory import is_allocation_failure
 from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
@@ -270,7 +270,7 @@ class HorovodCommunicator(Communicator):
         if not self._had_sent:
             return
         if str(self.rank) not in residuals:
-            LOGGER.warning("2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
+            LOGGER.log(NOTICE, "2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
             return
         # In units of the threshold, which may be another now.
         self._restored_residual = residuals[str(self.rank)] * (self._restored_threshold / self._threshold)

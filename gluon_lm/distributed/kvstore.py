@@ -74,14 +74,15 @@ class KVStoreCommunicator(Communicator):
         return self._store
 
     def state_dict(self):
-        return self._scales.state_dict() if self._scales else {}
+        return {"kvstore": self._kind, **self._scales.state_dict()} if self._scales else {}
 
     def load_state_dict(self, state):
         if self._scales and state:
             self._scales.load_state_dict(state)
-            LOGGER.info(
-                "2-bit compression: residuals start at zero, as they do after every checkpoint of a run that goes on"
-            )
+            if state.get("kvstore") == self._kind:
+                LOGGER.info("2-bit compression: residuals start at zero, as they do after every checkpoint")
+            else:
+                LOGGER.warning("2-bit compression: what other workers had not sent yet when the run stopped is lost")
         self._store = None
 
     def checkpointed(self):

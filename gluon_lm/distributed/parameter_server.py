@@ -13,7 +13,7 @@ from mxnet.base import _LIB, check_call
 
 from ..errors import DistributedError
 from ..heartbeat import listen
-from ..logs import LOGGER
+from ..logs import LOGGER, NOTICE
 from .communicator import Communicator
 from .compression import GradientScales, multiply, nan_unless_finite
 from .control import Control
@@ -112,14 +112,15 @@ class ParameterServer(Communicator):
                 grad += non_finite.as_in_context(grad.context)
 
     def state_dict(self):
-        return self._scales.state_dict() if self._scales else {}
+        return {"kvstore": self._kind, **self._scales.state_dict()} if self._scales else {}
 
     def load_state_dict(self, state):
         if self._scales and state:
             self._scales.load_state_dict(state)
-            LOGGER.warning(
+            LOGGER.log(
+                NOTICE,
                 "2-bit compression: what the workers had not sent yet when the run stopped is lost, so it does not go "
-                "on to the bit as if it had not stopped"
+                "on to the bit as if it had not stopped",
             )
 
     def close(self):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..config import SECTIONS, Config, get, resolve, show
+from ..config import SECTIONS, Config, get, recipe_names, resolve, show
 from ..history import RunHistory, duration
 from ..metrics import finite_or_none, perplexity
 from .curves import COLOURS, DARK_COLOURS, DASHES, Curve, Panel, linear_ticks, thinned, tick_label
@@ -235,12 +235,13 @@ def _configuration(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         differing = [name for name in fields if len({show(get(config, name)) for config in configs}) > 1]
         caption, columns = "What differs between the runs", ("Setting", *names)
     else:
-        resolved = resolve(config_file=runs[0].folder.config, default_recipe=None)
-        base = resolve(recipe=resolved.recipe, default_recipe=None).config
+        named = resolve(config_file=runs[0].folder.config, default_recipe=None).recipe
+        recipe = named if named in recipe_names() else None  # a run may come from where there are others
+        base = resolve(recipe=recipe, default_recipe=None).config
         configs = [base, *configs]
         differing = [name for name in fields if get(base, name) != get(configs[1], name)]
-        recipe = f"recipe {resolved.recipe}" if resolved.recipe else "the defaults"
-        caption, columns = f"What differs from {recipe}", ("Setting", recipe, names[0])
+        ground = f"recipe {recipe}" if recipe else "the defaults"
+        caption, columns = f"What differs from {ground}", ("Setting", ground, names[0])
     rows = [(escape(name), [_text(show(get(config, name))) for config in configs]) for name in differing]
     told = _table(caption, columns, rows) if rows else f"<p>{escape(caption)}: nothing.</p>"
     whole = "".join(

@@ -187,7 +187,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
                 words = [await written.get()]
                 while not written.empty():
                     words.append(written.get_nowait())
-                is_open = words[-1] is not None
+                is_open = None not in words  # a word that was under way when the time was up may come after it
                 yield "".join(_event(word) for word in words if word is not None)
             error = texts.exception()
             if error is None:
@@ -205,7 +205,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         responses=_PROBLEMS,
     )
     async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
-        lines = asked.lines or asked.text.splitlines()
+        lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other sign ends a line
         request.scope[WORK].append(engine.score([tokenize(line) for line in lines]))
         (scores,) = await result(request.scope[WORK])
         return {"lines": [score.as_json() for score in scores]}

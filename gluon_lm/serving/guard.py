@@ -19,8 +19,9 @@ from .metrics import RequestMetrics
 
 WORK = "gluon_lm.work"  # where in a request's scope the futures are that are cancelled when it ends
 _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
-_SECONDS_TO_SEND = 10.0
+SECONDS_TO_SEND = 10.0
 _CLIENT_GONE = 499  # the customary number, in log and metrics only
+_STOPPING = "the server is stopping"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -109,6 +110,8 @@ class Guard:
             body = await asyncio.wait_for(_read(receive, self._max_body), self._timeout)
         except asyncio.TimeoutError:
             return 408, f"the request did not arrive within {self._timeout:g} s"
+        except asyncio.CancelledError:  # by the server, as below
+            return 503, _STOPPING
         if body is None:
             return _CLIENT_GONE, "the client went away"
         if len(body) > self._max_body:
@@ -117,7 +120,7 @@ class Guard:
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:
             await asyncio.wait(
-                {gone, answer}, timeout=self._timeout + _SECONDS_TO_SEND, return_when=asyncio.FIRST_COMPLETED
+                {gone, answer}, timeout=self._timeout + SECONDS_TO_SEND, return_when=asyncio.FIRST_COMPLETED
             )
             if answer.done():
                 answer.result()
@@ -125,7 +128,7 @@ class Guard:
                 return _CLIENT_GONE, "the client went away"
             return 503, f"no answer within {self._timeout:g} s"
         except asyncio.CancelledError:  # by the server, which has waited long enough
-            return 503, "the server is stopping"
+            return 503, _STOPPING
         except Exception:
             LOGGER.exception("a request failed")
             return 500, "the server made an error; its log says which"

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..logs import LOGGER, RESULT
 from .engine import Engine
+from .guard import SECONDS_TO_SEND
 from .limits import Limits
 
 
@@ -96,10 +97,14 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
-    """HTTP as uvicorn speaks it, but that a connection on which no request arrives whole in time is closed."""
+    """HTTP as uvicorn speaks it, but that connections are closed on which no request arrives whole in time.
+
+    So are those on which nobody reads the answer.
+    """
 
     class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _closing: asyncio.TimerHandle | None = None
+        _aborting: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -112,6 +117,20 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._forget()
+            self._unblock()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._aborting = self.loop.call_later(seconds + SECONDS_TO_SEND, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._unblock()
+
+        def _unblock(self) -> None:
+            if self._aborting is not None:
+                self._aborting.cancel()
+                self._aborting = None
 
         def _watch(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:

@@ -14,20 +14,20 @@ import numpy as np
 
 from .. import __version__
 from ..cli import TrainCommand
-from ..config import Config, DataConfig, DeviceConfig, device_count, vocabulary_problems
+from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
-from ..logs import LOGGER, RESULT, fall_silent, log_to_file
+from ..logs import LOGGER, NOTICE, RESULT, fall_silent, log_to_file
 from ..losses import row_chunks
 from ..memory import Need, check_need, explained, free_host_memory, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
-from .checkpoint import STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
+from .checkpoint import CONFIG, STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point
 from .trainer import Trainer
 
@@ -89,10 +89,11 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
-        if "lr" in command.settings:
+        # Given now, or at an earlier start that was killed before it wrote a checkpoint.
+        if "lr" in command.settings or read_config(path / CONFIG).optim.lr != command.config.optim.lr:
             trainer.state.lr = command.config.optim.lr
         if trainer.end is not None:
-            LOGGER.warning("nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
+            LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
         if command.dry_run:
@@ -193,7 +194,7 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
     """The memory that a run takes, before any of it is taken."""
     head, training, devices = model.head, config.training, communicator.devices
-    streams = (config.optim.small_batch_size or training.batch_size) // (len(devices) * communicator.size)
+    streams = (config.optim.small_batch_size or training.batch_size) // communicator.num_devices
     tokens = max(1, streams) * (training.bptt + (config.optim.max_seq_len_delta or 0))
     sizes = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters().items()}
 
@@ -261,8 +262,9 @@ def _check_alike(own: dict[str, object], communicator: Communicator) -> None:
         Naming what differs, and where.
     """
     facts = communicator.gather_object(own)
-    for what, expected in facts[0].items():
-        others = {rank: fact[what] for rank, fact in enumerate(facts) if fact[what] != expected}
+    for what in dict.fromkeys(name for fact in facts for name in fact):  # one may resume where another begins
+        expected, *_ = values = [fact.get(what, "none") for fact in facts]
+        others = {rank: value for rank, value in enumerate(values) if value != expected}
         if others:
             shown = ", ".join(f"worker {rank} {value}" for rank, value in others.items())
             raise DistributedError(

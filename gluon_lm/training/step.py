@@ -54,8 +54,9 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """Forward, backward, reduce, clip, update, over the devices of a communicator.
 
-    The loss is a *sum* over targets until the gradients of all devices are summed too; one factor then makes it
-    a mean and clips it, so that the arithmetic does not depend on how the batch was split.
+    The loss is a *sum* over targets until the gradients of all devices are summed too; one factor then makes it a mean
+    and clips it, so that the arithmetic does not depend on how the batch was split. What is drawn at random does:
+    dropout masks, and the words of a sampled softmax.
 
     Parameters
     ----------
@@ -196,21 +197,22 @@ class TrainingStep:
 
     def _forward_backward(self, window: Window, seed: int, step: int, loss_scale: float) -> list[mx.nd.NDArray]:
         devices = self._communicator.devices
-        batch_size, num_devices = window.tokens_TN.shape[1], len(devices) * self._communicator.size
-        width = batch_size // num_devices
-        part_width = (self._small_batch_size or batch_size) // num_devices
-        first = self._communicator.rank * len(devices)
+        batch_size = window.tokens_TN.shape[1]
+        part_width = (self._small_batch_size or batch_size) // self._communicator.num_devices
+        shares = self._communicator.shares(batch_size)
         if self.states is None:
-            self.states = [self._model.begin_state(width, device) for device in devices]
+            self.states = [
+                self._model.begin_state(share.stop - share.start, device) for share, device in zip(shares, devices)
+            ]
         loss_sums = []
         filled: dict[str, list[np.ndarray]] = {}
-        for i, device in enumerate(devices):
+        for i, (device, share) in enumerate(zip(devices, shares)):
             for parameter in self._parameters:
                 parameter.data(device)._fresh_grad = True  # also where a short row ends before this device's columns
             parts = []
-            for start in range(0, width, part_width):
-                column = (first + i) * width + start
+            for column in range(share.start, share.stop, part_width):
                 columns = window.columns(column, column + part_width)
+                start = column - share.start
                 states = [state[:, start : start + part_width] for state in self.states[i]]
                 if columns.num_targets:
                     penalties = partial(self._penalties, columns.num_targets, window)

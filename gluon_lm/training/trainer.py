@@ -21,7 +21,7 @@ from ..data.windows import Epoch, TrainingWindows, Window
 from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
-from ..logs import DETAIL, LOGGER, RESULT
+from ..logs import DETAIL, LOGGER, NOTICE, RESULT
 from ..memory import Need, explained, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
@@ -101,7 +101,7 @@ class Trainer:
         self.config, self.corpus, self.model, self.run = config, corpus, model, run
         self.state = TrainingState(lr=config.optim.lr)
         self._communicator, self._config_yaml = communicator, config_yaml
-        problems = share_problems(config, len(communicator.devices) * communicator.size)
+        problems = share_problems(config, communicator.num_devices)
         if problems:
             raise DistributedError("; ".join(problems))
         self._names = list(model.named_parameters())
@@ -134,7 +134,7 @@ class Trainer:
         needed = num_windows * training.bptt
         if len(ids) < needed:
             raise DataError(
-                f"{self.corpus.name}: {len(ids)} training tokens are less than one window for each stream, "
+                f"{self.corpus.sources['train']}: {len(ids)} training tokens are less than one window for each stream, "
                 f"--batch-size {training.batch_size} x --bptt {training.bptt}, {needed} in all; lower these or add text"
             )
         return TrainingWindows(
@@ -363,7 +363,8 @@ class Trainer:
                 f"The learning rate is likely too high: lower --lr (now {state.lr:g})"
             )
         state.evaluated_step = state.step
-        state.valid_losses.append(loss)
+        if state.step:  # what a finetuning begins with is compared as the best so far, and not by --nonmono
+            state.valid_losses.append(loss)
         is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
             state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
@@ -572,7 +573,7 @@ class Trainer:
                 "licence": self.corpus.licence,
                 TRAINING_TEXT: self.corpus.hashes["train"],
             },
-            num_devices=len(self._communicator.devices) * self._communicator.size,
+            num_devices=self._communicator.num_devices,
             loss_scale={} if self._loss_scale is None else self._loss_scale.state_dict(),
         )
         save_checkpoint(
@@ -613,7 +614,8 @@ class Trainer:
         state = self.state
         is_gone = state.best_step is not None and not self.run.checkpoint(state.best_step).is_dir()
         if self._communicator.broadcast_object(is_gone):  # each worker sees its own machine's folder
-            LOGGER.warning(
+            LOGGER.log(
+                NOTICE,
                 "the best checkpoint until then, of step %d, is not kept any more: the next evaluation is taken for "
                 "the best",
                 state.best_step,
@@ -632,7 +634,6 @@ class Trainer:
         """
         fix = "restore the text or name its place with --data, or train anew with --overwrite"
         self._check_corpus(checkpoint, self.run.path, fix)
-        devices = self._communicator.devices
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
         self.state = checkpoint.training
@@ -642,32 +643,37 @@ class Trainer:
         if not (self.config.optim.ntasgd or self.config.optim.asgd):
             self.state.averaging_since = None
         if self.state.averaging_since is not None:
-            self._average = WeightAverage(self.model.named_parameters(), devices[0])
+            self._average = WeightAverage(self.model.named_parameters(), self._communicator.devices[0])
             self._average.load(checkpoint.parameters, checkpoint.training.num_updates - self.state.averaging_since)
         self._saved_step = self.state.step
         if checkpoint.carried:
-            if checkpoint.carried[0].shape[1:2] != (self.config.training.batch_size,):
-                raise CheckpointError(
-                    f"{self.run.path}: carries a state of shape {checkpoint.carried[0].shape}; --batch-size must "
-                    "stay as it was"
-                )
-            expected = [array.shape for array in self.model.begin_state(self.config.training.batch_size, mx.cpu())]
-            if [array.shape for array in checkpoint.carried] != expected:
-                raise CheckpointError(f"{self.run.path}: carries a recurrent state of another shape than the model's")
-            width = self.config.training.batch_size // (len(devices) * self._communicator.size)
-            starts = [(self._communicator.rank * len(devices) + i) * width for i in range(len(devices))]
-            self._step.states = [
-                [array[:, start : start + width].as_in_context(device) for array in checkpoint.carried]
-                for start, device in zip(starts, devices)
-            ]
-        num_devices = len(devices) * self._communicator.size
+            self._restore_carried_state(checkpoint.carried)
+        self._restore_communication(checkpoint)
+
+    def _restore_carried_state(self, carried: list[mx.nd.NDArray]) -> None:
+        batch_size, communicator = self.config.training.batch_size, self._communicator
+        if carried[0].shape[1:2] != (batch_size,):
+            raise CheckpointError(
+                f"{self.run.path}: carries a state of shape {carried[0].shape}; --batch-size must stay as it was"
+            )
+        expected = [array.shape for array in self.model.begin_state(batch_size, mx.cpu())]
+        if [array.shape for array in carried] != expected:
+            raise CheckpointError(f"{self.run.path}: carries a recurrent state of another shape than the model's")
+        self._step.states = [
+            [array[:, share].as_in_context(device) for array in carried]
+            for share, device in zip(communicator.shares(batch_size), communicator.devices)
+        ]
+
+    def _restore_communication(self, checkpoint: Checkpoint) -> None:
+        num_devices = self._communicator.num_devices
         if checkpoint.communicator and self.config.devices.gctype != "2bit":
-            LOGGER.warning("the gradients were compressed, and are not any more: what had not been sent is lost")
+            LOGGER.log(NOTICE, "the gradients were compressed, and are not any more: what had not been sent is lost")
         elif checkpoint.num_devices == num_devices:
             self._communicator.load_state_dict(checkpoint.communicator)
             self._communicator.load_residuals(checkpoint.residuals)
         elif checkpoint.communicator:
-            LOGGER.warning(
+            LOGGER.log(
+                NOTICE,
                 "the gradients of %d devices were compressed, and there are %d now: what had not been sent is lost",
                 checkpoint.num_devices,
                 num_devices,

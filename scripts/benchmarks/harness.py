@@ -28,7 +28,7 @@ ROOT = SCRIPTS.parent
 VOCAB_SIZE = 33_278  # of WikiText-2
 SEED = 1111
 PROCESS_TIMEOUT_S = 1800
-STEP_TIMEOUT_S = 60  # for each step of a measurement, start-up included
+STEP_TIMEOUT_S = 300  # for each step of a measurement, start-up included
 
 
 # ---------------------------------------------------------------- sizes
@@ -277,15 +277,18 @@ def in_own_process(
 ) -> dict[str, Any]:
     """Call a module's function with plain JSON values in a new process; gives the JSON values that it returns."""
     name = f"{function.__module__}:{function.__name__}"
-    done = subprocess.run(
-        [python, str(SCRIPTS / "benchmark.py"), "call", name, json.dumps(arguments)],
-        env=child_environment(environment or {}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [python, str(SCRIPTS / "benchmark.py"), "call", name, json.dumps(arguments)],
+            env=child_environment(environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{name}{arguments}: not done after {timeout_s:g} s") from None
     if done.returncode != 0:
         raise SystemExit(f"{name}{arguments}: ended with {done.returncode}, see above")
     return json.loads(done.stdout.splitlines()[-1])

@@ -228,6 +228,19 @@ def test_two_bits_resume_exactly_where_both_start_without_residuals(steps):
         assert_all_equal(reduce(second, others, draw(step, 2, SIZES)), [arrays[0] for arrays in expected])
 
 
+def test_what_other_communicators_had_not_sent_is_said_to_be_lost(caplog):
+    own, _ = calibrated()
+    for state, said in (
+        (own.state_dict(), "residuals start at zero"),
+        ({**own.state_dict(), "kvstore": "dist_sync"}, "is lost"),
+        ({name: value for name, value in own.state_dict().items() if name != "kvstore"}, "is lost"),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", "gluon_lm"):
+            KVStoreCommunicator(cpus(2), "device", 0.5).load_state_dict(state)
+        assert said in caplog.text
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_checkpoint_forgets_the_residuals(checkpoint):
     communicator, parameters = calibrated(sizes=(1.0, 1.0, 1.0))

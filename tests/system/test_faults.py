@@ -497,6 +497,7 @@ def test_parameters_that_are_none_are_refused(project):
     for how in each_forged(project, "parameters.npz", BAD_ARRAYS):
         for flags in (("evaluate", "run"), ("train", "--resume", "run"), ("export", "run", "--output", "exported")):
             assert "run" in project.refused(*flags), how
+        project.run("report", "run", "--words", 0)  # which only counts the numbers
     assert not (project.path / "exported").exists()
 
 

@@ -191,6 +191,16 @@ def test_a_report_without_plots_texts_or_results(folder, tmp_path, monkeypatch, 
     assert list(run.glob("*.png")) == []
 
 
+def test_a_run_of_a_recipe_that_is_not_here_is_compared_with_the_defaults(folder, tmp_path):
+    run = tmp_path / "foreign"
+    shutil.copytree(folder / NAMES[0], run, symlinks=True)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("recipe: lm", "recipe: theirs", 1))
+    assert report([str(run), "--words", "0"]) == 0
+    page = (run / "report.html").read_text()
+    assert "What differs from the defaults" in page and "recipe: theirs" in page
+
+
 def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in NAMES:

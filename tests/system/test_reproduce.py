@@ -127,7 +127,7 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     for text in (readme, page):
         assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
         assert f"**{figures['tuned']['test']:.2f}**" in text
-    large = next(line for line in page.splitlines() if line.startswith("| large"))
+    large = next(line for line in page.splitlines() if line.startswith("| `large`"))
     assert "not run: needs a GPU" in large and "5 / 4" in large
     assert "not run" not in readme
 
@@ -136,6 +136,15 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     assert "End of training" in again
     anew = json.loads(found.read_text())
     assert anew["short"]["test"] == figures["short"]["test"] and anew["long"] == figures["long"]
+
+
+def test_a_run_that_was_copied_without_its_links_is_gone_on_with(project, arguments):
+    project.train("runs/short", *shlex.split(MODEL), "--epochs", 2)
+    for link in ("best", "latest"):
+        (project.path / "runs/short" / link).unlink()
+    before = (project.path / "runs/short/metrics.jsonl").read_text()
+    assert reproduce.main([*arguments, "short"]) == 0
+    assert (project.path / "runs/short/metrics.jsonl").read_text() == before
 
 
 def test_a_run_that_has_gone_beyond_a_row_is_not_taken_for_it(project, arguments, capsys):

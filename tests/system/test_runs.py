@@ -82,6 +82,8 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
         ("listy", "metrics.jsonl", "[1]\n"),
         ("wordy", "metrics.jsonl", '{"event": "valid", "step": 3, "loss": "low"}\n'),
         ("lossless", "metrics.jsonl", '{"event": "test", "step": 3}\n'),
+        ("huge", "metrics.jsonl", f'{{"event": "train", "step": 3, "tokens_per_second": 1{"0" * 400}}}\n'),
+        ("endless", "metrics.jsonl", '{"event": "valid", "step": 3, "loss": 1.5, "peak_memory": 1e999}\n'),
         ("unknown", "config.yaml", "nhidden: 5\n"),
         ("odd", "status.json", '{"state": "flying", "reason": null}\n'),
         ("strange", "status.json", '{"state": "failed", "reason": 5}\n'),
@@ -97,13 +99,13 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all/latest").symlink_to("good")
     runs, broken = listed(project)
     assert runs.keys() == {"good", "good/finetune_model"}
-    mistaken = {"cut", "listy", "wordy", "lossless", "unknown", "odd", "bare"}
+    mistaken = {"cut", "listy", "wordy", "lossless", "huge", "endless", "unknown", "odd", "bare"}
     assert broken.keys() == mistaken | {"strange", "deep", "bottomless", "mute", "late"}
     for name in broken:
         assert f"all/{name}" in project.refused("report", f"all/{name}", "--words", 0)
     assert "nhidden" in broken["unknown"] and "no config.yaml" in broken["bare"]
     printed = project.run("runs", "all").splitlines()
-    assert len(printed) == 1 + 2 + 12 and any(line.startswith("cut: broken (") for line in printed)
+    assert len(printed) == 1 + 2 + 14 and any(line.startswith("cut: broken (") for line in printed)
     (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
     assert "finished" in row
     assert project.run("runs", "all/notes") == "no runs in all/notes\n"

@@ -17,10 +17,12 @@ from urllib.parse import urlencode
 
 import mxnet as mx
 import pytest
+import uvicorn
 from serving import PATIENCE, Server, train_tiny_run, until
 
 from gluon_lm.export import main as export
 from gluon_lm.serve import main
+from gluon_lm.serving.server import _protocol
 
 URLENCODED = "application/x-www-form-urlencoded"
 ENDLESS = 10**8  # words
@@ -177,6 +179,12 @@ def test_scores_add_up(server):
     assert server.ask_json("/v1/score", {"lines": ["the cat sees", "nothing here"]}).json == answer
 
 
+def test_only_a_line_feed_ends_a_line(server):
+    answer = server.ask_json("/v1/score", {"text": "the\u2028cat\x0b\x85sees\r\n\na\n"}).json
+    assert answer == server.ask_json("/v1/score", {"lines": ["the cat sees", "", "a"]}).json
+    assert [len(line["words"]) for line in answer["lines"]] == [4, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
@@ -319,6 +327,10 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
             reader.sendall(raw_request({"words": ENDLESS, "stream": True}))
             assert server.ask_json("/v1/generate", {"words": 20}).status == 200
             until(lambda: server.figure("gluon_lm_live_texts") == 0)
+            told = b""
+            while not told.endswith(b"\r\n0\r\n\r\n"):
+                told += reader.recv(1 << 16) or b"the server closed the connection\r\n0\r\n\r\n"
+            assert b"event: error\ndata: " in told and b"closed the connection" not in told
         late = server.ask_json("/v1/generate", {"words": ENDLESS})
         assert late.status == 503 and "2 s" in late.json["detail"]
         with server.stream(words=ENDLESS) as events:
@@ -352,9 +364,11 @@ def test_ctrl_c_twice_stops_at_once_and_without_a_traceback(run):
     with Server(run, "--slots", 1, "--max-words", 100_000) as server:
         with server.stream(words=100_000) as events:
             assert next(events)[0] == "start" and next(events)[0] == "word"
-            server.process.send_signal(signal.SIGINT)
-            until(lambda: any(line.startswith("SIGINT: finishing 1 text") for line in server.lines))
-            assert server.stop(signal.SIGINT) == 0
+            with socket.create_connection((server.host, server.port), PATIENCE) as half:
+                half.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+                server.process.send_signal(signal.SIGINT)
+                until(lambda: any(line.startswith("SIGINT: finishing 1 text") for line in server.lines))
+                assert server.stop(signal.SIGINT) == 0
         assert not [line for line in server.lines if "Traceback" in line or "Error" in line], server.lines
 
 
@@ -366,6 +380,26 @@ def test_connections_on_which_nothing_is_asked_keep_nobody_out_and_are_closed(ru
             clients[0].sendall(b"GET /healthz HTTP/1.1\r\nHost:")
             assert server.ask("GET", "/healthz").json == {"ok": True}
             assert [client.recv(1) for client in clients] == [b""] * 300
+
+
+def test_a_client_that_reads_nothing_of_a_long_answer_is_let_go(monkeypatch):
+    monkeypatch.setattr("gluon_lm.serving.server.SECONDS_TO_SEND", 0.0)
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
+
+    config = uvicorn.Config(answer, http=_protocol(0.5), lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.run, [listener])
+        with socket.create_connection(listener.getsockname(), PATIENCE) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            until(lambda: server.server_state.connections)
+            until(lambda: not server.server_state.connections)
+            server.should_exit = True
+            ended.result(PATIENCE)
 
 
 def is_listening(server):

@@ -260,10 +260,21 @@ def test_another_architecture_is_refused(project):
     project.train("run")
     output = project.run("train", "--resume", "run", "--nhid", 12, "--batch-size", 8, code=2)
     assert "--nhid 12" in output and "--batch-size 8" in output
-    project.train("larger", "--nhid", 16)
-    for name in ("parameters.npz", "state.json"):
-        shutil.copy(project.path / "larger/latest" / name, project.path / "run/latest" / name)
-    assert "Traceback" not in project.run("evaluate", "run/latest", code=2)
+    config = project.path / "run/config.yaml"
+    config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
+    assert "run: is of another architecture (" in project.refused("train", "--resume", "run", "--epochs", 3)
+
+
+def test_a_learning_rate_holds_though_the_process_is_killed_before_it_wrote_a_checkpoint(project):
+    project.train("run", "--max-steps", 5)
+    shutil.copytree("run", "killed", symlinks=True)
+    config = project.path / "killed/config.yaml"  # which a resumed run writes at once
+    before = config.read_text()
+    config.write_text(before.replace("\nlr: ", "\nlr: 0.25  # flag --lr, "))
+    assert config.read_text() != before
+    project.run("train", "--resume", "killed", "--max-steps", 7)
+    project.run("train", "--resume", "run", "--lr", 0.25, "--max-steps", 7)
+    assert project.parameters("killed") == project.parameters("run")
 
 
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
@@ -362,7 +373,7 @@ def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(project):
         (("--gpus", "0"), ["--gpus 0", "no GPU"]),
         (("--cuda",), ["--cuda", "no GPU"]),
         (("--no-tf32",), ["--no-tf32", "only GPUs"]),
-        (("--data", "short.txt", "--bptt", 50), ["--bptt 50"]),
+        (("--data", "short.txt", "--bptt", 50), ["--bptt 50", "error: short.txt (bytes 0 to "]),
         (("--data", "nowhere"), ["nowhere"]),
         (("--save", "short.txt/run"), ["short.txt"]),
     ]:

@@ -470,6 +470,13 @@ def test_openseq2seq_names_of_switches():
     assert config == Config(model=ModelConfig(tied=True), optim=OptimConfig(random_start=True))
 
 
+def test_flags_about_the_run_itself_are_no_values_of_a_file():
+    assert problems_of(read_config, "save: runs/x\nprint_config: true\nnhid: 5\n") == [
+        "config.yaml line 1: save: is not a value of the configuration; give --save as a flag",
+        "config.yaml line 2: print_config: is not a value of the configuration; give --print-config as a flag",
+    ]
+
+
 @pytest.mark.parametrize("key, name", KEEP_NAMES.items())
 def test_a_probability_of_keeping_is_read_as_one_of_dropping(key, name):
     for keep, drop in [("0.9", 0.1), ("0.85", 0.15), ("0.37", 0.63), ("1e-2", 0.99), ("1", 0.0), ("1.0", 0.0)]:
@@ -478,6 +485,22 @@ def test_a_probability_of_keeping_is_read_as_one_of_dropping(key, name):
         assert resolved.sources[name] == "config.yaml"
     assert get(read_config(f"{key.replace('_', '-')}: '0.7'"), name) == 0.3
     assert get(resolve(flags(**{name: 0.2}), config_file=f"{key}: 0.9").config, name) == 0.2
+
+
+@pytest.mark.parametrize("key, name", KEEP_NAMES.items())
+def test_a_probability_of_keeping_acts_in_its_one_place(key, name):
+    model = read_config(f"recipe: lm\nnum_layers: 3\n{key}: 0.6").model
+    expected = {
+        "encoder_dp_input_keep_prob": [0.4, 0.4, 0],
+        "encoder_dp_output_keep_prob": [0, 0.4, 0.4],
+        "encoder_last_input_keep_prob": [0, 0, 0.4],
+    }
+    assert model.layer_dropouts == expected.get(key, [0, 0, 0]) and not model.has_locked_dropout
+    over = resolve(flags(dropout_input=0.1, locked=True), config_file=f"{key}: 0.6").config.model
+    assert over.layer_dropouts[0] >= 0.1 and over.has_locked_dropout
+    of_recipe = read_config(f"recipe: openseq2seq-wikitext-2\n{key}: 1.0").model
+    assert get(Config(model=of_recipe), name) == 0
+    assert of_recipe.dropout_hidden == (0 if name == "dropout_hidden" else 0.4)
 
 
 @given(st.integers(1, 10**6))
@@ -720,6 +743,8 @@ WITHOUT_EFFECT = [
      "--num-layers"),
     ({"dropout_inner_input": 0.3}, {"num_layers": 1}, "--dropout-inner-input 0.3: has no effect here, there is one "
      "layer; raise --num-layers"),
+    ({"hidden_size": 650}, {"num_layers": 1, "tied": True}, "--hidden-size 650: has no effect here, the one layer has "
+     "200 units, as --nhidlast or else --emsize says; raise --nlayers"),
     ({"locked": True}, {"dropout": 0.0}, "--locked: has no effect here, there is no dropout that it could lock; add "
      "--dropout P"),
     ({"beta": 1.0}, {"bptt": 1}, "--beta 1: has no effect here, a window of one word has no change over time; raise "
@@ -747,7 +772,21 @@ def test_knobs_without_effect_are_kept_where_nobody_asked_for_them(idle, others,
 def test_every_knob_without_effect_is_reported_at_once():
     assert complaints(
         dropout_hidden=0.0, num_layers=1, dropout=0.0, locked=True, bptt=1, beta=1.0, epochs=3, when=(3, 5), nonmono=3
-    ) == [f"{WITHOUT_EFFECT[i][2]}, or leave it out" for i in (0, 3, 4, 5)]
+    ) == [f"{WITHOUT_EFFECT[i][2]}, or leave it out" for i in (0, 4, 5, 6)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_layers": 1, "num_experts": 3, "dropout_hidden": 0.3, "embed_size": 200},
+        {"bptt": 1, "max_seq_len_delta": 20, "beta": 1.0},
+        {"num_layers": 1, "tied": True, "hidden_size": 128, "embed_size": 128},
+        {"num_layers": 1, "hidden_size": 128},
+        {"num_layers": 2, "tied": True, "hidden_size": 650},
+    ],
+)
+def test_knobs_with_an_effect_are_taken(settings):
+    assert complaints(recipe="lm", **settings) == []
 
 
 def test_one_flag_over_a_recipe_makes_no_knob_of_the_recipe_a_problem():

@@ -278,9 +278,11 @@ def damage_first_byte(path: Path) -> None:
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"{}"),
         lambda path: path.write_bytes(b"[]"),
+        lambda path: path.write_text(path.read_text().replace("num_", "sum_").replace("a", "b")),
+        lambda path: path.write_text("[" * 200_000),
         lambda path: path.unlink(),
     ],
-    ids=["flipped", "cut", "emptied", "object", "list", "removed"],
+    ids=["flipped", "cut", "emptied", "object", "list", "reworded", "deep", "removed"],
 )
 @pytest.mark.parametrize("name", ["ids.i32", "vocab.txt", "entry.json"])
 def test_a_damaged_entry_is_made_anew(tmp_path, name, damage):

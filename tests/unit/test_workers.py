@@ -51,6 +51,15 @@ def test_workers_that_differ_do_not(what):
     assert "\n" not in message
 
 
+def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
+    for own, other, said in (
+        ({"checkpoint": "step-6"}, {"gluon_lm": "1.0"}, "checkpoint: worker 0 has step-6, worker 1 none"),
+        ({"gluon_lm": "1.0"}, {"checkpoint": "step-6"}, "gluon_lm: worker 0 has 1.0, worker 1 none"),
+    ):
+        with pytest.raises(DistributedError, match=f"the workers differ in {said}"):
+            session._check_alike(own, TwoWorkers(lambda facts, other=other: other))
+
+
 def test_parameters_that_drift_apart_end_the_run():
     model = build_model()
     trainer = SimpleNamespace(model=model, state=SimpleNamespace(step=300), _communicator=TwoWorkers(lambda own: own))
