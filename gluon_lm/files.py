@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -31,6 +32,7 @@ LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
 # What file systems answer, those of clusters above all, that cannot synchronise a folder, or have no locks.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_LONG_AGO_S = 24 * 3600  # longer than anything takes to be written
 _TRIES, _PAUSE = 20, 0.05  # seconds between two tries of a lock
 _HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -48,8 +50,13 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 def beside(path: Path) -> Path:
     """A hidden name in the same folder for what will take the place of `path`; no other process has the same.
 
-    Their numbers would not do: on several machines, and in containers, they repeat.
+    Their numbers would not do: on several machines, and in containers, they repeat. What killed processes left behind
+    under such names long ago is removed.
     """
+    for remains in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - remains.lstat().st_mtime > _LONG_AGO_S:
+                shutil.rmtree(remains) if remains.is_dir() and not remains.is_symlink() else remains.unlink()
     return path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pytest
 from loopback import Server, send_head
 
 import gluon_lm
+from gluon_lm import progress
 from gluon_lm.config import DataConfig
 from gluon_lm.data import CORPORA, load_corpus
 from gluon_lm.data.corpora import PublishedCorpus
@@ -110,6 +112,14 @@ def test_plain_files(server, folder):
     fetch(folder, PlainMirror(server.url + "/data/"))
     check_whole(folder)
     assert sorted(server.requests) == sorted(f"/data/{name}" for name in CONTENT)
+
+
+def test_a_download_shows_how_far_it_is(server, folder, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PlainProgress", partial(progress.PlainProgress, interval_s=0.0))
+    server.pages["/tiny.zip"] = zipped()
+    fetch(folder, ZipMirror(server.url + "/tiny.zip"))
+    size = f"{len(server.pages['/tiny.zip']):,}"
+    assert f"tiny.zip: 100 % ({size} of {size} B)" in capsys.readouterr().err.splitlines()
 
 
 def test_404_then_the_next_mirror(server, folder):

@@ -24,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loopback import Server
 from processes import wait_for
 
 from gluon_lm import exporting, tracking
 from gluon_lm.data import Vocabulary
+from gluon_lm.data.download import PlainMirror, PublishedFile, download_files
+from gluon_lm.errors import DataError
 from gluon_lm.files import digest_of, is_in_use, sole_use
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
@@ -110,6 +113,31 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(project, disk):
     project.run("train", *project.training_flags, "--save", "disk/run", "--overwrite")
 
 
+def test_a_download_to_a_full_disk_leaves_nothing(project, disk, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    content = bytes(200_000)
+    files = [PublishedFile("train.txt", "sha256:" + hashlib.sha256(content).hexdigest())]
+    disk.leave(8 * PAGE)
+    with contextlib.closing(Server()) as server:
+        server.pages["/train.txt"] = content
+        with pytest.raises(DataError, match="disk/tiny: .*No space left on device"):
+            download_files("tiny", files, [PlainMirror(server.url + "/")], Path("disk/tiny"))
+        assert without_ballast(disk.path) == set()
+        disk.free()
+        download_files("tiny", files, [PlainMirror(server.url + "/")], Path("disk/tiny"))
+    assert Path("disk/tiny/train.txt").read_bytes() == content
+
+
+def test_a_configuration_that_cannot_be_replaced_stays(project, disk):
+    project.run("train", *project.training_flags, "--save", "disk/run", "--max-steps", 5)
+    before = Path("disk/run/config.yaml").read_text()
+    disk.leave(0)
+    assert "config.yaml: cannot be written (No space" in project.refused("train", "--resume", "disk/run", "--epochs", 3)
+    assert Path("disk/run/config.yaml").read_text() == before
+    disk.free()
+    project.run("train", "--resume", "disk/run")
+
+
 def test_a_full_cache_is_done_without_and_said(project, disk, monkeypatch):
     monkeypatch.setenv("GLUON_LM_CACHE", str(disk.path / "cache"))
     disk.leave(PAGE)
@@ -156,6 +184,9 @@ def test_what_is_made_of_a_run_on_a_full_disk_leaves_nothing_behind(project, dis
     disk.leave(PAGE)
     assert "disk/page.html: cannot be written (" in project.refused("report", "run", "--output", "disk/page.html")
     assert without_ballast(disk.path) == set()
+    disk.leave(40 * PAGE)  # enough for the page, and not for its plots
+    assert ".png: cannot be written (" in project.refused("report", "run", "--words", 0, "--output", "disk/page.html")
+    assert not [name for name in without_ballast(disk.path) if name.startswith(".")]
     disk.free()
     shutil.copytree("run", "disk/run", symlinks=True)
     before = {path.name for path in Path("disk/run").iterdir()}

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import termios
 import threading
@@ -23,6 +24,7 @@ class Terminal:
 
     def __init__(self, project, words):
         self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
         self.process = subprocess.Popen(
             project.command(*words),
             cwd=project.path,
@@ -79,6 +81,8 @@ def test_a_closed_terminal_stops_training_with_a_checkpoint(project, start, comm
     terminal = start(*command, *flags)
     metrics = project.path / "run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size, terminal.process)  # the first step is taken
+    if command is TRAIN:  # a launcher's workers write to pipes
+        wait_for(lambda: b"epoch   1/100000 " in terminal.written and b" left" in terminal.written, terminal.process)
     terminal.close()
     terminal.process.send_signal(signal.SIGHUP)  # a shell tells its jobs once more
     assert terminal.process.wait(timeout=60) == 128 + signal.SIGHUP

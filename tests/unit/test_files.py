@@ -1,0 +1,48 @@
+"""Files that take the place of others: what a killed process left behind goes, what is being written stays."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from gluon_lm.files import atomic_write, replaced_folder
+
+A_WEEK_S = 7 * 24 * 3600
+
+
+def make_old(path):
+    os.utime(path, times=(time.time() - A_WEEK_S,) * 2, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("name", ["out.txt", "a[b]*.txt"])
+def test_what_killed_processes_left_behind_long_ago_is_removed(tmp_path, name):
+    target = tmp_path / name
+    old_file, old_folder, old_link, fresh, other = (
+        tmp_path / f".{stem}.new-{number}"
+        for stem, number in ((name, "0a"), (name, "0b"), (name, "0c"), (name, "0d"), ("other", "0e"))
+    )
+    old_folder.mkdir()
+    (old_folder / "parameters").write_text("half")
+    old_link.symlink_to("nowhere")
+    for path in (old_file, fresh, other):
+        path.write_text("half")
+    for path in (old_file, old_folder, old_link, other):
+        make_old(path)
+    with atomic_write(target) as file:
+        file.write(b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, fresh.name, other.name}
+    assert target.read_bytes() == b"whole"
+
+
+def test_a_folder_takes_the_place_of_another_and_of_what_was_left_behind(tmp_path):
+    target, remains = tmp_path / "exported", tmp_path / ".exported.new-12345678"
+    for folder, content in ((target, "old"), (remains, "half")):
+        folder.mkdir()
+        (folder / "model").write_text(content)
+    make_old(remains)
+    with replaced_folder(target) as fresh:
+        (fresh / "model").write_text("new")
+    assert (target / "model").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
