@@ -53,9 +53,9 @@ NOT_RUN = {
     "cd": "every command runs in the page's folder, which stands for the checkout",
     "pip install": "the extras that it names are looked up in setup.py instead",
     "bash scripts/environment.sh": "installs; the extras that it names are looked up in setup.py instead",
-    "bash scripts/quickstart.sh": "installs, and trains for minutes",
+    "bash scripts/quickstart.sh": "installs, and trains for minutes; a test of its own runs what it runs",
     "bash scripts/test.sh": "runs these tests; the paths that it names must exist",
-    "bash scripts/get_data.sh": "there is no network here",
+    "bash scripts/get_data.sh": "there is no network here; a test of its own runs what it runs",
     "bash scripts/coverage.sh": "runs these tests",
     "bash scripts/install_horovod.sh": "compiles for minutes",
     "python -m ruff": "the set-up of the tests runs it",
@@ -381,6 +381,15 @@ def extras_of_setup() -> set[str]:
 def test_every_command_of_a_page_works(page, reader):
     for block in pages.blocks(page):
         reader.tries(block)
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "get_data.sh"])
+def test_every_command_of_a_script_that_pages_name_works(name, reader):
+    script = ROOT / "scripts" / name
+    set_up, _, body = script.read_text(encoding="utf-8").partition('cd "$ROOT"\n')
+    commands = "VENV=.venv ROOT=.\n" + body.replace("exec python", "python")  # which here is a function
+    reader.tries(Block(script, set_up.count("\n"), "bash", commands))
+    assert commands.count("python -m gluon_lm") == {"quickstart.sh": 4, "get_data.sh": 1}[name]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
