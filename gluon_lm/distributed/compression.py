@@ -79,13 +79,41 @@ def power_of_two_near(value: float) -> float:
     return float(2.0 ** np.round(np.log2(value)))
 
 
-def multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
-    """Multiply arrays in place."""
+def add_up_at_scale(
+    parameters: Sequence[gluon.Parameter],
+    factors: Sequence[float] | None,
+    add_up: Callable[[int, list[mx.nd.NDArray]], None],
+) -> None:
+    """Have the gradients of each parameter added up, in place.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+    factors : sequence of float, optional
+        Where they are compressed, each parameter's scale. What is not finite then makes a gradient NaN.
+    add_up : callable
+        Is given the place of a parameter, and its gradient on each device.
+    """
+    if factors is None:
+        for place, parameter in enumerate(parameters):
+            add_up(place, parameter.list_grad())
+        return
+    non_finite = _nan_unless_finite(parameters)
+    for place, (parameter, factor) in enumerate(zip(parameters, factors)):
+        grads = parameter.list_grad()
+        _multiply(grads, factor)
+        add_up(place, grads)
+        _multiply(grads, 1 / factor)
+    for grad in parameters[-1].list_grad():
+        grad += non_finite.as_in_context(grad.context)
+
+
+def _multiply(arrays: Sequence[mx.nd.NDArray], factor: float) -> None:
     for array in arrays:
         array *= factor
 
 
-def nan_unless_finite(parameters: Sequence[gluon.Parameter]) -> mx.nd.NDArray:
+def _nan_unless_finite(parameters: Sequence[gluon.Parameter]) -> mx.nd.NDArray:
     """Zero, or NaN where a gradient on any device is not finite: two bits have no code for it, and send 0 instead."""
     sums = [square_sums(grads).sum() * 0 for grads in zip(*(parameter.list_grad() for parameter in parameters))]
     return mx.nd.add_n(*[total.as_in_context(sums[0].context) for total in sums])

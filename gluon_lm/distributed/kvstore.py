@@ -9,7 +9,7 @@ from mxnet import gluon
 
 from ..logs import LOGGER
 from .communicator import Communicator
-from .compression import GradientScales, multiply, nan_unless_finite
+from .compression import GradientScales, add_up_at_scale
 
 
 class KVStoreCommunicator(Communicator):
@@ -50,17 +50,7 @@ class KVStoreCommunicator(Communicator):
         if self._scales and factors is None:
             self._scales.observe(list(zip(*(parameter.list_grad() for parameter in parameters))), self.exchange)
         store = self._open_store(parameters, compress=factors is not None)
-        non_finite = nan_unless_finite(parameters) if factors else None
-        for key, parameter in enumerate(parameters):
-            grads = parameter.list_grad()
-            if factors:
-                multiply(grads, factors[key])
-            store.pushpull(key, grads, out=grads, priority=-key)
-            if factors:
-                multiply(grads, 1 / factors[key])
-        if non_finite is not None:
-            for grad in parameters[-1].list_grad():
-                grad += non_finite.as_in_context(grad.context)
+        add_up_at_scale(parameters, factors, lambda key, grads: store.pushpull(key, grads, out=grads, priority=-key))
         if self._scales and factors is None and self._scales.factors:
             self._store = None  # calibrated: the next step opens a store that compresses
 

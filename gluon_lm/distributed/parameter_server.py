@@ -15,7 +15,7 @@ from ..errors import DistributedError
 from ..heartbeat import listen
 from ..logs import LOGGER, NOTICE
 from .communicator import Communicator
-from .compression import GradientScales, multiply, nan_unless_finite
+from .compression import GradientScales, add_up_at_scale
 from .control import Control
 
 
@@ -98,18 +98,12 @@ class ParameterServer(Communicator):
             # MXNet cuts a large array among the servers at other places once it is compressed.
             self._first_key = len(parameters)
             self._make_keys(parameters)
-        non_finite = nan_unless_finite(parameters) if factors else None
-        for i, parameter in enumerate(parameters):
-            key, grads = self._first_key + i, parameter.list_grad()
-            if factors:
-                multiply(grads, factors[i])
-            self._store.push(key, grads, priority=-key)
-            self._store.pull(key, out=grads, priority=-key)
-            if factors:
-                multiply(grads, 1 / factors[i])
-        if non_finite is not None:
-            for grad in parameters[-1].list_grad():
-                grad += non_finite.as_in_context(grad.context)
+        add_up_at_scale(parameters, factors, self._push_and_pull)
+
+    def _push_and_pull(self, place: int, grads: list[mx.nd.NDArray]) -> None:
+        key = self._first_key + place
+        self._store.push(key, grads, priority=-key)
+        self._store.pull(key, out=grads, priority=-key)
 
     def state_dict(self):
         return {"kvstore": self._kind, **self._scales.state_dict()} if self._scales else {}
