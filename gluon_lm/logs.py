@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .errors import reason
 from .files import AppendedText
 
 LOGGER = logging.getLogger("gluon_lm")
@@ -128,7 +129,10 @@ def is_terminal(stream: object) -> bool:
 
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Append the package's log lines to a file, with the time before each, beginning with those that were held."""
+    """Append the package's log lines to a file, with the time before each, beginning with those that were held.
+
+    So is an error that ends the block, which the command says by itself.
+    """
     text = AppendedText(path)
     file = _Handler(text)
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
@@ -139,6 +143,10 @@ def log_to_file(path: Path) -> Iterator[None]:
             held.close()
         LOGGER.addHandler(file)
         yield
+    except Exception as error:
+        with contextlib.suppress(OSError):  # what ended the block is the error to tell
+            file.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, "error: %s", (reason(error),), None))
+        raise
     finally:
         LOGGER.removeHandler(file)
         text.close()

@@ -23,6 +23,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
     project.train("all/done")
     diverged = project.train("all/diverged", "--optimizer", "adam", "--lr", 1e38, code=2)
     assert "must be finite" in diverged
+    assert (project.path / "all/diverged/log.txt").read_text().splitlines()[-1].endswith(diverged.splitlines()[-1])
     process = project.start_training("all/open", "--epochs", 100000, "--checkpoint-every", 20)
     try:
         wait_for((project.path / "all/open/latest").exists, process)
