@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
 from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.progress import counted
+from gluon_lm.train import main as train_alone
 from gluon_lm.training.step import TrainingStep
 
 CPU = mx.cpu(0)
@@ -498,6 +500,8 @@ def uninterrupted(tmp_path_factory):
     command += ["--dropout", "0.2", "--checkpoint-every", "30", "--keep-checkpoints", "9"]
     code, printed = horovodrun(2, folder, *command, "--save", folder / "run", "--max-steps", "90")
     assert code == 0, printed
+    lines = [line for line in printed.splitlines() if "<stdout>:" in line]
+    assert lines and all(line.startswith("[0]") for line in lines)  # which logs for all
     return command, folder / "run"
 
 
@@ -516,13 +520,38 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, uninter
     """To the bit, with compression on: the last ten of the first 30 steps and all that follow are compressed."""
     new, whole = uninterrupted
     run = tmp_path / "run"
-    for arguments in (
-        [*new, "--save", run, "--max-steps", "30"],
-        ["-m", "gluon_lm.train", "--resume", run, "--max-steps", "60"],
-    ):
-        code, printed = horovodrun(2, tmp_path, *arguments)
-        assert code == 0, printed
+
+    def interrupt(process):
+        wait_for((run / "checkpoints" / "step-30").exists, process, seconds=200)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+
+    _, printed = horovodrun(2, tmp_path, *new, "--save", run, "--max-steps", "100000", meanwhile=interrupt)
+    (stopped_at,) = re.findall(rf"stopped at step (\d+); continue with --resume {run}", printed)
+    assert os.readlink(run / "latest") == f"checkpoints/step-{stopped_at}"
+    checkpoint = run / "checkpoints" / "step-30"
+    code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "60")
+    assert code == 0, printed
     assert_alike(run, whole, 60)
+
+
+@with_horovod
+def test_averaging_and_an_early_end_are_decided_for_all(tmp_path, uninterrupted):
+    new, _ = uninterrupted
+    flags = [*new, "--gctype", "none", "--dropout", "0", "--lr", "5", "--clip", "0.5", "--eval-every", "3"]
+    flags += ["--ntasgd", "--nonmono", "1", "--patience", "3"]
+    code, printed = horovodrun(2, tmp_path, *flags, "--save", tmp_path / "together")
+    assert code == 0, printed
+    alone = [str(word) for word in flags[2:] if word != "--horovod"]
+    assert train_alone([*alone, "--save", str(tmp_path / "alone")]) == 0
+    together, alone = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("together", "alone")
+    )
+    assert [event["step"] for event in together] == [event["step"] for event in alone]
+    losses = [[event["loss"] for event in events] for events in (together, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (tmp_path / "together/latest/unaveraged.npz").exists()
+    assert "--patience 3 is reached" in printed and "averaging the weights from step" in printed
 
 
 # ---------------------------------------------------------------- when it goes wrong

@@ -84,6 +84,10 @@ def run_worker(folder, kvstore, num_devices, threshold):
             notes.keep(f"sum{step}", found[0])
         communicator.heartbeat(step)
     notes.keep("state", communicator.state_dict())
+    gradients = [draw(NUM_STEPS, rank, i) for i in range(len(devices))]
+    if rank == communicator.size - 1:
+        gradients[-1][0][0, 0] = np.nan
+    notes.keep("not finite", reduce(communicator, parameters, gradients)[0])
     notes.write()
     communicator.gather_object("end")
     communicator.close()
@@ -168,3 +172,5 @@ def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path, 
                 residual -= sent
                 total += sent
             np.testing.assert_array_equal(by_step[step][str(k)], total / np.float32(factor))
+    # Two bits have no code for what is not finite: the worker that has it says so to the others.
+    assert not all(np.isfinite(array).all() for array in found.arrays("not finite")[-1].values())

@@ -18,6 +18,7 @@ import pytest
 from processes import wait_for
 
 import gluon_lm
+from gluon_lm.distributed.compression import CALIBRATION_STEPS
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -85,6 +86,7 @@ def test_workers_at_the_same_global_batch_give_the_parameters_of_one_process(pro
     losses = [[event["loss"] for event in project.events(run)] for run in ("together", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[1]) >= 5
     assert f"{workers} workers" in output and "End of training" in output
+    assert not [line for line in output.splitlines() if re.match(r"\[worker [1-9]", line)]
 
 
 def test_learning_rate_cuts_averaging_and_an_early_end_agree(project):
@@ -116,13 +118,19 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
     assert line.startswith("error: --data text") and "must be a corpus" in line
 
 
+def scales_of(project):
+    return json.loads((project.path / "run/latest/state.json").read_text())["communicator"]
+
+
 def test_two_bits_through_the_servers_train(project):
     flags = (*FLAGS, *MODELS["plain"], "--gctype", "2bit", "--max-steps", 60, "--eval-every", 30)
     output = launch(project, *flags, "--save", "run")
     losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
     assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
+    scales = scales_of(project)
     resumed = launch(project, "--resume", "run", "--max-steps", 61)
     assert "what the workers had not sent yet when the run stopped is lost" in resumed
+    assert scales_of(project) == scales and scales["steps"] == CALIBRATION_STEPS
     resumed = project.run("train", "--resume", "run", "--kvstore", "device", "--cpus", 4, "--max-steps", 62)
     assert "the gradients of 2 devices were compressed, and there are 4 now: what had not been sent is lost" in resumed
     plain = project.run("train", "--resume", "run", "--gctype", "none", "--max-steps", 63)
@@ -283,6 +291,37 @@ def test_workers_that_differ_end_before_the_first_step(project, what):
     line = launch_two(project, command, other, settings)
     assert re.match(rf"error: worker \d \(pid \d+\): the workers differ in {what}: worker 0 has .+, worker 1 ", line)
     assert not (project.path / "run").exists()
+
+
+# Trains, comparing parameters after every so many steps; in the second worker, some change by themselves at the fifth.
+DRIFTING_TRAINING = """
+import sys
+from gluon_lm.train import main
+from gluon_lm.training import trainer
+
+trainer.CHECK_EVERY = int(sys.argv.pop(1))
+take_step = trainer.Trainer._take_step
+
+def take_step_and_drift(self, stop):
+    result = take_step(self, stop)
+    if (self._communicator.rank, self.state.step) == (1, 5):
+        weights = next(iter(self.model.named_parameters().values())).data()
+        weights += 1e-6
+    return result
+
+trainer.Trainer._take_step = take_step_and_drift
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("compared_every", "checkpoint_every", "found_at"), [(3, 4, 6), (1000, 4, 8)])
+def test_workers_whose_parameters_drift_apart_end(project, compared_every, checkpoint_every, found_at):
+    flags = (*FLAGS, *MODELS["plain"], "--kvstore", "dist_sync", "--checkpoint-every", checkpoint_every)
+    train = (sys.executable, "-c", DRIFTING_TRAINING, compared_every, *flags, "--save", "run")
+    line = launch_two(project, train, train)
+    said = f"step {found_at}: the parameters of worker 1 are not those of worker 0; the checkpoints before are whole"
+    assert re.match(rf"error: worker \d \(pid \d+\): {said}", line)
+    assert os.readlink(project.path / "run/latest").endswith("step-4")
 
 
 def test_workers_that_would_go_on_from_different_checkpoints_end(project):
