@@ -91,7 +91,11 @@ class Project:
         return self.run("train", *SMALL, "--save", run, *flags, code=code)
 
     def have_trained(self, run: str, *flags: object) -> None:
-        """Have what `train` makes; it trains once for all tests that have these flags, and is copied from then on."""
+        """Have what `train` makes; the first test that wants these flags trains, and the others have a copy.
+
+        Its numbers are not to the bit those of a training here: recurrent layers are MXNet's own once a command of this
+        process has asked for them.
+        """
         kept = self._kept_runs / hashlib.sha256(repr(flags).encode()).hexdigest()
         if kept.exists():
             shutil.copytree(kept, self.path / run, symlinks=True)
