@@ -61,7 +61,7 @@ EXTRAS = {
     "test": [
         "pytest>=7.4,<10",
         "pytest-timeout>=2.2,<3",
-        "pytest-xdist>=3.5,<4",
+        "pytest-xdist>=3.8,<4",
         "hypothesis>=6.100,<7",
         "ruff>=0.6,<1",
         "mypy>=1.8,<3",

@@ -11,6 +11,12 @@ from hypothesis import HealthCheck, settings
 import gluon_lm  # noqa: F401  # before any test imports MXNet
 from gluon_lm.logs import LOGGER
 
+# Several processes share the test files, and what is begun last should be short, or one waits for the other in the end.
+LONGEST_FIRST = (
+    *("cluster", "train", "horovod", "faults", "network", "use", "launch", "documentation", "parameter_server"),
+    *("regularised", "serve", "generation", "reproduce", "benchmark", "kills", "terminal", "training_step"),
+)
+
 # Before MXNet is used: on GPUs, masks as the commands draw them, and products that are those of a CPU.
 os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -29,7 +35,9 @@ def pytest_runtest_setup():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the tests marked ``gpu`` where MXNet sees none."""
+    """Begin with the longest files, and skip the tests marked ``gpu`` where MXNet sees none."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -77,8 +77,7 @@ def train(step, num_steps=10, ids=None, seed=3):
 # ---------------------------------------------------------------- devices
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-@pytest.mark.parametrize("kvstore", ["device", "local"])
+@pytest.mark.parametrize(("num_devices", "kvstore"), [(2, "device"), (4, "local")])
 @pytest.mark.parametrize(
     "settings",
     [

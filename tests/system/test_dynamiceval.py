@@ -13,7 +13,7 @@ RULE = ("--lamb", 0.075, "--epsilon", 0.002, "--lr", 0.002, "--bptt", 5)
 
 @pytest.fixture
 def run(project):
-    project.train("run", "--epochs", 3, "--lr", 5, "--dropout", 0.4)
+    project.have_trained("run", "--epochs", 3, "--lr", 5, "--dropout", 0.4)
     return project
 
 

@@ -15,7 +15,6 @@ import pickle
 import re
 import resource
 import shutil
-import signal
 import stat
 import subprocess
 import threading
@@ -25,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loopback import Server
-from processes import wait_for
 
 from gluon_lm import exporting, tracking
 from gluon_lm.data import Vocabulary
@@ -150,7 +148,7 @@ def test_a_full_cache_is_done_without_and_said(project, disk, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["symbol", "onnx"])
 def test_an_export_on_a_full_disk_leaves_the_old_one(project, disk, kind):
-    project.train("run")
+    project.have_trained("run")
     flags = ("run", "--format", kind, "--output", "disk/exported")
     project.run("export", *flags)
     old = {path.name: path.read_bytes() for path in (disk.path / "exported").iterdir()}
@@ -162,7 +160,7 @@ def test_an_export_on_a_full_disk_leaves_the_old_one(project, disk, kind):
 
 
 def test_an_output_file_on_a_full_disk_keeps_its_old_content(project, disk):
-    project.train("run")
+    project.have_trained("run")
     (disk.path / "out.txt").write_text("old")
     for command in (("generate", "run", "--words", 2000), ("score", "run", "text/train.txt")):
         disk.leave(PAGE)
@@ -180,7 +178,7 @@ def test_tensorboards_files_on_a_full_disk_end_the_run_in_one_line(project, disk
 
 
 def test_what_is_made_of_a_run_on_a_full_disk_leaves_nothing_behind(project, disk):
-    project.train("run")
+    project.have_trained("run")
     disk.leave(PAGE)
     assert "disk/page.html: cannot be written (" in project.refused("report", "run", "--output", "disk/page.html")
     assert without_ballast(disk.path) == set()
@@ -197,7 +195,7 @@ def test_what_is_made_of_a_run_on_a_full_disk_leaves_nothing_behind(project, dis
 
 
 def test_an_output_that_is_a_device_a_pipe_or_a_link_stays_one(project):
-    project.train("run")
+    project.have_trained("run")
     os.mkfifo("pipe")
     Path("target.txt").write_text("old")
     Path("link").symlink_to("target.txt")
@@ -219,7 +217,7 @@ def test_an_output_that_is_a_device_a_pipe_or_a_link_stays_one(project):
 
 
 def test_names_that_no_file_can_have_are_said_in_one_line(project):
-    project.train("run")
+    project.have_trained("run")
     Path("loop").symlink_to("loop")
     for name in ("x" * 300, "loop/x", "text/train.txt/x"):
         for command in (
@@ -279,21 +277,8 @@ def test_short_memory_is_said_in_one_line(project, megabytes, size, said):
 # ---------------------------------------------------------------- two processes, one folder
 
 
-def test_a_run_that_is_being_trained_is_neither_continued_nor_replaced(project):
-    process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
-    try:
-        wait_for((project.path / "run/latest").exists, process, seconds=120)
-        for flags in (("--resume", "run"), (*project.training_flags, "--save", "run", "--overwrite")):
-            assert "run: another process is training this run" in project.refused("train", *flags)
-        assert process.poll() is None
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    project.run("train", "--resume", "run", "--max-steps", 1)  # a killed process holds nothing
-
-
 def test_a_run_in_which_a_finetuning_goes_on_is_not_replaced(project):
-    project.train("run")
+    project.have_trained("run")
     with RunFolder(Path("run/finetune_model")).created("", Vocabulary(("<unk>", "<eos>"))):
         assert "run/finetune_model: another process" in project.refused(
             "train", *project.training_flags, "--save", "run", "--overwrite"
@@ -374,8 +359,8 @@ int fsync(int descriptor) {
 """
 
 
-@pytest.mark.parametrize(("locks", "links"), [("ENOSYS", "ENOSYS"), ("ENOLCK", "EPERM"), ("EOPNOTSUPP", "EOPNOTSUPP")])
-def test_without_locks_and_links_all_works_and_it_is_said(project, locks, links):
+def on_poor_file_system(project, locks, links):
+    """What runs a command where asking for a lock or a link has such an answer, and returns what it printed."""
     (project.path / "poor.c").write_text(POOR_FILE_SYSTEM)
     answers = [f"-DNO_LOCKS={locks}", f"-DNO_LINKS={links}"]
     command = ["gcc", "-shared", "-fPIC", *answers, "-o", "poor.so", "poor.c"]
@@ -388,16 +373,27 @@ def test_without_locks_and_links_all_works_and_it_is_said(project, locks, links)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    worse = ("--epochs", 3, "--lr", 100)  # so that the newest checkpoint, which alone is kept, is not the best
-    project.train("whole", "--keep-checkpoints", 1)
-    project.run("train", "--resume", "whole", *worse)
-    output = run("train", *project.training_flags, "--save", "run", "--keep-checkpoints", 1)
+    return run
+
+
+@pytest.mark.parametrize(("locks", "links"), [("ENOSYS", "ENOSYS"), ("ENOLCK", "EPERM"), ("EOPNOTSUPP", "EOPNOTSUPP")])
+def test_without_locks_and_links_it_is_said(project, locks, links):
+    run = on_poor_file_system(project, locks, links)
+    output = run("train", *project.training_flags, "--save", "run", "--max-steps", 2)
     (line,) = [line for line in output.splitlines() if line.startswith("this file system has no locks (")]
     assert line.endswith("), so nothing keeps a second process from writing the same files")
     # Processes that encode the same text would be in each other's way, so each does it for itself.
     assert "the cache poor cannot be written (" in output
     (line,) = [line for line in output.splitlines() if line.startswith("this file system has no links (")]
     assert line.endswith("), so best and latest are not made; name runs and checkpoints in full")
+
+
+def test_without_locks_and_links_all_works(project):
+    run = on_poor_file_system(project, "ENOLCK", "EPERM")
+    worse = ("--epochs", 3, "--lr", 100)  # so that the newest checkpoint, which alone is kept, is not the best
+    project.train("whole", "--keep-checkpoints", 1)
+    project.run("train", "--resume", "whole", *worse)
+    run("train", *project.training_flags, "--save", "run", "--keep-checkpoints", 1)
     run("train", "--resume", "run", *worse)
     assert project.results("run") == project.results("whole")
     assert sorted(path.name for path in (project.path / "run/checkpoints").iterdir()) == ["step-126", "step-84"]
@@ -428,13 +424,14 @@ def append(path: Path) -> None:
     ids=["train", "valid", "test", "missing", "binary", "gone"],
 )
 def test_a_text_that_changes_between_stop_and_resume_is_refused(project, change, said):
-    project.train("run", "--epochs", 1)
+    project.have_trained("run")
     shutil.copytree("text", "kept")
     change(project.path / "text")
-    assert said in project.refused("train", "--resume", "run", "--epochs", 2)
+    two_steps_more = ("train", "--resume", "run", "--epochs", 3, "--max-steps", 86)
+    assert said in project.refused(*two_steps_more)
     shutil.rmtree("text", ignore_errors=True)
     shutil.move("kept", "text")
-    project.run("train", "--resume", "run", "--epochs", 2)
+    project.run(*two_steps_more)
 
 
 def test_a_text_that_was_moved_is_named_anew(project):
@@ -524,7 +521,7 @@ def each_forged(project, name: str, contents: dict):
 
 
 def test_parameters_that_are_none_are_refused(project):
-    project.train("run")
+    project.have_trained("run")
     for how in each_forged(project, "parameters.npz", BAD_ARRAYS):
         for flags in (("evaluate", "run"), ("train", "--resume", "run"), ("export", "run", "--output", "exported")):
             assert "run" in project.refused(*flags), how
@@ -570,7 +567,7 @@ BAD_STATES = {
 
 
 def test_a_state_that_is_none_is_refused(project):
-    project.train("run")
+    project.have_trained("run")
     state = project.path / "run/latest/state.json"
     whole = json.loads(state.read_text())
     wrong = {
@@ -599,7 +596,7 @@ BAD_YAML = {
 
 
 def test_a_configuration_that_is_none_is_refused(project):
-    project.train("run")
+    project.have_trained("run")
     for how in each_forged(project, "config.yaml", BAD_YAML):
         assert "config.yaml" in project.refused("evaluate", "run"), how
     for how, content in BAD_YAML.items():
@@ -620,7 +617,7 @@ BAD_VOCABULARIES = {
 
 
 def test_a_vocabulary_that_is_none_is_refused(project):
-    project.train("run")
+    project.have_trained("run")
     for how in each_forged(project, "vocab.txt", BAD_VOCABULARIES):
         assert "run" in project.refused("evaluate", "run"), how
     for how, content in BAD_VOCABULARIES.items():
@@ -630,7 +627,7 @@ def test_a_vocabulary_that_is_none_is_refused(project):
 
 
 def test_an_export_with_forged_files_is_refused(project):
-    project.train("run")
+    project.have_trained("run")
     project.run("export", "run", "--output", "exported")
     manifest = json.loads(Path("exported/manifest.json").read_text())
     symbol, parameters = (Path("exported", name).read_bytes() for name in (exporting.SYMBOL, exporting.PARAMETERS))
@@ -685,7 +682,7 @@ def test_a_bad_line_among_the_metrics_is_named(project):
 
 
 def test_bad_statistics_of_dynamic_evaluation_are_made_anew_and_not_unpickled(project):
-    project.train("run")
+    project.have_trained("run")
     flags = ("dynamiceval", "run", "--bptt", 5, "--batch-size", 4)
     expected = project.run(*flags).splitlines()[-1]
     (path,) = (project.path / "run").glob("*/gradients-*.npz")

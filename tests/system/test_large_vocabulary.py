@@ -36,7 +36,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped_and_every_command_takes_it
     assert len(project.run("generate", "whole", "--words", 30).split()) >= 30
     project.run("score", "whole", "text/test.txt", "--outf", "scores.tsv")
     assert perplexity(project.run("dynamiceval", "whole")) != exact
-    project.run("finetune", "whole", "--epochs", 1)
+    project.run("finetune", "whole", "--max-steps", 5)
 
 
 def test_what_does_not_fit_the_vocabulary_is_refused_at_once(project):

@@ -411,7 +411,7 @@ def test_what_cannot_be_started_is_one_line(project, words, said):
 
 def test_a_run_that_is_seen_from_here_goes_on_elsewhere_as_it_was(project):
     (project.path / "hosts.txt").write_text("nowhere.invalid slots=2\n")
-    project.train("run", "--batch-size", 4)
+    project.have_trained("run")
     config = project.path / "run/config.yaml"
     config.write_text(re.sub("kvstore: .*", "kvstore: dist_device_sync", config.read_text()))
     printed = project.run("launch", "--hostfile", "hosts.txt", "--", "--resume", "run", "--print-config")

@@ -57,6 +57,7 @@ def start_benchmark(folder, *exchanges):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dist_sync", "horovod"])
 def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp_path, backend):
     """By the kernel's counters: what is pushed to a server, or passed between two processes."""
@@ -78,6 +79,7 @@ def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp
     assert f"| {backend} 2bit |" in printed
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_interrupted_leaves_nothing(network, tmp_path):
     benchmark = start_benchmark(tmp_path, "dist_sync:none")
     prefix, deadline = f"gluon-lm-{benchmark.pid}-", time.monotonic() + 60

@@ -169,19 +169,10 @@ def test_shuffled_windows_from_a_random_start_resume_in_mid_epoch(project):
 FINETUNE = ("--lr", 2, "--eval-every", 10, "--epochs", 1)
 
 
-@pytest.fixture(scope="module")
-def kept_run(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "run"
-
-
 @pytest.fixture
-def finetuning(project, kept_run):
-    """A project with a run to finetune, which is trained once and copied from then on."""
-    if kept_run.exists():
-        shutil.copytree(kept_run, project.path / "run", symlinks=True)
-    else:
-        project.train("run", *EVERYTHING, "--epochs", 2)
-        shutil.copytree(project.path / "run", kept_run, symlinks=True)
+def finetuning(project):
+    """A project with a run to finetune."""
+    project.have_trained("run", *EVERYTHING, "--epochs", 2)
     return project
 
 

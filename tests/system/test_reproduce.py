@@ -23,7 +23,7 @@ ROWS = reproduce.read_rows(reproduce.ROWS)
 MODEL = "--data text --model lstm --emsize 8 --nhid 8 --batch-size 4 --bptt 5 --lr 1 --dropout 0.2 --log-interval 10"
 TINY = {
     "short": {"table": "Tiny", "title": "two epochs", "train": f"{MODEL} --epochs 2", "published": {"test": 9}},
-    "long": {"table": "Tiny", "title": "more", "after": "short", "train": "--epochs 12", "source": "us"},
+    "long": {"table": "Tiny", "title": "more", "after": "short", "train": "--epochs 6", "source": "us"},
     "tuned": {
         "table": "Tiny",
         "title": "tuned and dynamic",
@@ -108,7 +108,7 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     wait_until(lambda: not processes_about(project.path))
     printed, _ = start(arguments, "tuned", "memory", "--render").communicate(timeout=280)
 
-    project.train("whole", *shlex.split(MODEL), "--epochs", 12)
+    project.train("whole", *shlex.split(MODEL), "--epochs", 6)
     plain = {("long", s): project.run("evaluate", "whole", "--split", s) for s in ("valid", "test")}
     project.run("finetune", "whole", "--epochs", 2)
     dynamic = ("dynamiceval", "whole/finetune_model", "--lamb", 0.1, "--batch-size", 4)

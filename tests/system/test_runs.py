@@ -28,8 +28,8 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
     try:
         wait_for((project.path / "all/open/latest").exists, process)
         assert listed(project)[0]["open"]["state"] == "running"
-        refused = project.run("train", "--resume", "all/open", code=2)
-        assert "another process is training this run" in refused
+        for flags in (("--resume", "all/open"), (*project.training_flags, "--save", "all/open", "--overwrite")):
+            assert "all/open: another process is training this run" in project.refused("train", *flags)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -76,7 +76,7 @@ def test_a_pass_over_the_text_counts_when_it_is_done(project):
 
 def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all").mkdir()
-    project.train("all/good")
+    project.have_trained("all/good")
     project.run("finetune", "all/good", "--max-steps", 2)
     for name, file, content in [
         ("cut", "metrics.jsonl", '{"event": "train", "st\n'),
@@ -115,7 +115,7 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
 
 def test_the_last_line_of_a_running_run_may_be_half_written(project):
     (project.path / "all").mkdir()
-    project.train("all/run")
+    project.have_trained("all/run")
     before = listed(project)[0]["run"]
     with open("all/run/metrics.jsonl", "a") as file:
         file.write('{"event": "train", "step": 9999')

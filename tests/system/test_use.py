@@ -13,7 +13,7 @@ from gluon_lm import generate, score
 
 @pytest.fixture
 def run(project):
-    project.train("run", "--epochs", 8, "--lr", 10)
+    project.have_trained("run", "--epochs", 8, "--lr", 10)
     return project
 
 

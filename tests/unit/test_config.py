@@ -435,15 +435,6 @@ def test_what_is_not_flat_yaml_is_refused_on_one_line(content, tmp_path):
     assert problem.startswith(str(path)) and "\n" not in problem
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_any_text_is_a_configuration_or_a_config_error(content):
-    try:
-        assert isinstance(read_config(content), Config)
-    except ConfigError as error:
-        assert all("\n" not in problem for problem in error.problems)
-
-
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("data: é".encode("latin-1"))
     for name, reason in [("missing.yaml", "No such file"), ("", "directory"), ("latin.yaml", "UTF-8")]:
@@ -542,43 +533,6 @@ def test_a_misspelt_openseq2seq_name_gets_the_nearest():
     assert problems_of(read_config, "recurent_keep_prob: 0.5") == [
         "config.yaml line 1: unknown key recurent_keep_prob; did you mean recurrent_keep_prob?"
     ]
-
-
-# ---------------------------------------------------------------- what the model makes of its dropouts
-
-
-@pytest.mark.parametrize(
-    "values, is_locked",
-    [
-        ({}, False),
-        ({"weight_drop": 0.5, "dropout_embed": 0.1}, False),
-        ({"dropout_input": 0.1}, True),
-        ({"dropout_hidden": 0.0}, True),
-        ({"dropout_input": 0.1, "dropout_hidden": 0.1, "locked": False}, False),
-        ({"locked": True}, True),
-        ({"model": "awd-lstm"}, True),
-        ({"model": "awd-gru"}, True),
-        ({"model": "awd-rnn"}, True),
-        ({"model": "awd-lstm", "locked": False}, False),
-    ],
-)
-def test_locked_dropout_is_the_default_of_the_regularised_models_and_of_their_knobs(values, is_locked):
-    assert ModelConfig(**values).has_locked_dropout is is_locked
-
-
-@pytest.mark.parametrize(
-    "values, keep",
-    [
-        ({"dropout": 0.2}, [0.8, 0.8, 0.8]),
-        ({"dropout": 0.2, "dropout_input": 0.5}, [0.5, 0.8, 0.8]),
-        ({"dropout": 0.2, "dropout_input": 0.0, "dropout_hidden": 0.5}, [1, 0.5, 0.5]),
-        ({"dropout": 0.2, "dropout_inner_input": 0.5, "dropout_last_input": 0.1}, [0.4, 0.4, 0.72]),
-        ({"dropout": 0.0, "dropout_inner_input": 0.5, "dropout_last_input": 0.1}, [0.5, 0.5, 0.9]),
-    ],
-)
-def test_dropouts_of_one_place_keep_with_the_product_of_their_probabilities(values, keep):
-    rates = ModelConfig(num_layers=3, **values).layer_dropouts
-    assert [1 - rate for rate in rates] == pytest.approx(keep, abs=1e-15)
 
 
 # ---------------------------------------------------------------- rules between fields

@@ -381,8 +381,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.fixture
-def long_text(tmp_path):
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
     """300 kB of words drawn from 5,000, written with numpy alone, and what encoding it should give."""
     words = np.random.RandomState(1).zipf(1.3, 60000) % 5000
     text = "\n".join(" ".join(f"w{word}" for word in line) for line in words.reshape(-1, 20)) + "\n"
@@ -390,7 +390,7 @@ def long_text(tmp_path):
     counts = Counter(tokens)
     order = {word: place for place, word in enumerate(dict.fromkeys([*tokens, "<unk>"]))}
     ids = {word: i for i, word in enumerate(sorted(order, key=lambda word: (-counts[word], order[word])))}
-    return write(tmp_path, text), Vocabulary(tuple(ids)), [ids[token] for token in tokens]
+    return write(tmp_path_factory.mktemp("long"), text), Vocabulary(tuple(ids)), [ids[token] for token in tokens]
 
 
 def test_two_processes_at_once_make_the_same_and_leave_nothing_behind(tmp_path, long_text):

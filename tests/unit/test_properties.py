@@ -138,8 +138,8 @@ KEYS = st.sampled_from([*FIELDS, "recipe", "nhid", "no-such-key"]) | st.text(max
 MARKS = st.text(st.sampled_from(list("&*!|>%@`{}[]:,#-?\"'<=~ \n\t\r0aé\x85\u2028\ufeff")), max_size=30)
 
 
-@settings(max_examples=60)
-@given(st.dictionaries(KEYS, NESTED, max_size=4).map(yaml.safe_dump) | MARKS, st.integers(0, 200), MARKS)
+@settings(max_examples=100)
+@given(st.dictionaries(KEYS, NESTED, max_size=4).map(yaml.safe_dump) | MARKS | st.text(), st.integers(0, 200), MARKS)
 def test_whatever_yaml_is_read_it_is_a_configuration_or_refused_on_lines(content, position, inserted):
     for text in (content, content[:position] + inserted + content[position:]):
         try:

@@ -346,6 +346,7 @@ def test_alpha_is_on_the_dropped_output_and_beta_on_the_raw_one(cell, locked):
         ({"dropout": 0.4, "dropout_input": 0.65, "dropout_hidden": 0.3}, [0.65, 0.3, 0.3]),
         ({"dropout": 0.4, "dropout_input": 0.0}, [0.0, 0.4, 0.4]),
         ({"dropout": 0.0, "dropout_inner_input": 0.1, "dropout_last_input": 0.3}, [0.1, 0.1, 0.3]),
+        ({"dropout": 0.2, "dropout_inner_input": 0.5, "dropout_last_input": 0.1}, [0.6, 0.6, 0.28]),
         ({"dropout_input": 0.0, "dropout_hidden": 0.5, "dropout_inner_input": 0.2}, [0.2, 0.6, 0.5]),
         ({"dropout_input": 0.5, "dropout_hidden": 0.2, "dropout_last_input": 0.5}, [0.5, 0.2, 0.6]),
     ],
@@ -371,6 +372,8 @@ def test_a_single_layer_is_the_last_one():
         ({"dropout_hidden": 0.3, "locked": False}, False),
         ({"locked": True}, True),
         ({"model": "awd-lstm"}, True),
+        ({"model": "awd-gru"}, True),
+        ({"model": "awd-rnn"}, True),
         ({"model": "awd-gru", "locked": False}, False),
     ],
 )
