@@ -194,6 +194,7 @@ def exchange(one: Path, other: Path) -> None:
         pass  # an older C library; some network file systems refuse the call
     aside = other.with_name(f"{one.name}-aside")
     other.rename(aside)
+    os.utime(aside)  # it is no remains of long ago
     try:
         one.rename(other)
     except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-_ONE_PLACE_EACH = {"dropout_input": 0.0, "dropout_hidden": 0.0, "locked": False}
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -81,23 +80,23 @@ class _FlatLoader(yaml.SafeLoader):
 
 
 class _File(NamedTuple):
-    """The settings of a YAML file, the recipe that it names, and what it means where no layer sets it."""
+    """The settings of a YAML file, the recipe that it names, and the fields among them given as what is kept."""
 
     layer: Layer
     recipe: str | None
-    implied: Layer
+    kept: frozenset[str] = frozenset()
 
 
 def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
     layer: Layer = {}
     recipe: str | None = None
-    implied: Layer = {}
+    kept: set[str] = set()
     try:
         content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
         loader = _FlatLoader(content)
         node = loader.get_single_node()
         if node is None:
-            return _File(layer, recipe, implied)
+            return _File(layer, recipe)
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{origin}: must be lines of the form name: value, for example hidden_size: 200")
         read = partial(loader.construct_object, deep=True)
@@ -120,8 +119,9 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
         name = (
             "recipe" if key == "recipe" else keep or names_by_key().get(key_of(key)) if isinstance(key, str) else None
         )
-        if name is None and str(key) in RunOptions.__dataclass_fields__:
-            problems.append(f"{where} {key}: is not a value of the configuration; give {flag_of(key)} as a flag")
+        if name is None and key_of(str(key)).replace("-", "_") in RunOptions.__dataclass_fields__:
+            flag = flag_of(key_of(str(key)))
+            problems.append(f"{where} {key}: is not a value of the configuration; give {flag} as a flag")
         elif name is None:
             known = [n.replace("-", "_") for n in (*names_by_key(), *keep_names())]
             hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
@@ -132,12 +132,12 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
             recipe = str(raw)
         else:
             kind = keep_probability(name) if keep else None
-            if keep:  # each is about one place, where ours are about others too unless these are set
-                implied = {rate: Setting(value, origin) for rate, value in _ONE_PLACE_EACH.items()}
+            if keep:
+                kept.add(name)
             layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
         if name is not None:
             seen.setdefault(name, line)
-    return _File(layer, recipe, implied)
+    return _File(layer, recipe, frozenset(kept))
 
 
 def config_folder() -> Path:
@@ -187,6 +187,20 @@ _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
 def _replaced_by(layer: Layer) -> set[str]:
     replaced = [names for field, is_such, names in _REPLACES if field in layer and is_such(layer[field].value)]
     return set().union(*replaced)
+
+
+def _implied_by(kept: frozenset[str], merged: Layer, given: Set[str]) -> Layer:
+    """What fields that were given as probabilities of keeping mean for others, unless a layer sets these.
+
+    Each is about one place, as in the system that names them so, where ours are about others too. There each word has
+    masks of its own, which is so here unless the model, or a rate under our name, asks for locked ones.
+    """
+    source = merged[min(kept)].source
+    rates = {"dropout_input", "dropout_hidden"}
+    implied: Layer = {name: Setting(0.0, source) for name in rates}
+    if _value(merged, "model") not in REGULARISED_CELLS and rates.isdisjoint(given - kept):
+        implied["locked"] = Setting(False, source)
+    return implied
 
 
 def _value(layer: Layer, name: str) -> Any:
@@ -252,11 +266,11 @@ def resolve(
     flags = flags or {}
     file: Layer = {}
     file_recipe: str | None = None
-    implied: Layer = {}
+    kept: frozenset[str] = frozenset()
     origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
     if config_file is not None:
         try:
-            file, file_recipe, implied = _read_yaml(config_file, origin, problems)
+            file, file_recipe, kept = _read_yaml(config_file, origin, problems)
         except ConfigError as error:
             problems.extend(error.problems)
 
@@ -276,12 +290,14 @@ def resolve(
         if is_needed:
             problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
-        base, _, of_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
-        implied = {**implied, **of_recipe}
+        base, _, kept_by_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
+        kept |= kept_by_recipe
 
     # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
-    merged = _merge((implied, base, file, flags))
+    merged = _merge((base, file, flags))
+    if kept:
+        merged = {**_implied_by(kept, merged, base.keys() | file.keys() | flags.keys()), **merged}
     if problems:
         raise ConfigError(problems)
     sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}

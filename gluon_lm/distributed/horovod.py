@@ -243,7 +243,7 @@ class HorovodCommunicator(Communicator):
         if self._scales and state:
             self._scales.load_state_dict(state)
             self._restored_threshold = state.get("threshold", self._threshold)
-            self._had_sent = state.get("has_sent", True)
+            self._had_sent = state.get("has_sent", state.get("kvstore") != "device")  # which forgets
 
     def residuals(self) -> dict[str, mx.nd.NDArray]:
         """What each worker has not sent yet, which a resumed run needs besides `state_dict`. All call it together.

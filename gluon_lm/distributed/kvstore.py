@@ -71,8 +71,8 @@ class KVStoreCommunicator(Communicator):
             self._scales.load_state_dict(state)
             if state.get("kvstore") == self._kind:
                 LOGGER.info("2-bit compression: residuals start at zero, as they do after every checkpoint")
-            else:
-                LOGGER.warning("2-bit compression: what other workers had not sent yet when the run stopped is lost")
+            elif self._scales.factors is not None and state.get("has_sent", True):
+                LOGGER.warning("2-bit compression: what had not been sent yet when the run stopped is lost")
         self._store = None
 
     def checkpointed(self):

@@ -111,6 +111,7 @@ class ParameterServer(Communicator):
     def load_state_dict(self, state):
         if self._scales and state:
             self._scales.load_state_dict(state)
+        if self._scales and self._scales.factors is not None and state.get("kvstore") != "device":  # which forgets
             LOGGER.log(
                 NOTICE,
                 "2-bit compression: what the workers had not sent yet when the run stopped is lost, so it does not go "

@@ -99,12 +99,12 @@ class _Server(uvicorn.Server):
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
     """HTTP as uvicorn speaks it, but that connections are closed on which no request arrives whole in time.
 
-    So are those on which nobody reads the answer.
+    So are those on which the client has stopped reading the answer.
     """
 
     class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _closing: asyncio.TimerHandle | None = None
-        _aborting: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -117,20 +117,33 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
             self._forget()
-            self._unblock()
+            self._stop_waiting()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._aborting = self.loop.call_later(seconds + SECONDS_TO_SEND, self.transport.abort)
+            self._wait_for_reader()
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._unblock()
+            self._stop_waiting()
 
-        def _unblock(self) -> None:
-            if self._aborting is not None:
-                self._aborting.cancel()
-                self._aborting = None
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._wait_for_reader()
+
+        def _wait_for_reader(self, unread_before: float = math.inf) -> None:
+            """Close the connection once the client has read nothing for so long of what is still to be sent."""
+            self._stop_waiting()
+            unread = self.transport.get_write_buffer_size()
+            if unread >= unread_before:
+                self.transport.abort()
+            elif unread:
+                self._reading = self.loop.call_later(seconds + SECONDS_TO_SEND, self._wait_for_reader, unread)
+
+        def _stop_waiting(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
 
         def _watch(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:

@@ -61,7 +61,7 @@ class TrainingState:
         Lowest validation loss so far, in nats a token, and the step of its checkpoint.
     evaluations_since_best : int
     valid_losses : list of float
-        Of all evaluations after steps so far.
+        Of all evaluations so far but one before the first step.
     averaging_since : int or None
         Updates of the parameters after which they are averaged.
     seconds : float

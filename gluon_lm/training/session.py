@@ -82,6 +82,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
     communicator = _join(command)
     is_writer = communicator.is_primary and not command.dry_run
     with run.held() if is_writer else contextlib.nullcontext():
+        is_named = path is not None
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
         vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
@@ -90,7 +91,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         # Given now, or at an earlier start that was killed before it wrote a checkpoint.
-        if "lr" in command.settings or read_config(path / CONFIG).optim.lr != command.config.optim.lr:
+        was_given = not is_named and read_config(path / CONFIG).optim.lr != command.config.optim.lr
+        if "lr" in command.settings or was_given:
             trainer.state.lr = command.config.optim.lr
         if trainer.end is not None:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)

@@ -229,16 +229,19 @@ def test_two_bits_resume_exactly_where_both_start_without_residuals(steps):
 
 
 def test_what_other_communicators_had_not_sent_is_said_to_be_lost(caplog):
-    own, _ = calibrated()
+    own, early = calibrated()[0].state_dict(), calibrated(steps=3)[0].state_dict()
+    of_horovod = {name: value for name, value in own.items() if name != "kvstore"}
     for state, said in (
-        (own.state_dict(), "residuals start at zero"),
-        ({**own.state_dict(), "kvstore": "dist_sync"}, "is lost"),
-        ({name: value for name, value in own.state_dict().items() if name != "kvstore"}, "is lost"),
+        (own, "residuals start at zero"),
+        ({**own, "kvstore": "dist_sync"}, "is lost"),
+        ({**early, "kvstore": "dist_sync"}, ""),
+        ({**of_horovod, "has_sent": True}, "is lost"),
+        ({**of_horovod, "has_sent": False}, ""),
     ):
         caplog.clear()
         with caplog.at_level("INFO", "gluon_lm"):
             KVStoreCommunicator(cpus(2), "device", 0.5).load_state_dict(state)
-        assert said in caplog.text
+        assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

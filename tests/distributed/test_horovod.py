@@ -497,7 +497,7 @@ def uninterrupted(tmp_path_factory):
         (folder / f"{name}.txt").write_text("\n".join(lines))
     command = ["-m", "gluon_lm.train", "--horovod", "--cpus", "1", "--gctype", "2bit", "--data", folder]
     command += ["--emsize", "8", "--nhid", "8", "--nlayers", "1", "--batch-size", "4", "--bptt", "5"]
-    command += ["--dropout", "0.2", "--checkpoint-every", "30", "--keep-checkpoints", "9"]
+    command += ["--dropout", "0.2", "--checkpoint-every", "30", "--keep-checkpoints", "100000"]
     code, printed = horovodrun(2, folder, *command, "--save", folder / "run", "--max-steps", "90")
     assert code == 0, printed
     lines = [line for line in printed.splitlines() if "<stdout>:" in line]
@@ -535,7 +535,8 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, uninter
 
 
 @with_horovod
-def test_averaging_and_an_early_end_are_decided_for_all(tmp_path, uninterrupted):
+def test_averaging_and_an_early_end_are_decided_for_all(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
     new, _ = uninterrupted
     flags = [*new, "--gctype", "none", "--dropout", "0", "--lr", "5", "--clip", "0.5", "--eval-every", "3"]
     flags += ["--ntasgd", "--nonmono", "1", "--patience", "3"]

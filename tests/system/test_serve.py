@@ -396,7 +396,7 @@ def test_a_client_that_reads_nothing_of_a_long_answer_is_let_go(monkeypatch):
         ended = pool.submit(server.run, [listener])
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            until(lambda: server.server_state.connections)
+            assert client.recv(1)
             until(lambda: not server.server_state.connections)
             server.should_exit = True
             ended.result(PATIENCE)

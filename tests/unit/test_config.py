@@ -462,9 +462,9 @@ def test_openseq2seq_names_of_switches():
 
 
 def test_flags_about_the_run_itself_are_no_values_of_a_file():
-    assert problems_of(read_config, "save: runs/x\nprint_config: true\nnhid: 5\n") == [
+    assert problems_of(read_config, "save: runs/x\nprint-config: true\nnhid: 5\n") == [
         "config.yaml line 1: save: is not a value of the configuration; give --save as a flag",
-        "config.yaml line 2: print_config: is not a value of the configuration; give --print-config as a flag",
+        "config.yaml line 2: print-config: is not a value of the configuration; give --print-config as a flag",
     ]
 
 
@@ -488,10 +488,13 @@ def test_a_probability_of_keeping_acts_in_its_one_place(key, name):
     }
     assert model.layer_dropouts == expected.get(key, [0, 0, 0]) and not model.has_locked_dropout
     over = resolve(flags(dropout_input=0.1, locked=True), config_file=f"{key}: 0.6").config.model
+    assert resolve(flags(dropout_input=0.1), config_file=f"{key}: 0.6").config.model.has_locked_dropout
     assert over.layer_dropouts[0] >= 0.1 and over.has_locked_dropout
     of_recipe = read_config(f"recipe: openseq2seq-wikitext-2\n{key}: 1.0").model
     assert get(Config(model=of_recipe), name) == 0
     assert of_recipe.dropout_hidden == (0 if name == "dropout_hidden" else 0.4)
+    for asks_for_locked in ("recipe: awd-ptb", "recipe: mos-ptb", "model: awd-lstm", "dropout_input: 0.4"):
+        assert read_config(f"{asks_for_locked}\n{key}: 0.5").model.has_locked_dropout
 
 
 @given(st.integers(1, 10**6))
