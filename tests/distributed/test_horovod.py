@@ -40,6 +40,7 @@ THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1),
 SHAPES = [(6, 4), (5,), (1,), (300, 7)]
 SIZES = (3.0, 1e-2, 1.0, 2e-4)
 THRESHOLD = 0.5
+LONG_S = 7  # beyond the 4 s after which, in some tests, processes end that do not get on
 STOP, END = CALIBRATION_STEPS + 6, CALIBRATION_STEPS + 14
 
 MODELS = {
@@ -207,10 +208,10 @@ def run_slow(folder):
     """The first rank works for long while the others wait: it computes, and then gets on piece by piece."""
     communicator = HorovodCommunicator([CPU])
     if communicator.is_primary:
-        end = time.monotonic() + 12
+        end = time.monotonic() + LONG_S
         while time.monotonic() < end:
             mx.nd.dot(mx.nd.ones((300, 300)), mx.nd.ones((300, 300))).wait_to_read()
-        for _ in counted(range(12), None, None, "piece"):
+        for _ in counted(range(LONG_S), None, None, "piece"):
             time.sleep(1)
     communicator.broadcast_object("worked for long")
     communicator.close()
@@ -258,6 +259,7 @@ def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None
     """
     tests = Path(__file__).parent.parent
     command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
+    command += ["--gloo"]  # or else it imports MXNet once more, to see whether there is MPI
     command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONFAULTHANDLER"] = "1"
@@ -489,7 +491,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_on_all(first):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A run of two processes and 90 steps, compressed from the 20th on: its command, without --save, and its folder."""
+    """A run of two processes and 60 steps, compressed from the 20th on: its command, without --save, and its folder."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     rng = np.random.RandomState(1)
     for name, num_lines in (("train", 400), ("valid", 40), ("test", 40)):
@@ -498,7 +500,7 @@ def uninterrupted(tmp_path_factory):
     command = ["-m", "gluon_lm.train", "--horovod", "--cpus", "1", "--gctype", "2bit", "--data", folder]
     command += ["--emsize", "8", "--nhid", "8", "--nlayers", "1", "--batch-size", "4", "--bptt", "5"]
     command += ["--dropout", "0.2", "--checkpoint-every", "30", "--keep-checkpoints", "100000"]
-    code, printed = horovodrun(2, folder, *command, "--save", folder / "run", "--max-steps", "90")
+    code, printed = horovodrun(2, folder, *command, "--save", folder / "run", "--max-steps", "60")
     assert code == 0, printed
     lines = [line for line in printed.splitlines() if "<stdout>:" in line]
     assert lines and all(line.startswith("[0]") for line in lines)  # which logs for all
@@ -506,9 +508,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def assert_alike(run, other, step):
-    """Two runs have the same arrays in their checkpoints of this step, to the bit."""
+    """Two runs have the same arrays in their checkpoints of this step, to the bit, and the same thresholds."""
+    checkpoints = [folder / "checkpoints" / f"step-{step}" for folder in (other, run)]
+    expected, found = (json.loads((path / "state.json").read_text())["communicator"] for path in checkpoints)
+    assert found == expected and found["factors"]
     for name in ("parameters.npz", "residuals.npz", "carried.npz"):
-        expected, found = (dict(np.load(folder / "checkpoints" / f"step-{step}" / name)) for folder in (other, run))
+        expected, found = (dict(np.load(path / name)) for path in checkpoints)
         assert found.keys() == expected.keys()
         for key, array in expected.items():
             np.testing.assert_array_equal(found[key], array)
@@ -586,10 +591,10 @@ def test_when_a_process_is_killed_all_end(tmp_path):
         ("GLUON_LM_TIMEOUT", "worker 0 of 2: one of the others has not been heard from for 5 s (GLUON_LM_TIMEOUT)"),
     ],
 )
-def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on(
+def test_a_process_that_hangs_ends_all_in_time_and_leaves_the_checkpoint_of_one_that_does_not(
     tmp_path, monkeypatch, uninterrupted, variable, line
 ):
-    """To the same numbers. By gloo's time-out, and by our own, without which MPI would wait for ever."""
+    """By gloo's time-out, and by our own, without which MPI would wait for ever."""
     monkeypatch.setenv(variable, "5")
     new, whole = uninterrupted
     hung, stopped_at = tmp_path / "run", []
@@ -603,10 +608,7 @@ def test_a_process_that_hangs_ends_all_in_time_and_the_run_goes_on(
     assert code != 0
     assert time.monotonic() - stopped_at[0] < 40
     assert line in printed
-    checkpoint = hung / "checkpoints" / "step-30"
-    code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "90")
-    assert code == 0, printed
-    assert_alike(hung, whole, 90)
+    assert_alike(hung, whole, 30)
 
 
 @with_horovod

@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_lm.config import Config
+from gluon_lm.config import Config, DeviceConfig, OptimConfig
 from gluon_lm.distributed import SingleDevice
 from gluon_lm.errors import DistributedError
 from gluon_lm.training import session
@@ -47,6 +47,17 @@ def test_workers_that_differ_do_not(what):
     message = str(caught.value)
     assert f"the workers differ in {what}: worker 0 has " in message and "worker 1 another" in message
     assert "\n" not in message
+
+
+def test_another_setting_another_text_and_another_way_of_the_gradients_are_other_facts():
+    own = session._facts(Config(), CORPUS, SingleDevice([mx.cpu()]))
+    for what, config, corpus in (
+        ("configuration", Config(optim=OptimConfig(clip_norm=3.0)), CORPUS),
+        ("how gradients travel", Config(devices=DeviceConfig(gctype="2bit")), CORPUS),
+        ("text and vocabulary", Config(), SimpleNamespace(digest="fedcba9876543210")),
+    ):
+        other = session._facts(config, corpus, SingleDevice([mx.cpu()]))
+        assert [name for name, value in own.items() if other[name] != value] == [what]
 
 
 def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
