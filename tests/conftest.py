@@ -13,8 +13,8 @@ from gluon_lm.logs import LOGGER
 
 # Several processes share the test files, and what is begun last should be short, or one waits for the other in the end.
 LONGEST_FIRST = (
-    *("cluster", "train", "horovod", "faults", "network", "use", "launch", "documentation", "parameter_server"),
-    *("regularised", "serve", "generation", "reproduce", "benchmark", "kills", "terminal", "training_step"),
+    *("cluster", "horovod", "train", "faults", "network", "launch", "documentation", "regularised", "serve"),
+    *("parameter_server", "reproduce", "generation", "kills", "terminal", "use", "training_step"),
 )
 
 # Before MXNet is used: on GPUs, masks as the commands draw them, and products that are those of a CPU.
