@@ -30,7 +30,7 @@ RUNS = {
     "weight-dropped": ("--model", "awd-lstm", "--tied", "--wdrop", 0.5, "--dropoute", 0.2, "--dropouth", 0.3),
     "averaged": ("--model", "awd-gru", "--asgd", "--eval-every", 5, "--wdrop", 0.3),
     "mixture": ("--recipe", "lm", "--n_experts", 3, "--nhidlast", 7, "--nlayers", 2),
-    "mixture-tied": ("--recipe", "lm", "--tied", "--n_experts", 2, "--nlayers", 1, "--dropoutl", 0.4),
+    "mixture-tied": ("--recipe", "lm", "--tied", "--n_experts", 2, "--nlayers", 1, "--nhid", 6, "--dropoutl", 0.4),
     "sampled": ("--num-sampled", 4, "--nlayers", 1),
     "adaptive": ("--cutoffs", 3, "--nlayers", 1),
 }

@@ -22,9 +22,14 @@ LAUNCH = ("launch", "--workers", 2, "--", "--kvstore", "dist_sync")
 class Terminal:
     """A process that has a terminal to itself, and what it wrote there."""
 
-    def __init__(self, project, words):
+    def __init__(self, project, words, at_hang_up):
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+
+        def begin():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, at_hang_up)
+
         self.process = subprocess.Popen(
             project.command(*words),
             cwd=project.path,
@@ -33,7 +38,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=begin,
         )
         os.close(theirs)
         self.written = b""
@@ -62,8 +67,8 @@ class Terminal:
 def start(project):
     terminals = []
 
-    def begin(*words):
-        terminals.append(Terminal(project, words))
+    def begin(*words, at_hang_up=signal.SIG_DFL):
+        terminals.append(Terminal(project, words, at_hang_up))
         return terminals[-1]
 
     yield begin
@@ -98,11 +103,7 @@ def test_a_closed_terminal_stops_training_with_a_checkpoint(project, start, comm
 @pytest.mark.parametrize("command", [TRAIN, LAUNCH], ids=["train", "launch"])
 def test_under_nohup_training_goes_on(project, start, command):
     flags = [*project.training_flags, "--epochs", 100_000, "--save", "run"]
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        terminal = start(*command, *flags)
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
+    terminal = start(*command, *flags, at_hang_up=signal.SIG_IGN)
     metrics = project.path / "run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size, terminal.process)
     terminal.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import mxnet as mx
 import pytest
 
 from gluon_lm.config import Config, ModelConfig, TrainingConfig
+from gluon_lm.distributed import SingleDevice
 from gluon_lm.models import LanguageModel
 from gluon_lm.training import session
 
@@ -28,7 +27,7 @@ VOCAB_SIZE, WIDTH = 1000, 8
 def test_what_is_kept_beside_the_output_layer_counts(device, amp, model, kept):
     config = Config(model=ModelConfig(embed_size=WIDTH, hidden_size=WIDTH, **model), training=TrainingConfig(amp=amp))
     model = LanguageModel(config.model, VOCAB_SIZE)
-    need = session._need(config, model, SimpleNamespace(devices=[device], size=1))
+    need = session._need(config, model, SingleDevice([device]))
     recurrent = config.model.num_layers * 4 * WIDTH * (WIDTH + WIDTH + 2)
     parameters = VOCAB_SIZE * WIDTH + recurrent + VOCAB_SIZE * (WIDTH + 1)
     assert need.parameters == 4 * (2 * parameters + kept * VOCAB_SIZE * WIDTH)
