@@ -150,7 +150,8 @@ def _import_mxnet() -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"problem": f"importing it takes more than {_IMPORT_SECONDS} s"}
     if done.returncode < 0:
-        return {"problem": f"importing it kills the process (signal {-done.returncode})"}
+        said = [line.partition("what():")[2].strip() for line in done.stderr.splitlines() if "what():" in line]
+        return {"problem": ": ".join([f"importing it kills the process (signal {-done.returncode})", *said[-1:]])}
     if done.returncode > 0:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"problem": f"it cannot be imported: {said[-1]}"}
@@ -170,7 +171,7 @@ def _report_from_within() -> None:
         facts["horovod"] = {"version": version, "mxnet": False}
         try:
             import horovod.mxnet as hvd
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             facts["horovod"]["problem"] = " ".join(str(error).split())
         else:
             built = {name: bool(getattr(hvd, f"{name}_built")()) for name in ("gloo", "mpi", "nccl")}

@@ -40,10 +40,15 @@ class Resolved(NamedTuple):
 
 
 def needed_by(library: Path) -> list[str]:
-    """The names of the libraries that one asks the loader for; none for a file that is no 64-bit ELF library.
+    """The names of the libraries that one asks the loader for; none for a file that is no whole 64-bit ELF library."""
+    try:
+        return _needed_by(library)
+    except (ValueError, KeyError, StopIteration, struct.error):  # the loader says it better
+        return []
 
-    They stand in its dynamic section (System V Application Binary Interface, chapter 5).
-    """
+
+def _needed_by(library: Path) -> list[str]:
+    """They stand in its dynamic section (System V Application Binary Interface, chapter 5)."""
     with library.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":

@@ -18,6 +18,7 @@ in the Python that --torch names. The text is random, Zipf-distributed words of 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,6 +152,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.peers:
         if find_spec("gluonnlp") is None:
             parser.error("gluonnlp is not installed here: run 'bash scripts/environment.sh peers', or give --no-peers")
+        if options.torch is not None and shutil.which(options.torch) is None:
+            parser.error(f"--torch {options.torch}: is not a program; name a Python that has PyTorch")
         if options.torch is None and find_spec("torch") is None:
             note("PyTorch is not installed here, so it is left out; --torch PYTHON names a Python that has it")
     return options

@@ -6,8 +6,11 @@
 #   GLUON_LM_VENV  where the environment lies (default: .venv in the checkout)
 #   PYTHON         the Python that it is made with (default: the first usable one of python3.11, python3, ...)
 
+unset CDPATH PYTHONHOME  # of which one makes cd print where it goes, and the other misleads the environment's Python
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$(realpath -m "${GLUON_LM_VENV:-$ROOT/.venv}")"
+export GLUON_LM_VENV="$VENV"           # for the scripts that another one starts in another folder
+case "${PYTHON:-}" in */*) PYTHON="$(realpath -s "$PYTHON")" && export PYTHON ;; esac
 OWNED="$VENV/.gluon_lm-owned"          # written first: this folder is ours to delete
 INSTALLED="$VENV/.gluon_lm-installed"  # written last: the installation is whole, and of what
 
@@ -43,7 +46,8 @@ find_python() {
 # What decides whether an installation is up to date.
 fingerprint() {
     printf '%s\n' "$ROOT"
-    cat "$ROOT/setup.py" "$ROOT/pyproject.toml"
+    cat "$ROOT/setup.py"
+    sed -n '/^\[build-system\]/,/^$/p' "$ROOT/pyproject.toml"
     grep '^__version__' "$ROOT/gluon_lm/__init__.py"
 }
 
@@ -61,23 +65,28 @@ make_environment() {
     python="$(find_python)" || exit $?
     # An active environment's Python is a link, maybe into the folder that is about to go.
     python="$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')"
-    if [ -e "$VENV" ]; then
-        [ -f "$OWNED" ] || [ -z "$(ls -A "$VENV")" ] ||
-            fail "$VENV: exists and was not made by this script; set GLUON_LM_VENV to another folder, or remove it"
-        rm -rf "$VENV"
-    fi
     version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments: apt-get install python$version-venv, then run this again"
+    if [ -e "$VENV" ]; then
+        [ -f "$OWNED" ] || [ -z "$(ls -A "$VENV")" ] ||
+            fail "$VENV: exists and was not made by this script; set GLUON_LM_VENV to another folder, or remove it"
+        find "$VENV" -mindepth 1 ! -path "$OWNED" -delete  # last what says that it may be deleted
+    fi
     printf 'making %s with %s\n' "$VENV" "$(describe_python "$python")"
-    mkdir -p "$VENV" && touch "$OWNED"
+    { mkdir -p "$VENV" && touch "$OWNED"; } || fail "$VENV: cannot be made; set GLUON_LM_VENV to a folder of yours"
     "$python" -m venv "$VENV"
+}
+
+# pip as it is for this environment alone, whatever the user's settings are for others.
+pip() {
+    PIP_USER=0 PIP_TARGET= PIP_PREFIX= PIP_ROOT= PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip "$@"
 }
 
 pip_install() {
     local quiet=--quiet
     [ -t 1 ] && quiet=--progress-bar=on
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$quiet" "$@" </dev/null ||
+    pip install --no-input "$quiet" "$@" </dev/null ||
         fail "the installation failed, see above; running this again starts it anew"
 }
 
@@ -93,28 +102,45 @@ with_one_mxnet() {
 # Makes $VENV hold gluon_lm (editable) with the extras named, those installed before included, and puts it on PATH.
 # Nothing is installed where it does already.
 use_environment() {
-    local wanted hash before=""
-    # Two scripts started at once: the second waits. On a network file system a lock needs a file opened for writing.
-    if [ -w "$ROOT/setup.py" ]; then exec 9>>"$ROOT/setup.py"; else exec 9<"$ROOT/setup.py"; fi
-    if command -v flock >/dev/null; then
-        flock 9 || echo "no locks here: start one script at a time" >&2
-    fi
+    local wanted hash extra before=""
+    for extra in "$@"; do
+        grep -q "^    \"$extra\": \[\?" <(sed -n '/^EXTRAS = {/,/^}/p' "$ROOT/setup.py") ||
+            fail "$extra: is not an extra of setup.py; name some of" \
+                "$(sed -n '/^EXTRAS = {/,/^}/s/^    "\(.*\)": .*/\1/p' "$ROOT/setup.py" | paste -s -d ' ')"
+    done
+    begin_alone
     hash="$(fingerprint | sha256sum | cut -d ' ' -f 1)"
     is_whole || make_environment
     [ ! -f "$INSTALLED" ] || before="$(sed -n 3p "$INSTALLED")"
     wanted="$(with_one_mxnet $before "$@")"
     if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
         printf 'installing gluon_lm with %s (the first time downloads about 100 MB)\n' "$wanted"
-        rm -f "$INSTALLED"
+        [ ! -f "$INSTALLED" ] || mv "$INSTALLED" "$INSTALLED.before"
         remove_other_mxnets "$wanted"
-        case " $wanted " in *" peers "*) install_gluonnlp ;; esac
-        (cd "$ROOT" && pip_install -e ".[${wanted// /,}]")
+        if ! (
+            unset PYTHONPATH  # what lies there would count as installed
+            cd "$ROOT"
+            case " $wanted " in *" peers "*) install_gluonnlp ;; esac
+            pip_install -e ".[${wanted// /,}]"
+        ); then
+            [ ! -f "$INSTALLED.before" ] || mv "$INSTALLED.before" "$INSTALLED"  # pip takes back what it cannot end
+            exit 2
+        fi
+        rm -f "$INSTALLED.before"
         printf '%s\n' "$VENV $(describe_python "$VENV/bin/python")" "$hash" "$wanted" >"$INSTALLED.new"
         mv "$INSTALLED.new" "$INSTALLED"
     fi
     exec 9<&-
     export PATH="$VENV/bin:$PATH"
-    unset PYTHONHOME
+}
+
+# Two scripts started at once: from here on the second waits, until the first ends or closes 9.
+begin_alone() {
+    # On a network file system a lock needs a file opened for writing.
+    if [ -w "$ROOT/setup.py" ]; then exec 9>>"$ROOT/setup.py"; else exec 9<"$ROOT/setup.py"; fi
+    if command -v flock >/dev/null; then
+        flock 9 || echo "no locks here: start one script at a time" >&2
+    fi
 }
 
 # All have one and the same module, which the last to be removed would take along.
@@ -125,10 +151,12 @@ remove_other_mxnets() {
     done
     for distribution in mxnet mxnet-cu112 mxnet-cu117; do
         [ "$distribution" = "$own" ] && continue
-        "$VENV/bin/python" -m pip show -q "$distribution" >/dev/null 2>&1 && others+=("$distribution")
+        pip show -q "$distribution" >/dev/null 2>&1 && others+=("$distribution")
     done
+    [ ${#others[@]} -gt 0 ] || return 0
+    rm -f "$INSTALLED.before"
     # Its own one, too, is installed anew then: another one's files lie in the same folder.
-    [ ${#others[@]} -eq 0 ] || "$VENV/bin/python" -m pip uninstall -q -y "$own" "${others[@]}"
+    pip uninstall -q -y "$own" "${others[@]}"
 }
 
 # gluonnlp 0.10.0 ships C code that an old Cython wrote and that Python 3.11 and later refuse. Without it, it is written anew.
@@ -137,7 +165,7 @@ install_gluonnlp() {
     "$VENV/bin/python" -c 'import gluon_lm, gluonnlp' 2>/dev/null && return
     folder="$(mktemp -d)"
     pip_install "numpy>=1.23.5,<2" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
-    "$VENV/bin/python" -m pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
+    pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
         --dest "$folder" gluonnlp==0.10.0 || fail "gluonnlp 0.10.0 cannot be downloaded, see above"
     tar -xzf "$folder"/gluonnlp-0.10.0.tar.gz -C "$folder"
     rm "$folder"/gluonnlp-0.10.0/src/gluonnlp/data/fast_bert_tokenizer.c

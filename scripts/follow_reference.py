@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,8 @@ def main() -> int:
         "--json", type=Path, metavar="FILE", help="write every loss to FILE; what it has already is not trained again"
     )
     options = parser.parse_args()
+    if find_spec("gluonnlp") is None:
+        parser.error("gluonnlp is not installed here: bash scripts/environment.sh peers")
     config = resolve(recipe=options.recipe).config
     if options.dropoute is not None:
         config = replace(config, model=replace(config.model, dropout_embed=options.dropoute))

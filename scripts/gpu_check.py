@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gluon_lm import doctor  # noqa: E402
-from gluon_lm.config import ModelConfig, resolve  # noqa: E402
+from gluon_lm.config import ModelConfig, recipe_names, resolve  # noqa: E402
 from gluon_lm.runtime import prepare_process  # noqa: E402
 
 RECIPES = ("lm", "mxnet", "awd", "mos")
@@ -375,7 +375,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), metavar="FOLDER", help="(gpu-report)")
     parser.add_argument("--cpu", type=int, default=0, metavar="N", help="check N CPU contexts in place of the GPUs")
     parser.add_argument("--minutes", type=float, default=4.8, help="time for all (4.8)")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="NAME", help=f"({' '.join(RECIPES)})")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        choices=recipe_names(),
+        default=RECIPES,
+        metavar="NAME",
+        help=f"({' '.join(RECIPES)})",
+    )
     parser.add_argument("--steps", type=int, default=100, help="of each training run (100)")
     parser.add_argument("--vocabulary", type=int, default=10000, help="words in the text (10000)")
     parser.add_argument("--within", nargs="+", help=argparse.SUPPRESS)

@@ -38,7 +38,9 @@ sys.exit(not has_all)
 PYTHON
 }
 
+export OMP_NUM_THREADS=1  # MXNet cannot be imported where it is a list, and nothing is computed here
 use_environment cpu
+begin_alone
 
 if is_built; then
     printf '%s has Horovod %s\n' "$VENV" "$VERSION"
@@ -65,7 +67,7 @@ export HOROVOD_WITH_MXNET=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVO
 [ -n "${HOROVOD_WITH_MPI:-}" ] || export HOROVOD_WITHOUT_MPI=1
 sources="$(mktemp -d)"
 trap 'rm -rf "$sources"' EXIT
-"$VENV/bin/python" -m pip download --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+pip download --quiet --no-deps --no-build-isolation \
     --no-binary horovod --dest "$sources" "horovod==$VERSION" || fail "Horovod cannot be downloaded, see above"
 tar -xzf "$sources/horovod-$VERSION.tar.gz" -C "$sources"
 connections="$sources/horovod-$VERSION/horovod/common/gloo/gloo_context.cc"
@@ -82,7 +84,7 @@ sed -i -e 's/ops_param->op_names/op_names/' \
 sed -i '0,/^from /s//import gluon_lm\n&/' "$sources/horovod-$VERSION/horovod/mxnet/__init__.py"
 mkdir "$sources/hook"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
 echo "import gluon_lm" >"$sources/hook/sitecustomize.py"
-HOROVOD_LOCAL_VERSION="$MENDED" PYTHONPATH="$sources/hook${PYTHONPATH:+:$PYTHONPATH}" \
+HOROVOD_LOCAL_VERSION="$MENDED" PYTHONPATH="$sources/hook" \
     pip_install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "$sources/horovod-$VERSION"
 is_built ||
     fail "Horovod was installed into $VENV and does not work; see what $VENV/bin/python -c 'import horovod.mxnet' says"

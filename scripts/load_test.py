@@ -118,12 +118,19 @@ def resident_mib(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder or exported folder; flags that are not listed here go to the server")
-    parser.add_argument("--clients", type=int, default=32, help="clients at the same time")
-    parser.add_argument("--requests", type=int, default=320, help="requests of these clients together")
-    parser.add_argument("--words", type=int, default=50, help="words of each of them")
+    parser.add_argument("--clients", type=positive, default=32, help="clients at the same time")
+    parser.add_argument("--requests", type=positive, default=320, help="requests of these clients together")
+    parser.add_argument("--words", type=positive, default=50, help="words of each of them")
     parser.add_argument("--soak", type=int, default=0, help="requests of the soak")
     arguments, flags = parser.parse_known_args()
     server, port = start_server(arguments.run, flags)

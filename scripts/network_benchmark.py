@@ -1,8 +1,8 @@
 """Time and traffic of training on several machines, over networks of different speed.
 
-    sudo python scripts/network_benchmark.py                                       # everything: about an hour
-    sudo python scripts/network_benchmark.py --rates 100 --vocabularies 10000      # minutes
-    sudo python scripts/network_benchmark.py --exchanges horovod:none horovod:2bit --steps 3 --output results/network
+    sudo .venv/bin/python scripts/network_benchmark.py                                     # everything: about an hour
+    sudo .venv/bin/python scripts/network_benchmark.py --rates 100 --vocabularies 10000    # minutes
+    sudo .venv/bin/python scripts/network_benchmark.py --exchanges horovod:none horovod:2bit --steps 3 --output figures
 
 The machines are network namespaces of this one, joined by links that are limited in both directions (root, Debian's
 iproute2). Each worker is one of them, and so is each parameter server; the scheduler is with the first. They train an

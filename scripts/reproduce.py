@@ -49,7 +49,9 @@ README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- reproduced: begin -->", "<!-- reproduced: end -->"
 SPLITS = ("valid", "test")
 PR_SET_PDEATHSIG = 1
-WITHOUT_EFFECT = {"log_interval", "checkpoint_every", "keep_checkpoints", "gen_word_len"}  # on a run's figures
+# On a run's figures; a run also has the tokenizer of its corpus.
+WITHOUT_EFFECT = {"log_interval", "checkpoint_every", "keep_checkpoints", "gen_word_len", "data_dir", "tokenizer"}
+WITHOUT_EFFECT |= {"gpus", "cpus", "cuda", "single_gpu", "kvstore", "horovod"}
 
 
 class Problem(Exception):
@@ -308,7 +310,7 @@ def check_is_of_row(row: Row, rows: dict[str, Row], folder: Path) -> None:
         found = replace(found, training=replace(found.training, epochs=wanted.training.epochs))
     differing = [
         f"{name} {theirs!r} where the row has {ours!r}"
-        for section in ("model", "optim", "training")
+        for section in ("data", "model", "optim", "training", "devices")
         for name, ours in vars(getattr(wanted, section)).items()
         if name not in WITHOUT_EFFECT and ours != (theirs := getattr(getattr(found, section), name))
     ]

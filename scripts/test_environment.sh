@@ -35,5 +35,6 @@ use_environment cpu test
 cd "$ROOT"
 install_debian_packages
 
-# The models of the tests are small, and threads that wait actively would keep each other from the processors.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# The models of the tests are small, and threads that wait actively would keep each other from the processors. MXNet
+# cannot be imported where this is a list.
+case "${OMP_NUM_THREADS:-}" in "" | *[!0-9]*) export OMP_NUM_THREADS=1 ;; esac

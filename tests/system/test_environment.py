@@ -12,11 +12,29 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "environment.sh"
 STUB = """#!/bin/sh
 echo "$*" >>"{log}"
 case "$*" in
+    *" -e "*) [ -z "$PYTHONPATH$PIP_TARGET$PIP_PREFIX" ] && [ "$PIP_USER" = 0 ] || exit 1 ;;
     "-c import os"*) echo stub 3.11 ;;
     *"pip show -q {mxnet}") ;;
     *"pip show"*) exit 1 ;;
 esac
 """
+
+
+def environment_with(folder, extras, mxnet):
+    """An environment that has these extras, and the file in which its Python notes what it is asked for."""
+    venv, log = folder / "an environment", folder / "log"
+    python = venv / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB.format(log=log, mxnet=mxnet))
+    python.chmod(0o755)
+    (venv / ".gluon_lm-installed").write_text(f"{venv} stub 3.11\nof another setup.py\n{extras}\n")
+    return venv, log
+
+
+def install(venv, *extras, **settings):
+    environment = {**os.environ, "GLUON_LM_VENV": str(venv), **settings}
+    environment.pop("PYTHON", None)
+    return subprocess.run(["bash", SCRIPT, *extras], env=environment, timeout=60, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -29,17 +47,36 @@ esac
     ],
 )
 def test_an_environment_has_one_mxnet(tmp_path, there, mxnet, asked, installed, removed):
-    venv, log = tmp_path / "an environment", tmp_path / "log"
-    python = venv / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(STUB.format(log=log, mxnet=mxnet))
-    python.chmod(0o755)
-    (venv / ".gluon_lm-installed").write_text(f"{venv} stub 3.11\nof another setup.py\n{there}\n")
-    environment = {**os.environ, "GLUON_LM_VENV": str(venv)}
-    environment.pop("PYTHON", None)
-    subprocess.run(["bash", SCRIPT, *asked.split()], env=environment, check=True, timeout=60, capture_output=True)
+    venv, log = environment_with(tmp_path, there, mxnet)
+    done = install(venv, *asked.split(), PYTHONPATH="/theirs", PIP_TARGET="/theirs", PIP_USER="1")
+    assert done.returncode == 0, done.stderr
     calls = log.read_text().splitlines()
     (call,) = [call for call in calls if " -e " in call]
     assert call.endswith(f" -e .[{installed}]")
     assert [call.split(" -y ")[1] for call in calls if "pip uninstall" in call] == ([removed] if removed else [])
     assert (venv / ".gluon_lm-installed").read_text().splitlines()[2] == installed.replace(",", " ")
+
+
+def test_an_installation_that_fails_leaves_the_environment_as_it_was(tmp_path):
+    venv, log = environment_with(tmp_path, "cpu test", "mxnet")
+    before = (venv / ".gluon_lm-installed").read_text()
+    (venv / "bin" / "python").write_text(STUB.format(log=log, mxnet="mxnet").replace('*" -e "*)', '*" -e "*) exit 1;'))
+    done = install(venv, "docs")
+    assert done.returncode == 2 and "the installation failed, see above" in done.stderr
+    assert (venv / ".gluon_lm-installed").read_text() == before
+    assert {path.name for path in venv.iterdir()} == {"bin", ".gluon_lm-installed"}
+
+
+@pytest.mark.parametrize("extra", ["cu118", "doc", "--help"])
+def test_an_extra_that_is_none_changes_nothing(tmp_path, extra):
+    venv, log = environment_with(tmp_path, "cpu test", "mxnet")
+    done = install(venv, "cpu", extra)
+    assert done.returncode == 2 and not log.exists()
+    assert done.stderr.startswith(f"{extra}: is not an extra of setup.py; name some of cpu cu112 cu117 ")
+
+
+def test_it_finds_its_checkout_whatever_the_shell_is_told(tmp_path):
+    venv, _ = environment_with(tmp_path, "cpu", "mxnet")
+    done = install(venv, "cpu", CDPATH=f".:{tmp_path}", PYTHONHOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{venv} has gluon_lm with: cpu\n")
