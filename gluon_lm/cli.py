@@ -252,6 +252,9 @@ class CommandParser(argparse.ArgumentParser):
         previous = ""
         for word in rest:
             flag, equals, _ = word.partition("=")
+            if word == "--":
+                problems.append("--: belongs to launch alone, before the flags of train; leave it out")
+                break
             if word.startswith("-") and word != "-":
                 hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
                 hint = f"; {self._instead[flag]}" if flag in self._instead else hint
@@ -392,6 +395,11 @@ class TrainCommand:
         config = dataclasses.replace(self.config, data=data)
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
+    def with_lr(self, lr: float) -> TrainCommand:
+        """With another learning rate."""
+        optim = dataclasses.replace(self.config.optim, lr=lr)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, optim=optim))
+
     def over(self, config_file: Path, may_change: Set[str], is_same_run: bool = True) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
 
@@ -474,6 +482,10 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     continued = "--continue-train" if run.continue_train else "--resume"
     if resume is not None and run.overwrite:
         problems.append(f"--overwrite with {continued}: a run is either continued or replaced; leave one of them out")
+    if run.overwrite and run.save is None and resume is None:
+        problems.append(
+            "--overwrite: has no effect without --save RUN, for a run gets a new name; add it, or leave it out"
+        )
     if resume is not None and run.config is not None:
         problems.append(f"--config with {continued}: a run continues with its own config.yaml; leave --config out")
     if resume is not None and run.recipe is not None:

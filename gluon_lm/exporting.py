@@ -24,6 +24,7 @@ from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import digest_of, file_hash, file_hashes, replaced_folder
+from .memory import is_allocation_failure
 from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
@@ -112,7 +113,7 @@ def write_export(
                 }
                 manifest["digest"] = digest_of(manifest)
                 written = json.dumps(manifest, indent=1, ensure_ascii=False)
-                (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8")
+                (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(
                 f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
@@ -206,6 +207,10 @@ def _check_free(output: Path) -> None:
         raise ConfigError(
             f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
         )
+    if Path.cwd().is_relative_to(os.path.realpath(output)):
+        raise ConfigError(
+            f"--output {output}: this command runs in the folder that would be replaced; go to another one first"
+        )
     parent = next(p for p in output.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(f"--output {output}: no folder can be made in {parent}; name another one")
@@ -288,6 +293,8 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
     except GluonLMError:
         raise
     except Exception as error:  # what MXNet raises for a graph that it cannot read or run has no common base
+        if is_allocation_failure(error):
+            raise
         raise CheckpointError(
             f"{folder}: is not a complete export according to its {MANIFEST} ({reason(error)}); export the run again"
         ) from error

@@ -179,6 +179,8 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                     raise ValueError(f"{name} is not an array")
                 beat()
                 yield name, array
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
         raise ValueError(reason(error)) from error
 

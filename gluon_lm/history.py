@@ -19,7 +19,7 @@ from .config import read_config
 from .errors import CheckpointError, ConfigError, reason
 from .metrics import finite_or_none, perplexity
 from .tracking import read_events
-from .training.run_folder import FINETUNED, RunFolder, checkpoint_step
+from .training.run_folder import RunFolder, checkpoint_step, finetunings
 
 STATES = ("running", "finished", "stopped", "failed")
 
@@ -29,12 +29,14 @@ def run_folders(folder: Path) -> Iterator[Path]:
     if looks_like_a_run(folder):
         found = [folder]
     else:
-        inside = (path for path in sorted(folder.iterdir()) if not (path.is_symlink() or path.name.startswith(".")))
-        found = [path for path in inside if path.is_dir() and looks_like_a_run(path)]
+        here = folder.resolve()
+        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        # A link such as runs/latest names one of them a second time.
+        once = [path for path in inside if not (path.is_symlink() and path.resolve().parent == here)]
+        found = [path for path in once if looks_like_a_run(path)]
     for path in found:
         yield path
-        if os.access(path, os.X_OK) and (path / FINETUNED).is_dir():
-            yield path / FINETUNED
+        yield from finetunings(path)
 
 
 def looks_like_a_run(path: Path) -> bool:

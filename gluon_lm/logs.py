@@ -10,6 +10,7 @@ import logging.handlers
 import os
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ from .errors import reason
 from .files import AppendedText
 
 LOGGER = logging.getLogger("gluon_lm")
+_OUTLIVED = threading.Event()
 
 # Between logging's own levels of 10, 20 and 30.
 DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
@@ -49,9 +51,8 @@ class _Terminal(_Handler):
 
     def handleError(self, record):
         error = sys.exc_info()[1]
-        if not (isinstance(error, OSError) and is_hang_up(error, self.stream)):
+        if not (isinstance(error, OSError) and leave_unread(error, self.stream)):
             raise
-        leave_terminal()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(self._output if record.levelno >= DETAIL else self._asides)
@@ -78,6 +79,7 @@ def log_to_terminal(
     has_other_output : bool
         Send them to standard error, because what the command was asked for goes to standard output.
     """
+    _OUTLIVED.clear()
     terminal = _Terminal(has_other_output)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     course = logging.INFO if has_bars() else DETAIL
@@ -94,9 +96,30 @@ def fall_silent() -> None:
     LOGGER.setLevel(logging.WARNING)
 
 
-def is_hang_up(error: OSError, stream: IO[str]) -> bool:
-    """Whether something could not be written to a stream because it leads to a terminal that is gone."""
-    return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+def outlive_readers() -> None:
+    """From here on a pipe that nobody reads any more ends nothing: Ctrl-C ends ``tee``, too, in ``train | tee log``."""
+    _OUTLIVED.set()
+
+
+def leave_unread(error: OSError, stream: IO[str]) -> bool:
+    """Whether a stream could not be written to because nobody is left to read it, and goes without it from here on.
+
+    So it is with a terminal that is gone, and after `outlive_readers` with a pipe.
+    """
+    is_hang_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+    is_broken_pipe = isinstance(error, BrokenPipeError) and _OUTLIVED.is_set()
+    if is_hang_up or is_broken_pipe:
+        leave_terminal(and_pipes=is_broken_pipe)
+    return is_hang_up or is_broken_pipe
+
+
+def tell_aside(line: str) -> None:
+    """Write a line to standard error."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError as error:
+        if not leave_unread(error, sys.stderr):
+            raise
 
 
 def leave_terminal(and_pipes: bool = False) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import MAY_CHANGE_ON_RESUME, TrainCommand, parse_train, run_command
+from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
 from .training.run_folder import RunFolder, find_run, strip_model_suffix
@@ -39,6 +40,8 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
     if command.save is not None and not command.print_config:
         path = strip_model_suffix(command.save)
         if command.recipe == "mos":  # the reference puts the time behind the name
+            if command.overwrite:
+                raise ConfigError("--overwrite: has no effect, recipe mos puts the time behind the name; leave it out")
             RunFolder.stamped(path).check_free(command.overwrite)
             return dataclasses.replace(command, save=None, stem=str(path)), None, None
         RunFolder(path).check_free(command.overwrite)

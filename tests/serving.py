@@ -37,6 +37,11 @@ def train_tiny_run(folder: Path) -> Path:
     return folder / "run"
 
 
+def environment() -> dict[str, str]:
+    """Of a server's process."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 class Server:
     """``python -m gluon_lm.serve`` on a free port, ended when the block is left.
 
@@ -51,7 +56,7 @@ class Server:
     def __init__(self, run: Path, *flags: object) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "gluon_lm.serve", str(run), "--port", "0", *map(str, flags)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=environment(),
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,12 +169,12 @@ def _check(words: Sequence[str]) -> None:
     """Raise `DataError` unless `words` make a vocabulary; a word's line is its place in the file."""
     for line, word in enumerate(words, 1):
         if word.split() != [word]:
-            raise DataError(f"line {line}: {word!r} is not one word without white space")
+            raise DataError(f"line {line}: {reprlib.repr(word)} is not one word without white space")
     if len(set(words)) != len(words):
         first: dict[str, int] = {}
         for line, word in enumerate(words, 1):
             if first.setdefault(word, line) != line:
-                raise DataError(f"line {line}: {word!r} occurs a second time, first in line {first[word]}")
+                raise DataError(f"line {line}: {reprlib.repr(word)} occurs a second time, first in line {first[word]}")
     for special in SPECIAL_WORDS:
         if special not in words:
             raise DataError(f"line {len(words) + 1}: there must be a line {special}; add it")

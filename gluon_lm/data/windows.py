@@ -135,7 +135,8 @@ class ShuffledEpoch(Epoch):
     """Independent windows in random order.
 
     The text from `offset` on is cut into pieces of `length` tokens, and each window has `num_streams` of them side by
-    side. What is left, less than a piece at the end and less than a window of pieces, waits for another epoch.
+    side. Of what is left, pieces that fill no window wait for another epoch, and less than a piece at the end for
+    another offset.
 
     Parameters
     ----------
@@ -178,10 +179,12 @@ class TrainingWindows:
     seed : int
     max_seq_len_delta : int, optional
         When given, lengths are random (Merity et al. 2017, section 4.1): normally distributed with standard deviation
-        5 around `bptt`, with probability 0.05 around half of it, at least 5 and at most this much above `bptt`.
+        5 around `bptt`, with probability 0.05 around half of it, at most this much above `bptt` and, where that
+        is more, at least 5.
         `Epoch.relative_length` gives the factor of the learning rate that goes with them.
     random_start : bool
-        Cut the text at another place in each epoch: the first window has a random length below `bptt`.
+        Cut the text at another place in each epoch: the first window has a random length below `bptt`, or, shuffled,
+        so much text is left out.
     shuffle : bool
         Independent windows in random order, in place of windows that follow each other.
     """

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import __version__
 from ..errors import DistributedError
-from ..logs import is_hang_up, leave_terminal
+from ..logs import leave_terminal, leave_unread, outlive_readers
 from .agent import GRACE_S
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
@@ -416,6 +416,7 @@ class Supervisor(EventLoop):
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_terminal(and_pipes=True)
+        outlive_readers()
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
@@ -462,10 +463,9 @@ class _Printer:
             try:
                 print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
             except OSError as error:
-                if not is_hang_up(error, stream):
+                if not leave_unread(error, stream):
                     self._supervisor.post("unread", error)
                     return
-                leave_terminal()
 
 
 def _last_of(member: _Member) -> str:

@@ -34,8 +34,9 @@ class Sampling:
         Only from the k likeliest words (Fan et al. 2018, "Hierarchical Neural Story Generation"), equally likely ones
         with them.
     top_p : float, optional
-        Only from the fewest likeliest words that together have at least this probability, at this temperature (nucleus
-        sampling; Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
+        Only from the fewest likeliest words that together have at least this probability, at this temperature, equally
+        likely ones with them; 1 leaves out none (nucleus sampling; Holtzman et al. 2020, "The Curious Case of Neural
+        Text Degeneration").
     suppress_unk : bool
         Never write ``<unk>``.
     """
@@ -48,6 +49,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < LOWEST_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
+        if self.top_p is not None and self.top_p >= 1:
+            object.__setattr__(self, "top_p", None)
 
 
 AS_IS = Sampling()
@@ -130,7 +133,7 @@ class Sampler:
             self._unk_1V if ways.without_unk else None,
             needed(num_sorted > 0, [min(s.top_k or every, every) - 1 for s in sampling]),
             needed(num_sorted > 0, [s.top_k is not None for s in sampling]),
-            # Infinity cuts nothing off, where 1 cuts off what rounding of the sum leaves no room for.
+            # Infinity cuts nothing off, where 1 would cut off what rounding of the sum leaves no room for.
             needed(num_sorted == every, [[np.inf if s.top_p is None else s.top_p] for s in sampling]),
         ]
         self._step = self._steps.pop(ways) if ways in self._steps else self._make_step(ways)

@@ -13,7 +13,7 @@ from mxnet import gluon
 
 
 def has_stalled(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last of `losses` is above the lowest of those at least `patience` evaluations before it.
+    """Whether the last of `losses` is above the lowest of those more than `patience` evaluations before.
 
     The non-monotonic criterion: a single bad evaluation does not meet it, as ``losses[t] < min(losses[:t])`` would.
     """

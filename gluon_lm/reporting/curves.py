@@ -120,7 +120,7 @@ def panels_of(runs: Sequence[RunHistory]) -> list[Panel]:
         curves = []
         for number, run in enumerate(runs):
             steps, values = run.series(event, name)
-            keep = np.isfinite(values) & (values > 0 if name in ("perplexity", "lr") else values >= 0)
+            keep = np.isfinite(values) & (values > 0 if name in ("perplexity", "lr", "grad_norm") else values >= 0)
             steps, values = steps[keep], values[keep] * _SCALES.get(name, 1)
             if len(steps):
                 wanted = is_smoothed and len(values) >= _FEWEST_SMOOTHED

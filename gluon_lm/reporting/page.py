@@ -260,7 +260,8 @@ def _curves(panels: Sequence[Panel], names: Sequence[str]) -> str:
         return "<p>Nothing is logged yet.</p>"
     shown = sorted({curve.run for panel in panels for curve in panel.curves})
     boxes = "".join(
-        f'<label><input type="checkbox" value="{run}" checked{"" if run in shown else " disabled"}>{_swatch(run)}'
+        f'<label><input type="checkbox" autocomplete="off" value="{run}" checked{"" if run in shown else " disabled"}>'
+        f"{_swatch(run)}"
         f"<span>{escape(name)}</span></label>"
         for run, name in enumerate(names)
     )

@@ -89,9 +89,9 @@ class Guard:
             for future in work:
                 future.cancel()
             seconds = time.perf_counter() - began
-            LOGGER.info("%s %s %s %d %.3f s", client, method, asked, status, seconds)
             counted = method if method in _METHODS else "other"
             self._metrics.add(counted, getattr(scope.get("route"), "path", "other"), status, seconds)
+            LOGGER.info("%s %s %s %d %.3f s", client, method, asked, status, seconds)
 
     def _without_root(self, scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         root, path = self._root_path, scope["path"]

@@ -92,8 +92,8 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit |= number == signal.SIGINT
             return
-        LOGGER.info("%s: finishing %d text(s); Ctrl-C again stops at once", number.name, self._engine.num_live)
         self.should_exit = True
+        LOGGER.info("%s: finishing %d text(s); Ctrl-C again stops at once", number.name, self._engine.num_live)
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:

@@ -31,8 +31,9 @@ from ..data import Vocabulary
 from ..errors import CheckpointError, reason
 from ..files import digest_of, file_hash, file_hashes, read_arrays, replaced_folder, synchronise, write_arrays
 from ..logs import LOGGER
+from ..memory import is_allocation_failure
 from ..models import LanguageModel
-from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, point
+from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, free_name, point
 
 PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
 OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
@@ -303,9 +304,8 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
         Old and new name of each.
     """
     newer = [path for path in run.saved_checkpoints() if checkpoint_step(path) > training.step]
-    aside = [path.with_name(f"abandoned-{path.name}") for path in newer]
+    aside = [free_name(path.with_name(f"abandoned-{path.name}")) for path in newer]
     for path, new in zip(newer, aside):
-        shutil.rmtree(new, ignore_errors=True)
         path.rename(new)
     return [(path.name, new.name) for path, new in zip(newer, aside)]
 
@@ -370,6 +370,8 @@ def load_parameters(model: LanguageModel, path: Path) -> None:
         for name, array in read_arrays(path / PARAMETERS):
             parameters[name].set_data(mx.nd.from_numpy(array))
     except _UNREADABLE as error:
+        if is_allocation_failure(error):
+            raise
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
 
 
@@ -405,6 +407,8 @@ def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
 def _others(path: Path) -> str:
     """A word on the checkpoint to use instead of the one at `path`."""
     run = RunFolder(path.resolve().parent.parent)
+    if not path.resolve().name.removeprefix(CHECKPOINT_PREFIX).isdigit():  # set aside, or a copy of the user's
+        return ""
     older = [p for p in run.saved_checkpoints() if checkpoint_step(p) < checkpoint_step(path.resolve())]
     return f"; use the one before it, {run.checkpoints / older[-1].name}" if older else "; no older one is kept"
 
@@ -427,4 +431,6 @@ def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     try:
         return {name: mx.nd.array(array, ctx=mx.cpu(), dtype=array.dtype) for name, array in read_arrays(path)}
     except _UNREADABLE as error:
+        if is_allocation_failure(error):
+            raise
         raise CheckpointError(f"{path}: cannot be read ({reason(error)}){_others(path.parent)}") from error

@@ -53,7 +53,7 @@ class RunFolder:
     @classmethod
     def stamped(cls, stem: str | Path) -> RunFolder:
         """A new run ``<stem>-<time>``, which gets another name where that is taken until it is `created`."""
-        run = cls(_free_name(Path(stem)))
+        run = cls(_stamped(Path(stem)))
         run._stem = Path(stem)
         return run
 
@@ -66,17 +66,22 @@ class RunFolder:
             If it exists and must not be replaced, or nothing can be written there.
         """
         if self.path.exists() or self.path.is_symlink():
-            if not overwrite and not self.config.is_file():
+            if not overwrite and not self.is_there:
                 raise ConfigError(f"--save {self.path}: exists already, and is not a run; name another folder")
             if not overwrite:
                 raise ConfigError(
                     f"--save {self.path}: exists already; name another folder, continue it with "
                     f"--resume {self.path}, or replace it with --overwrite"
                 )
-            if not self.path.is_dir() or (any(self.path.iterdir()) and not self.config.is_file()):
+            if not self.path.is_dir() or (any(self.path.iterdir()) and not self.is_there):
                 raise ConfigError(
-                    f"--overwrite --save {self.path}: is not a run of ours (it has no config.yaml), "
+                    f"--overwrite --save {self.path}: is not a run of ours (config.yaml and checkpoints/), "
                     "so it is not replaced; name another folder"
+                )
+            if Path.cwd().is_relative_to(self._place):
+                raise ConfigError(
+                    f"--overwrite --save {self.path}: this command runs in the folder that would be replaced; go to "
+                    "another one first"
                 )
         parent = next(p for p in self.path.absolute().parents if p.exists())
         if not parent.is_dir():
@@ -94,7 +99,7 @@ class RunFolder:
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
         if self._stem is not None and self.path.exists():
-            self._lie_at(_free_name(self._stem))
+            self._lie_at(_stamped(self._stem))
         self.check_free(overwrite)
         fresh = RunFolder(beside(self._place))
         with contextlib.ExitStack() as stack:
@@ -113,14 +118,20 @@ class RunFolder:
             yield
 
     @property
+    def is_there(self) -> bool:
+        """Whether the folder is a run."""
+        return self.config.is_file() and self.checkpoints.is_dir()
+
+    @property
     def _place(self) -> Path:
         return Path(os.path.realpath(self.path))  # a link to a run stays one
 
     def _move_in(self, fresh: Path, overwrite: bool) -> None:
         """Put the folder `fresh` where this run is or will be."""
         if overwrite and self._place.exists():
-            finetuned = RunFolder(self._place / FINETUNED)
-            with self.held(), finetuned.held() if finetuned.path.is_dir() else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                for run in [self, *map(RunFolder, finetunings(self._place))]:
+                    stack.enter_context(run.held())
                 exchange(fresh, self._place)
             return
         try:
@@ -131,7 +142,7 @@ class RunFolder:
             if self._stem is None:
                 self.check_free(overwrite=False)  # another process has made it in the meantime
                 raise
-            self._lie_at(_free_name(self._stem))
+            self._lie_at(_stamped(self._stem))
             self._move_in(fresh, overwrite)
 
     @contextlib.contextmanager
@@ -171,6 +182,12 @@ class RunFolder:
         return sorted(folders, key=checkpoint_step)
 
 
+def finetunings(run: Path) -> Iterator[Path]:
+    """The finetuned run in the folder of a run, the one in that, and so on."""
+    while os.access(run, os.X_OK) and (run := run / FINETUNED).is_dir():
+        yield run
+
+
 def strip_model_suffix(path: str | Path) -> Path:
     """``model.pt`` and ``model.params`` are the run folder ``model``."""
     path = Path(path)
@@ -182,14 +199,18 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name[len(CHECKPOINT_PREFIX) :])
 
 
-def _free_name(stem: Path) -> Path:
+def _stamped(stem: Path) -> Path:
     """``<stem>-<time>``, a name that is still free."""
-    first = path = stem.with_name(f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    n = 1
-    while path.exists():
+    return free_name(stem.with_name(f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or the first of ``path-2``, ``path-3``... that is still free."""
+    free, n = path, 1
+    while free.exists():
         n += 1
-        path = first.with_name(f"{first.name}-{n}")
-    return path
+        free = path.with_name(f"{path.name}-{n}")
+    return free
 
 
 def point(link: Path, target: Path) -> None:
@@ -202,7 +223,10 @@ def point(link: Path, target: Path) -> None:
             raise
         _say_that_links_are_missing(str(error.strerror))
     else:
-        fresh.replace(link)
+        try:
+            fresh.replace(link)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
 @functools.cache  # once is enough
@@ -248,7 +272,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         raise CheckpointError(
             f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
         )
-    if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+    if RunFolder(path).is_there:
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()

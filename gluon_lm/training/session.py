@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,11 +89,13 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
         corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
         _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
+        lr_of_checkpoint = read_config(path / CONFIG).optim.lr
+        if is_named and "lr" not in command.settings:
+            command = command.with_lr(lr_of_checkpoint)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         # Given now, or at an earlier start that was killed before it wrote a checkpoint.
-        was_given = not is_named and read_config(path / CONFIG).optim.lr != command.config.optim.lr
-        if "lr" in command.settings or was_given:
+        if "lr" in command.settings or lr_of_checkpoint != command.config.optim.lr:
             trainer.state.lr = command.config.optim.lr
         if trainer.end is not None:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
@@ -183,7 +186,9 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
         if len(rises):
             first = int(rises[0])
             words = vocabulary.decode([first, first + 1])
-            shown = " before ".join(f"{word!r} ({counts_V[first + i]} times)" for i, word in enumerate(words))
+            shown = " before ".join(
+                f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words)
+            )
             problems.append(
                 f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
                 f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
@@ -283,8 +288,11 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
             newest = run.path.parent / "latest"
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
-            else:
-                point(newest, run.path)
+            elif newest != run.path:  # which is that link itself where --overwrite named it
+                try:
+                    point(newest, run.path)
+                except PermissionError as error:
+                    LOGGER.info("%s does not name this run (%s)", newest, error.strerror)
         code = trainer.fit()
         words = trainer.config.training.gen_word_len
         if words and code == 0:

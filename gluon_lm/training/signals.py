@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ..logs import LOGGER, leave_terminal
+from ..logs import LOGGER, leave_terminal, outlive_readers
 
 
 class Stopped(Exception):
@@ -57,6 +57,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             leave_terminal(and_pipes=True)
+        outlive_readers()
         self.signal = signal.Signals(number)
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "the run can go on from there"
         with contextlib.suppress(RuntimeError):  # the signal came in the midst of a line that waits to be read

@@ -78,6 +78,9 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all").mkdir()
     project.have_trained("all/good")
     project.run("finetune", "all/good", "--max-steps", 2)
+    project.run("finetune", "all/good/finetune_model", "--max-steps", 1)
+    shutil.copytree("all/good/finetune_model/finetune_model", "elsewhere", symlinks=True)
+    (project.path / "all/far").symlink_to(project.path / "elsewhere")
     for name, file, content in [
         ("cut", "metrics.jsonl", '{"event": "train", "st\n'),
         ("listy", "metrics.jsonl", "[1]\n"),
@@ -99,14 +102,15 @@ def test_broken_folders_are_named_and_finetuned_runs_listed(project):
     (project.path / "all/notes").mkdir()
     (project.path / "all/latest").symlink_to("good")
     runs, broken = listed(project)
-    assert runs.keys() == {"good", "good/finetune_model"}
+    chain = {"good", "good/finetune_model", "good/finetune_model/finetune_model"}
+    assert runs.keys() == chain | {"far"}
     mistaken = {"cut", "listy", "wordy", "lossless", "huge", "endless", "unknown", "odd", "bare"}
     assert broken.keys() == mistaken | {"strange", "deep", "bottomless", "mute", "late"}
     for name in broken:
         assert f"all/{name}" in project.refused("report", f"all/{name}", "--words", 0)
     assert "nhidden" in broken["unknown"] and "no config.yaml" in broken["bare"]
     printed = project.run("runs", "all").splitlines()
-    assert len(printed) == 1 + 2 + 14 and any(line.startswith("cut: broken (") for line in printed)
+    assert len(printed) == 1 + 4 + 14 and any(line.startswith("cut: broken (") for line in printed)
     (row,) = [line for line in project.run("runs", "all/good").splitlines() if line.startswith("good ")]
     assert "finished" in row
     assert project.run("runs", "all/notes") == "no runs in all/notes\n"

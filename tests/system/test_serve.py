@@ -14,11 +14,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import mxnet as mx
 import pytest
 import uvicorn
-from serving import PATIENCE, Server, train_tiny_run, until
+from serving import PATIENCE, Server, environment, train_tiny_run, until
 
 from gluon_lm.export import main as export
 from gluon_lm.serve import main
@@ -380,6 +381,24 @@ def test_connections_on_which_nothing_is_asked_keep_nobody_out_and_are_closed(ru
             clients[0].sendall(b"GET /healthz HTTP/1.1\r\nHost:")
             assert server.ask("GET", "/healthz").json == {"ok": True}
             assert [client.recv(1) for client in clients] == [b""] * 300
+
+
+def test_it_goes_on_when_nobody_reads_its_log_and_ctrl_c_ends_it(run):
+    """As in ``serve | tee log``: the terminal's Ctrl-C ends both."""
+    words = [sys.executable, "-u", "-m", "gluon_lm.serve", str(run), "--port", "0"]
+    with subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = next(line.split()[2] for line in iter(server.stdout.readline, "") if "serving at" in line)
+            server.stdout.close()
+            for _ in range(3):
+                assert urlopen(f"{address}healthz", timeout=PATIENCE).status == 200
+            server.send_signal(signal.SIGINT)
+            assert server.wait(PATIENCE) == 0
+            assert server.stderr.read() == ""
+        finally:
+            server.kill()
 
 
 def test_a_client_that_reads_nothing_of_a_long_answer_is_let_go(monkeypatch):

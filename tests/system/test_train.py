@@ -154,6 +154,19 @@ def test_a_program_may_train_in_a_thread(project):
     assert project.parameters("run") == project.parameters("alone")
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_costs_nothing(project):
+    """As in ``train | tee log``: the terminal tells both."""
+    process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
+    wait_for((project.path / "run" / "latest").exists, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    status = json.loads((project.path / "run/status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", None)
+    assert project.events("run")[-1]["event"] == "test"
+    assert "SIGINT: stopping after this step" in (project.path / "run/log.txt").read_text()
+
+
 def test_ctrl_c_twice_exits_at_once(project):
     test_text = project.path / "text/test.txt"
     test_text.write_text(test_text.read_text() * 4000)  # so that testing the best model takes long
@@ -275,6 +288,9 @@ def test_a_learning_rate_holds_though_the_process_is_killed_before_it_wrote_a_ch
     project.run("train", "--resume", "killed", "--max-steps", 7)
     project.run("train", "--resume", "run", "--lr", 0.25, "--max-steps", 7)
     assert project.parameters("killed") == project.parameters("run")
+    project.run("train", "--resume", "run/checkpoints/step-5", "--max-steps", 6)  # which had another one
+    assert "\nlr: 1.0  #" in config.with_name("config.yaml").read_text().replace("0.25", "1.0")
+    assert "\nlr: 1.0" in (project.path / "run/config.yaml").read_text()
 
 
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
@@ -287,6 +303,14 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
     assert project.parameters("run", "checkpoints/abandoned-step-14") == project.parameters(
         "run", "checkpoints/step-14"
     )
+    output = project.run("train", "--resume", "run/checkpoints/step-7", "--lr", 0.5)
+    assert "it is set aside as abandoned-step-14-2" in output
+    assert project.parameters("run", "checkpoints/abandoned-step-14") == project.parameters(
+        "run", "checkpoints/abandoned-step-14-2"
+    )
+    (project.path / "run/checkpoints/abandoned-step-14/parameters.npz").unlink()
+    error = project.refused("evaluate", "run/checkpoints/abandoned-step-14")
+    assert "abandoned-step-14: is damaged" in error and "use the one before it" not in error
 
 
 def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_finds_a_new_best(project):
@@ -376,6 +400,22 @@ def test_errors_are_one_line_with_exit_code_2_and_leave_nothing(project):
             assert word in errors[0]
         assert not (project.path / "run").exists()
     assert {p.name for p in project.path.iterdir()} - {p.name for p in before} <= {"short.txt", "cache"}
+
+
+def test_only_a_run_is_replaced_and_not_the_folder_that_one_is_in(project, monkeypatch):
+    project.train("runs/first")
+    (project.path / "text/config.yaml").write_text("nhid: 8\n")
+    for folder, said in (("text", "is not a run of ours"), ("runs", "is not a run of ours")):
+        assert said in project.refused("train", *project.training_flags, "--save", folder, "--overwrite")
+    assert "exists already, and is not a run" in project.refused("train", *project.training_flags, "--save", "text")
+    flags = [str(project.path / "text") if flag == "text" else flag for flag in project.training_flags]
+    monkeypatch.chdir("runs/first/checkpoints")
+    for folder in ("..", project.path / "runs/first"):
+        assert "go to another one first" in project.refused("train", *flags, "--save", folder, "--overwrite")
+    monkeypatch.chdir(project.path)
+    before = project.parameters("runs/latest")
+    project.train("runs/latest", "--overwrite", "--seed", 9)
+    assert os.readlink("runs/latest") == "first" and project.parameters("runs/first") != before
 
 
 def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):

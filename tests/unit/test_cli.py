@@ -450,6 +450,8 @@ def test_every_problem_at_once(tmp_path):
         ("--save ''", ["--save ''", "a name or a path"]),
         ("--resume A --save B", ["--save B with --resume A"]),
         ("--resume A --overwrite", ["--overwrite with --resume"]),
+        ("--overwrite", ["--overwrite: has no effect without --save RUN"]),
+        ("-- --tied", ["--: belongs to launch alone"]),
         ("--resume A --config B", ["--config with --resume"]),
         ("--resume A --recipe lm", ["--recipe with --resume"]),
         ("--resume A --continue-train --save A", ["--continue-train with --resume"]),
