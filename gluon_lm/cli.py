@@ -247,14 +247,15 @@ class CommandParser(argparse.ArgumentParser):
             With every unknown flag and every value that breaks its field's rule.
         """
         self.usage = " ".join(["%(prog)s", *map(_usage_of, self._get_positional_actions()), "[flags]"])
-        namespace, rest = self.parse_known_args(normalise_argv(sys.argv[1:] if argv is None else argv))
+        words = normalise_argv(sys.argv[1:] if argv is None else argv)
+        namespace, rest = self.parse_known_args(words)
         problems: list[str] = []
+        if rest and "--" in words:
+            problems.append("--: belongs to launch alone, before the flags of train; leave it out")
+            rest = []
         previous = ""
         for word in rest:
             flag, equals, _ = word.partition("=")
-            if word == "--":
-                problems.append("--: belongs to launch alone, before the flags of train; leave it out")
-                break
             if word.startswith("-") and word != "-":
                 hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
                 hint = f"; {self._instead[flag]}" if flag in self._instead else hint
@@ -396,9 +397,11 @@ class TrainCommand:
         return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
 
     def with_lr(self, lr: float) -> TrainCommand:
-        """With another learning rate."""
-        optim = dataclasses.replace(self.config.optim, lr=lr)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, optim=optim))
+        """With the learning rate that a checkpoint was written under."""
+        config = dataclasses.replace(self.config, optim=dataclasses.replace(self.config.optim, lr=lr))
+        kept_origins = {name: origin for name, origin in self.kept_origins.items() if name != "lr"}
+        sources = {**self.sources, "lr": "checkpoint"}
+        return dataclasses.replace(self, config=config, sources=sources, kept_origins=kept_origins)
 
     def over(self, config_file: Path, may_change: Set[str], is_same_run: bool = True) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
@@ -606,8 +609,8 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     -------
     int
         What `work` returned; 2 for an error that the user can mend, 130 for Ctrl-C, 141 where the reader of
-        the output went away. Anything else that is raised is a bug and passes through with its traceback, as
-        every error does under ``--debug``.
+        the output went away, unless it is to be outlived. Anything else that is raised is a bug and passes through
+        with its traceback, as every error does under ``--debug``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words

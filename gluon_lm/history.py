@@ -25,12 +25,12 @@ STATES = ("running", "finished", "stopped", "failed")
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned one."""
+    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned ones."""
     if looks_like_a_run(folder):
         found = [folder]
     else:
         here = folder.resolve()
-        inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        inside = [path for path in sorted(folder.iterdir()) if os.path.isdir(path) and path.name[0] != "."]
         # A link such as runs/latest names one of them a second time.
         once = [path for path in inside if not (path.is_symlink() and path.resolve().parent == here)]
         found = [path for path in once if looks_like_a_run(path)]

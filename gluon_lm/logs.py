@@ -10,8 +10,7 @@ import logging.handlers
 import os
 import stat
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +18,7 @@ from .errors import reason
 from .files import AppendedText
 
 LOGGER = logging.getLogger("gluon_lm")
-_OUTLIVED = threading.Event()
+_outlives_readers = False
 
 # Between logging's own levels of 10, 20 and 30.
 DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
@@ -79,7 +78,8 @@ def log_to_terminal(
     has_other_output : bool
         Send them to standard error, because what the command was asked for goes to standard output.
     """
-    _OUTLIVED.clear()
+    global _outlives_readers
+    _outlives_readers = False
     terminal = _Terminal(has_other_output)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     course = logging.INFO if has_bars() else DETAIL
@@ -98,7 +98,8 @@ def fall_silent() -> None:
 
 def outlive_readers() -> None:
     """From here on a pipe that nobody reads any more ends nothing: Ctrl-C ends ``tee``, too, in ``train | tee log``."""
-    _OUTLIVED.set()
+    global _outlives_readers
+    _outlives_readers = True  # one assignment, which a signal cannot find half done
 
 
 def leave_unread(error: OSError, stream: IO[str]) -> bool:
@@ -106,11 +107,14 @@ def leave_unread(error: OSError, stream: IO[str]) -> bool:
 
     So it is with a terminal that is gone, and after `outlive_readers` with a pipe.
     """
-    is_hang_up = error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
-    is_broken_pipe = isinstance(error, BrokenPipeError) and _OUTLIVED.is_set()
-    if is_hang_up or is_broken_pipe:
-        leave_terminal(and_pipes=is_broken_pipe)
-    return is_hang_up or is_broken_pipe
+    dead = os.fstat(stream.fileno())
+    if error.errno == errno.EIO and stat.S_ISCHR(dead.st_mode):
+        leave_terminal()
+        return True
+    if isinstance(error, BrokenPipeError) and _outlives_readers:
+        _send_nowhere(lambda found: os.path.samestat(found, dead))
+        return True
+    return False
 
 
 def tell_aside(line: str) -> None:
@@ -124,11 +128,15 @@ def tell_aside(line: str) -> None:
 
 def leave_terminal(and_pipes: bool = False) -> None:
     """Write nothing more to a terminal that is gone, nor to pipes, if their readers may have gone with it."""
+    _send_nowhere(lambda found: stat.S_ISCHR(found.st_mode) or (and_pipes and not stat.S_ISREG(found.st_mode)))
+
+
+def _send_nowhere(is_meant: Callable[[os.stat_result], bool]) -> None:
+    """Of standard output and standard error, let those lead nowhere that are meant."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it was closed all along
-            mode = os.fstat(descriptor).st_mode
-            if stat.S_ISCHR(mode) or (and_pipes and not stat.S_ISREG(mode)):
+            if is_meant(os.fstat(descriptor)):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)
 

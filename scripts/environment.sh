@@ -71,14 +71,15 @@ make_environment() {
     if [ -e "$VENV" ]; then
         [ -f "$OWNED" ] || [ -z "$(ls -A "$VENV")" ] ||
             fail "$VENV: exists and was not made by this script; set GLUON_LM_VENV to another folder, or remove it"
-        find "$VENV" -mindepth 1 ! -path "$OWNED" -delete  # last what says that it may be deleted
+        rm -f "$INSTALLED"
+        find "$VENV" -mindepth 1 ! -name "${OWNED##*/}" -delete  # all but what says that it may be deleted
     fi
     printf 'making %s with %s\n' "$VENV" "$(describe_python "$python")"
     { mkdir -p "$VENV" && touch "$OWNED"; } || fail "$VENV: cannot be made; set GLUON_LM_VENV to a folder of yours"
     "$python" -m venv "$VENV"
 }
 
-# pip as it is for this environment alone, whatever the user's settings are for others.
+# pip for this environment, whatever other place the user's environment variables name.
 pip() {
     PIP_USER=0 PIP_TARGET= PIP_PREFIX= PIP_ROOT= PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip "$@"
 }
@@ -102,11 +103,10 @@ with_one_mxnet() {
 # Makes $VENV hold gluon_lm (editable) with the extras named, those installed before included, and puts it on PATH.
 # Nothing is installed where it does already.
 use_environment() {
-    local wanted hash extra before=""
+    local wanted hash extra extras before=""
+    extras="$(sed -n '/^EXTRAS = {/,/^}/s/^    "\(.*\)": .*/\1/p' "$ROOT/setup.py" | paste -s -d ' ')"
     for extra in "$@"; do
-        grep -q "^    \"$extra\": \[\?" <(sed -n '/^EXTRAS = {/,/^}/p' "$ROOT/setup.py") ||
-            fail "$extra: is not an extra of setup.py; name some of" \
-                "$(sed -n '/^EXTRAS = {/,/^}/s/^    "\(.*\)": .*/\1/p' "$ROOT/setup.py" | paste -s -d ' ')"
+        case " $extras " in *" $extra "*) ;; *) fail "$extra: is not an extra of setup.py; name some of $extras" ;; esac
     done
     begin_alone
     hash="$(fingerprint | sha256sum | cut -d ' ' -f 1)"
@@ -163,12 +163,13 @@ remove_other_mxnets() {
 install_gluonnlp() {
     local folder
     "$VENV/bin/python" -c 'import gluon_lm, gluonnlp' 2>/dev/null && return
-    folder="$(mktemp -d)"
+    folder="$(mktemp -d)" || fail "no temporary folder can be made; set TMPDIR to a folder that can be written"
     pip_install "numpy>=1.23.5,<2" "cython>=0.29.37,<3" "setuptools<70" wheel packaging
     pip download --quiet --no-deps --no-build-isolation --no-binary gluonnlp \
         --dest "$folder" gluonnlp==0.10.0 || fail "gluonnlp 0.10.0 cannot be downloaded, see above"
-    tar -xzf "$folder"/gluonnlp-0.10.0.tar.gz -C "$folder"
-    rm "$folder"/gluonnlp-0.10.0/src/gluonnlp/data/fast_bert_tokenizer.c
+    { tar -xzf "$folder"/gluonnlp-0.10.0.tar.gz -C "$folder" &&
+        rm "$folder"/gluonnlp-0.10.0/src/gluonnlp/data/fast_bert_tokenizer.c; } ||
+        fail "gluonnlp 0.10.0 is not what this script mends, see above"
     pip_install --no-build-isolation --no-deps "$folder/gluonnlp-0.10.0"
     rm -rf "$folder"
 }

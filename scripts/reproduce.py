@@ -51,7 +51,7 @@ SPLITS = ("valid", "test")
 PR_SET_PDEATHSIG = 1
 # On a run's figures; a run also has the tokenizer of its corpus.
 WITHOUT_EFFECT = {"log_interval", "checkpoint_every", "keep_checkpoints", "gen_word_len", "data_dir", "tokenizer"}
-WITHOUT_EFFECT |= {"gpus", "cpus", "cuda", "single_gpu", "kvstore", "horovod"}
+WITHOUT_EFFECT |= {"gpus", "cuda", "single_gpu", "kvstore", "horovod"}
 
 
 class Problem(Exception):

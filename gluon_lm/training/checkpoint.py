@@ -407,9 +407,10 @@ def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
 def _others(path: Path) -> str:
     """A word on the checkpoint to use instead of the one at `path`."""
     run = RunFolder(path.resolve().parent.parent)
-    if not path.resolve().name.removeprefix(CHECKPOINT_PREFIX).isdigit():  # set aside, or a copy of the user's
+    saved, own = run.saved_checkpoints(), run.checkpoints / path.resolve().name
+    if own not in saved:  # set aside, or a copy of the user's
         return ""
-    older = [p for p in run.saved_checkpoints() if checkpoint_step(p) < checkpoint_step(path.resolve())]
+    older = saved[: saved.index(own)]
     return f"; use the one before it, {run.checkpoints / older[-1].name}" if older else "; no older one is kept"
 
 

@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import mxnet as mx
 import pytest
@@ -390,10 +390,13 @@ def test_it_goes_on_when_nobody_reads_its_log_and_ctrl_c_ends_it(run):
         words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         try:
-            address = next(line.split()[2] for line in iter(server.stdout.readline, "") if "serving at" in line)
+            line = next(line for line in iter(server.stdout.readline, "") if "serving at" in line)
             server.stdout.close()
+            host, port = re.search(r"//(.+):(\d+)/", line).groups()
             for _ in range(3):
-                assert urlopen(f"{address}healthz", timeout=PATIENCE).status == 200
+                with contextlib.closing(HTTPConnection(host, int(port), timeout=PATIENCE)) as client:
+                    client.request("GET", "/healthz")
+                    assert client.getresponse().status == 200
             server.send_signal(signal.SIGINT)
             assert server.wait(PATIENCE) == 0
             assert server.stderr.read() == ""
