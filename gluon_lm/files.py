@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -179,10 +180,16 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                     raise ValueError(f"{name} is not an array")
                 beat()
                 yield name, array
-    except MemoryError:
-        raise
     except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
+        if isinstance(error, MemoryError) and _is_credible(error, path):
+            raise
         raise ValueError(reason(error)) from error
+
+
+def _is_credible(error: MemoryError, path: Path) -> bool:
+    """Whether there may be an array in a file for which there was no memory: a damaged header may name any size."""
+    wanted = math.prod(getattr(error, "shape", ())) * getattr(getattr(error, "dtype", None), "itemsize", 1)
+    return wanted <= path.stat().st_size
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -308,7 +308,7 @@ def _load(path: Path, model: LanguageModel) -> GradientStatistics | None:
         if {name: array.shape for name, array in arrays.items()} != shapes:
             raise ValueError("it is of another model")
         statistics = GradientStatistics(arrays, num_windows)
-    except (ValueError, TypeError, KeyError, MemoryError) as error:  # a damaged header may name any size
+    except (ValueError, TypeError, KeyError) as error:
         LOGGER.info("%s: is damaged (%s); it is made anew", path, reason(error))
         return None
     LOGGER.info("squared gradients of the training text (windows: %s) from %s", f"{num_windows:,}", path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
 import pytest
 
-from gluon_lm.files import atomic_write, replaced_folder
+from gluon_lm.files import atomic_write, read_arrays, replaced_folder, write_arrays
 
 A_WEEK_S = 7 * 24 * 3600
 
@@ -46,3 +47,23 @@ def test_a_folder_takes_the_place_of_another_and_of_what_was_left_behind(tmp_pat
         (fresh / "model").write_text("new")
     assert (target / "model").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_short_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    path = tmp_path / "arrays.npz"
+    write_arrays(path, [("weights", np.zeros(1000, np.float32))])
+
+    def fail(shape):
+        def read_array(*arguments, **settings):
+            error = MemoryError("Unable to allocate")
+            error.shape, error.dtype = shape, np.dtype(np.float32)
+            raise error
+
+        return read_array
+
+    monkeypatch.setattr(np.lib.format, "read_array", fail((1000,)))
+    with pytest.raises(MemoryError):
+        dict(read_arrays(path))
+    monkeypatch.setattr(np.lib.format, "read_array", fail((10**12,)))  # as a damaged header may name it
+    with pytest.raises(ValueError, match="Unable to allocate"):
+        dict(read_arrays(path))
