@@ -3,11 +3,13 @@
     python scripts/follow_reference.py awd-ptb --data-dir data --steps 200
     python scripts/follow_reference.py awd-wikitext-2 --data-dir data --steps 200 --json losses.json
     python scripts/follow_reference.py awd-wikitext-2 --data-dir data --steps 200 --dropoute 0
+    python scripts/follow_reference.py awd-ptb --data-dir data --steps 20 --no-dropout
 
 Both draw their own dropout masks, so the losses agree but for that noise. Ours trains twice, under two seeds: how far
 these two lie apart shows how large it is. Once hybridized, gluonnlp's embedding dropout also takes its words from the
-tied output layer, as ours does not; --dropoute 0 compares without. gluonnlp comes with `bash scripts/environment.sh
-peers`; its AWDRNN is trained by the loop of its word_language_model.py. With --json, what was interrupted goes on with
+tied output layer, as ours does not; --dropoute 0 compares without. With --no-dropout nothing is random: then the losses
+are the same but for rounding. gluonnlp comes with `bash scripts/environment.sh peers`; its AWDRNN is trained by the
+loop of its word_language_model.py. With --json, what was interrupted goes on with
 the next model.
 """
 
@@ -170,7 +172,9 @@ def main() -> int:
     parser.add_argument("recipe", choices=("awd-ptb", "awd-wikitext-2"))
     parser.add_argument("--data", help="the text (default: the recipe's corpus)")
     parser.add_argument("--data-dir", default="data", help="where the corpora lie (default ./data)")
-    parser.add_argument("--dropoute", type=float, metavar="P", help="embedding dropout (default: the recipe's)")
+    dropouts = parser.add_mutually_exclusive_group()
+    dropouts.add_argument("--dropoute", type=float, metavar="P", help="embedding dropout (default: the recipe's)")
+    dropouts.add_argument("--no-dropout", action="store_true", help="every dropout off, that of the weights included")
     parser.add_argument("--steps", type=int, default=200, help="steps to compare (default 200)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write every loss to FILE; what it has already is not trained again"
@@ -179,7 +183,9 @@ def main() -> int:
     if find_spec("gluonnlp") is None:
         parser.error("gluonnlp is not installed here: bash scripts/environment.sh peers")
     config = resolve(recipe=options.recipe).config
-    if options.dropoute is not None:
+    if options.no_dropout:
+        config = replace(config, model=config.model.without_dropout())
+    elif options.dropoute is not None:
         config = replace(config, model=replace(config.model, dropout_embed=options.dropoute))
     prepare_training(config)
     from gluon_lm.data import load_corpus
@@ -191,9 +197,15 @@ def main() -> int:
     trainings: dict[str, Callable[[str], list[float]]] = {
         "gluon_lm": lambda what: train_ours(config, vocab_size, windows, seed, what),
         "gluonnlp": lambda what: train_peer(config, vocab_size, windows, what),
-        "gluon_lm, another seed": lambda what: train_ours(config, vocab_size, windows, seed + 1, what),
     }
-    training = {"recipe": options.recipe, "data": list(data.data), "dropout_embed": config.model.dropout_embed}
+    if not options.no_dropout:
+        trainings["gluon_lm, another seed"] = lambda what: train_ours(config, vocab_size, windows, seed + 1, what)
+    training = {
+        "recipe": options.recipe,
+        "data": list(data.data),
+        "dropout_embed": config.model.dropout_embed,
+        "no_dropout": options.no_dropout,
+    }
     losses = finished_losses(options.json, training, len(windows))
     for what, train in trainings.items():
         if what not in losses:
@@ -201,8 +213,8 @@ def main() -> int:
             if options.json is not None:
                 with atomic_write(options.json) as file:
                     file.write(json.dumps({**training, "losses": losses}).encode() + b"\n")
-    title = f"{options.recipe}, embedding dropout {config.model.dropout_embed:g}"
-    print(f"\n**{title}: mean loss, {len(windows)} steps**\n")
+    dropout = "no dropout" if options.no_dropout else f"embedding dropout {config.model.dropout_embed:g}"
+    print(f"\n**{options.recipe}, {dropout}: mean loss, {len(windows)} steps**\n")
     print(f"| steps | {' | '.join(losses)} |\n| --- |{' ---: |' * len(losses)}")
     for start in range(0, len(windows), INTERVAL):
         means = [np.mean(values[start : start + INTERVAL]) for values in losses.values()]

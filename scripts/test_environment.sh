@@ -8,6 +8,7 @@ install_debian_packages() {
         PATH="$PATH:/usr/sbin:/sbin" command -v "${@:2}" >/dev/null || missing+=("$1")
     }
     needs chromium chromium chromium-browser google-chrome  # the page of gluon_lm.serve
+    needs curl curl                                         # the commands of the documentation
     needs iproute2 ip                                       # networks between namespaces
     needs openssh-client ssh                                # hosts that are reached by ssh
     [ -d /run/systemd/system ] || needs openssh-server sshd # not where it would be started for all the world
