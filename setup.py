@@ -76,6 +76,7 @@ EXTRAS = {
         *PLOT,
         "schemathesis>=4,<5",
         "playwright>=1.40,<2",
+        "pyarrow>=14,<25",  # one of the mirrors of WikiText is in Parquet; later ones want numpy 2
     ],
     # What scripts/benchmark.py measures ours against. Its sdist does not compile as it is on Python 3.11 and
     # later: `bash scripts/environment.sh peers` installs it.

@@ -29,7 +29,6 @@ from gluon_lm.config import (
     RunOptions,
     Section,
     Setting,
-    TrainingConfig,
     build,
     flag_of,
     get,
@@ -68,20 +67,11 @@ class DebugOptions(Section):
         return Verbosity.QUIET if self.quiet else Verbosity.VERBOSE if self.verbose else Verbosity.NORMAL
 
 
-@dataclass(frozen=True)
-class FinetuneOptions(Section):
-    """What `finetune` does with the run."""
-
-    continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
-    overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
-    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
-    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
-
-
 # Flags of the systems that these commands replace.
 _ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
 _INSTEAD_OF_TRAINING = {
-    **dict.fromkeys(("--checkpoint", "--from-epoch"), "to continue a run, use --resume RUN"),
+    "--checkpoint": "to continue a run, use --resume RUN; to begin a new one with its weights, --init-from RUN",
+    "--from-epoch": "to continue a run, use --resume RUN",
     "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
     "--test-mode": "for a short trial, use --max-steps 20",
     **dict.fromkeys(("--model-dir", "--model-name"), "name the run folder with --save"),
@@ -92,6 +82,13 @@ _INSTEAD_OF_TRAINING = {
         ("--lr-update-interval", "--lr-update-factor"),
         "--decay divides the learning rate where validation is no new best",
     ),
+    "--num-gpus": "name them, as in --gpus 0,1,2,3",
+    "--batch-size-per-gpu": "--batch-size is that of all devices together",
+    **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
+    "--logdir": "name the run folder with --save",
+    "--early-stopping": "--patience N stops after N evaluations with no new best",
+    "--momentum": "SGD has no momentum here; --optimizer adam has",
+    "--warmup": "the learning rate is not warmed up",
     "--nhead": "there is no transformer here",
     "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
     "--k": "the words of a sampled softmax are --num-sampled",
@@ -143,6 +140,8 @@ class Parsed:
 
 class CommandParser(argparse.ArgumentParser):
     """An `argparse` parser whose flags come from sections of fields, and whose errors are `ConfigError`.
+
+    Every command also has the flags of `DebugOptions`.
 
     Parameters
     ----------
@@ -246,6 +245,8 @@ class CommandParser(argparse.ArgumentParser):
         ConfigError
             With every unknown flag and every value that breaks its field's rule.
         """
+        if "quiet" not in self._declared:
+            self.add_section(DebugOptions, "messages")
         self.usage = " ".join(["%(prog)s", *map(_usage_of, self._get_positional_actions()), "[flags]"])
         words = normalise_argv(sys.argv[1:] if argv is None else argv)
         namespace, rest = self.parse_known_args(words)
@@ -269,7 +270,8 @@ class CommandParser(argparse.ArgumentParser):
         for name, (flag, raw) in vars(namespace).pop("given", {}).items():
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
         run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)
-        if named is not None and None not in (run, named.value) and run != named.value:
+        # The first word may be the value of an unknown flag.
+        if not rest and named is not None and None not in (run, named.value) and run != named.value:
             problems.append(
                 f"{show(run)} with {named.flag} {show(named.value)}: both name the run; leave one of them out"
             )
@@ -304,47 +306,20 @@ def normalise_argv(argv: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------- train
 
 
-# What may differ from the run that is continued, besides the devices: how long, how often, and how hard it is
-# regularised; not what is trained, nor on what.
-MAY_CHANGE_ON_RESUME = frozenset(
+# What a run that begins with the model of another has from that one: the architecture, and how text becomes ids.
+FIXED = frozenset(
     {
-        "data",  # its place: what is read there must be the same
-        "data_dir",
-        "dropout",
-        "dropout_input",
-        "dropout_hidden",
-        "dropout_embed",
-        "dropout_embed_elements",
-        "dropout_inner_input",
-        "dropout_last_input",
-        "dropout_latent",
-        "dropout_candidate",
-        "weight_drop",
-        "input_weight_drop",
-        "amp",
-        "lr",
-        "lr_decay",
-        "when",
-        "clip_norm",
-        "weight_decay",
-        "alpha",
-        "beta",
-        "ntasgd",
-        "nonmono",
-        "epochs",
-        "max_steps",
-        "small_batch_size",
-        "tf32",
-        "log_interval",
-        "eval_every",
-        "eval_batch_size",
-        "patience",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "tensorboard",
-        "gen_word_len",
+        *("tokenizer", "min_freq", "max_vocab", "vocab"),
+        *("model", "embed_size", "hidden_size", "num_layers", "tied", "init"),
+        *("num_experts", "last_hidden_size", "layer_norm"),
     }
 )
+# What stays while a run goes on: besides, what is trained, and on which windows in which order. The rest (the place of
+# the text, devices, how long, how often, and how hard it is regularised) may change.
+FIXED_ON_RESUME = FIXED | {
+    *("num_sampled", "cutoffs", "locked", "optimizer", "asgd"),
+    *("max_seq_len_delta", "random_start", "shuffle", "batch_size", "bptt", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -358,9 +333,9 @@ class TrainCommand:
         Where each value comes from, by field name; the recipe's source as ``recipe``.
     recipe : str or None
         Name of the recipe.
-    save, resume : str or None
-        The run folder to write, and the run to continue, as the user named them. With `resume`, `config`
-        holds the command line alone, unchecked: `over` lays it over the run's own configuration.
+    save, resume, init_from : str or None
+        The run folder to write, the run to continue, and the one to begin with, as the user named them. With one of
+        the last two, `config` holds the command line alone, unchecked: `over` lays it over that run's configuration.
     overwrite, print_config, dry_run : bool
     verbosity : Verbosity
     settings : Layer
@@ -376,6 +351,7 @@ class TrainCommand:
     recipe: str | None
     save: str | None
     resume: str | None
+    init_from: str | None
     overwrite: bool
     print_config: bool
     dry_run: bool
@@ -383,6 +359,11 @@ class TrainCommand:
     settings: Layer
     stem: str | None = None
     kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """The run over whose configuration the flags are laid."""
+        return self.init_from if self.resume is None else self.resume
 
     def describe(self) -> str:
         """The answer to ``--print-config``: YAML with the source of each value behind it."""
@@ -403,21 +384,21 @@ class TrainCommand:
         sources = {**self.sources, "lr": "checkpoint"}
         return dataclasses.replace(self, config=config, sources=sources, kept_origins=kept_origins)
 
-    def over(self, config_file: Path, may_change: Set[str], is_same_run: bool = True) -> TrainCommand:
+    def over(self, config_file: Path, fixed: Set[str], is_same_run: bool = True) -> TrainCommand:
         """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
 
         Parameters
         ----------
         config_file : Path
-        may_change : set of str
-            Fields, besides those of the devices, that may differ from the run's.
+        fixed : set of str
+            Fields that may not differ from the run's.
         is_same_run : bool
             Whether the run itself goes on, and its values keep their origin; another one has them from this run.
 
         Raises
         ------
         ConfigError
-            As `parse_train`, and for every other field that differs.
+            As `parse_train`, and for every fixed field that differs.
         """
         before = resolve(config_file=config_file, default_recipe=None).config
         resolved = resolve(self.settings, config_file, default_recipe=None)
@@ -427,7 +408,7 @@ class TrainCommand:
         problems = []
         for name, setting in self.settings.items():
             value, old = get(resolved.config, name), get(before, name)
-            if value != old and name not in may_change | DeviceConfig.__dataclass_fields__.keys():
+            if value != old and name in fixed:
                 flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
                 was = f"{config_file.parent} was trained with {show(old)}"
                 problems.append(f"{flag}: {was}; leave the flag out, or train anew")
@@ -450,7 +431,6 @@ def train_parser() -> CommandParser:
     parser.add_section(RunOptions, "run")
     for name, section in SECTIONS.items():
         parser.add_section(section, name)
-    parser.add_section(DebugOptions, "messages")
     return parser
 
 
@@ -489,17 +469,20 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         problems.append(
             "--overwrite: has no effect without --save RUN, for a run gets a new name; add it, or leave it out"
         )
-    if resume is not None and run.config is not None:
-        problems.append(f"--config with {continued}: a run continues with its own config.yaml; leave --config out")
-    if resume is not None and run.recipe is not None:
-        problems.append(f"--recipe with {continued}: a run continues with its own config.yaml; leave --recipe out")
+    if resume is not None and run.init_from is not None:
+        problems.append(f"--init-from with {continued}: a run begins once; leave one of them out")
+    is_based = resume is not None or run.init_from is not None
+    base = continued if resume is not None else "--init-from"
+    for flag, named in (("--config", run.config), ("--recipe", run.recipe)):
+        if is_based and named is not None:
+            problems.append(f"{flag} with {base}: the configuration is that run's config.yaml; leave {flag} out")
 
-    config_file = None if run.config is None or resume is not None else Path(run.config)
+    config_file = None if run.config is None or is_based else Path(run.config)
     try:
-        resolved = resolve(settings, config_file, None if resume is not None else run.recipe)
+        resolved = resolve(settings, config_file, None if is_based else run.recipe)
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    if resume is None:
+    if not is_based:
         problems += validate(resolved.config, resolved.sources)
     if problems:
         raise ConfigError(problems)
@@ -507,89 +490,13 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         **vars(resolved),
         save=run.save,
         resume=resume,
+        init_from=run.init_from,
         overwrite=run.overwrite,
         print_config=run.print_config,
         dry_run=run.dry_run,
         verbosity=parsed.verbosity,
         settings=settings,
     )
-
-
-# ---------------------------------------------------------------- finetune
-
-
-_INSTEAD_OF_FINETUNING = {
-    **dict.fromkeys(
-        ("--ntasgd", "--no-ntasgd", "--asgd", "--no-asgd"), "finetuning averages the weights from its first step on"
-    ),
-    "--when": "while the weights are averaged the learning rate stays as it is",
-    "--resume": "to continue a finetuning, use RUN --continue-train",
-    **dict.fromkeys(("--config", "--recipe"), "finetuning begins with the run's own config.yaml"),
-}
-
-
-@dataclass(frozen=True)
-class FinetuneCommand:
-    """A `finetune` command line.
-
-    Attributes
-    ----------
-    run : str or None
-        The run to finetune, as the user named it.
-    is_continued : bool
-        Whether to continue a finetuning that was stopped.
-    command : TrainCommand
-        The flags alone, unchecked; `TrainCommand.over` lays them over the run's configuration.
-    """
-
-    run: str | None
-    is_continued: bool
-    command: TrainCommand
-
-
-def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
-    """Read the command line of `finetune`.
-
-    Raises
-    ------
-    ConfigError
-        For what makes it unclear which run is meant, or what to do with it.
-    """
-    parser = CommandParser(
-        "finetune",
-        "Train a finished run further with averaged weights (ASGD), until validation stops improving.",
-        "python -m gluon_lm.finetune runs/ptb-awd --lr 25 --dropouth 0.225",
-        instead=_INSTEAD_OF_FINETUNING,
-    )
-    parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
-    for name, section in SECTIONS.items():
-        fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when", "max_steps"}
-        parser.add_section(section, name, only=sorted(fields), default="the run's")
-    parser.add_section(TrainingConfig, "steps", only=["max_steps"])
-    parser.add_section(DebugOptions, "messages")
-    parser.add_run("--save", "--checkpoint")
-    parsed = parser.parse(argv)
-    options = parsed.build(FinetuneOptions)
-    if options.continue_train and options.overwrite:
-        raise ConfigError(
-            "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
-        )
-    own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
-    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
-    settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
-    if not options.continue_train:  # the run's own bound is on the run's own steps
-        settings.setdefault("max_steps", Setting(None, "finetune"))
-    command = TrainCommand(
-        **vars(resolve(settings, default_recipe=None)),
-        save=None,
-        resume=None,
-        overwrite=options.overwrite,
-        print_config=options.print_config,
-        dry_run=options.dry_run,
-        verbosity=parsed.verbosity,
-        settings=settings,
-    )
-    return FinetuneCommand(parsed.run, options.continue_train, command)
 
 
 # ---------------------------------------------------------------- how a command ends

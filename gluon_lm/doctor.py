@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli import CommandParser, DebugOptions, run_command
+from .cli import CommandParser, run_command
 from .config import Section, option, switch
 from .control_groups import processor_share
 from .gpus import has_machine_code, lacks_machine_code, query_driver
@@ -57,7 +57,6 @@ def _doctor(argv: Sequence[str]) -> int:
         "run", nargs="?", metavar="RUN", default="runs", help="folder that runs are written to (default: runs)"
     )
     parser.add_section(DoctorOptions, "report")
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     log_to_terminal(parsed.verbosity)
     LOGGER.debug("importing MXNet in a process of its own, for at most %d s", _IMPORT_SECONDS)

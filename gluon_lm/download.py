@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, run_command
+from .cli import CommandParser, run_command
 from .config import DataConfig
 from .data.corpora import CORPORA, SPLITS, find_spec, unknown_corpus
 from .errors import ConfigError
@@ -26,7 +26,6 @@ def _download(argv: Sequence[str]) -> int:
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"corpora: {', '.join(CORPORA)}")
     parser.add_section(DataConfig, "data", only=("data_dir",))
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     data_dir = Path(parsed.build(DataConfig).data_dir)
     specs = {name: find_spec(name) for name in parsed.arguments.names}

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch
 from .errors import DataError
 from .logs import LOGGER, RESULT, log_to_terminal
@@ -47,7 +47,6 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
     parser.add_run("--model", "--checkpoint", "--save")
     parser.add_device()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(DynamicOptions), parsed.build(DeviceConfig)
     given = {flag: parsed.settings[flag].value for flag in _DATA_FLAGS if flag in parsed.settings}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, Parsed, Section, run_command
+from .cli import CommandParser, Parsed, Section, run_command
 from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
 from .data.corpora import find_spec
 from .errors import ConfigError
@@ -60,7 +60,6 @@ def _evaluate(argv: Sequence[str]) -> int:
     parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
     parser.add_run("--checkpoint", "--save")
     parser.add_device()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     _check_cache(options, parsed)

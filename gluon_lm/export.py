@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import choice, option, optional, pathname
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
@@ -38,7 +38,6 @@ def _export(argv: Sequence[str]) -> int:
     )
     parser.add_section(ExportOptions, "export")
     parser.add_run()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ExportOptions)
     if options.output is None:

@@ -5,38 +5,98 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .cli import MAY_CHANGE_ON_RESUME, parse_finetune, run_command
-from .config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from .cli import FIXED, FIXED_ON_RESUME, CommandParser, DebugOptions, Section, TrainCommand, run_command
+from .config import SECTIONS, Setting, TrainingConfig, option, resolve, switch
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
 from .training.run_folder import FINETUNED, RunFolder, find_run
 
-# What may differ from the run: all but the architecture, and how the text is read (it may lie elsewhere now).
-_ARCHITECTURE = frozenset(
-    {
-        "model",
-        "embed_size",
-        "hidden_size",
-        "num_layers",
-        "tied",
-        "num_experts",
-        "last_hidden_size",
-        "layer_norm",
-        "init",
-    }
-)
-_TEXT = frozenset(field.name for field in dataclasses.fields(DataConfig)) - {"data", "data_dir"}
-_MAY_CHANGE = (
-    frozenset(
-        field.name
-        for section in (DataConfig, ModelConfig, OptimConfig, TrainingConfig)
-        for field in dataclasses.fields(section)
+
+@dataclass(frozen=True)
+class FinetuneOptions(Section):
+    """What `finetune` does with the run."""
+
+    continue_train: bool = option(False, switch(), "continue a finetuning that was stopped")
+    overwrite: bool = option(False, switch(), "replace an earlier finetuning of the run")
+    print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
+    dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
+
+
+_INSTEAD_OF_FINETUNING = {
+    **dict.fromkeys(
+        ("--ntasgd", "--no-ntasgd", "--asgd", "--no-asgd"), "finetuning averages the weights from its first step on"
+    ),
+    "--when": "while the weights are averaged the learning rate stays as it is",
+    "--resume": "to continue a finetuning, use RUN --continue-train",
+    **dict.fromkeys(("--config", "--recipe"), "finetuning begins with the run's own config.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class FinetuneCommand:
+    """A `finetune` command line.
+
+    Attributes
+    ----------
+    run : str or None
+        The run to finetune, as the user named it.
+    is_continued : bool
+        Whether to continue a finetuning that was stopped.
+    command : TrainCommand
+        The flags alone, unchecked; `TrainCommand.over` lays them over the run's configuration.
+    """
+
+    run: str | None
+    is_continued: bool
+    command: TrainCommand
+
+
+def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
+    """Read the command line of `finetune`.
+
+    Raises
+    ------
+    ConfigError
+        For what makes it unclear which run is meant, or what to do with it.
+    """
+    parser = CommandParser(
+        "finetune",
+        "Train a finished run further with averaged weights (ASGD), until validation stops improving.",
+        "python -m gluon_lm.finetune runs/ptb-awd --lr 25 --dropouth 0.225",
+        instead=_INSTEAD_OF_FINETUNING,
     )
-    - _ARCHITECTURE
-    - _TEXT
-)
+    parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
+    for name, section in SECTIONS.items():
+        fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when", "max_steps"}
+        parser.add_section(section, name, only=sorted(fields), default="the run's")
+    parser.add_section(TrainingConfig, "steps", only=["max_steps"])
+    parser.add_run("--save", "--checkpoint")
+    parsed = parser.parse(argv)
+    options = parsed.build(FinetuneOptions)
+    if options.continue_train and options.overwrite:
+        raise ConfigError(
+            "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
+        )
+    own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
+    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
+    settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
+    if not options.continue_train:  # the run's own bound is on the run's own steps
+        settings.setdefault("max_steps", Setting(None, "finetune"))
+    command = TrainCommand(
+        **vars(resolve(settings, default_recipe=None)),
+        save=None,
+        resume=None,
+        init_from=None,
+        overwrite=options.overwrite,
+        print_config=options.print_config,
+        dry_run=options.dry_run,
+        verbosity=parsed.verbosity,
+        settings=settings,
+    )
+    return FinetuneCommand(parsed.run, options.continue_train, command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +111,9 @@ def _finetune(argv: Sequence[str]) -> int:
     target = RunFolder(run.path / FINETUNED)
     if is_continued:
         target, _ = find_run(target.path)
-        command = command.over(target.config, MAY_CHANGE_ON_RESUME)
+        command = command.over(target.config, FIXED_ON_RESUME)
     else:
-        command = command.over(run.config, _MAY_CHANGE, is_same_run=False)
+        command = command.over(run.config, FIXED, is_same_run=False)
         if not command.print_config:
             if target.path.exists() and not command.overwrite:
                 raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, show, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
@@ -61,7 +61,6 @@ def _generate(argv: Sequence[str]) -> int:
     parser.add_section(GenerateOptions, "text")
     parser.add_run("--checkpoint", "--save", or_export=True)
     parser.add_device()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
     if options.greedy or options.temperature == 0:

@@ -48,7 +48,6 @@ def _launch(argv: Sequence[str]) -> int:
         instead=dict.fromkeys(train_parser().flags, "it is a flag of train: write it after --"),
     )
     parser.add_section(ClusterOptions, "cluster")
-    parser.add_section(DebugOptions, "messages")
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
     parsed = parser.parse(words[:split])
@@ -63,7 +62,7 @@ def _launch(argv: Sequence[str]) -> int:
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    if run is not None or command.resume is None:  # or else the batch is that of a run which lies elsewhere
+    if run is not None or command.base is None:  # or else the batch is that of a run which lies elsewhere
         num_devices = options.workers * (device_count(command.config) or 1)
         problems = share_problems(command.config, num_devices, command.sources)
         if problems:
@@ -81,14 +80,14 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand, RunFolder | None]:
-    """The flags of each worker, what they mean and the run that they continue, checked once before any is started.
+    """The flags of each worker, what they mean and the run that they go on from, checked once before any is started.
 
     Where not all `is_here`, but on the machines of a host file, the run's folder is looked at if it is seen from here.
     """
 
     def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
         command = parse_train(flags)
-        is_seen = is_here or (command.resume is not None and strip_model_suffix(command.resume).exists())
+        is_seen = is_here or (command.base is not None and strip_model_suffix(command.base).exists())
         return settle(command)[:2] if is_seen else (command, None)
 
     flags = normalise_argv(words)

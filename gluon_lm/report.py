@@ -50,7 +50,6 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="runs, or folders of runs (default: the newest run)")
     parser.add_section(ReportOptions, "report")
     parser.add_device("device (for the texts)")
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
     if not options.words:

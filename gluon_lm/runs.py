@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import option, show, switch
 from .errors import CheckpointError, ConfigError
 from .history import RunHistory, age, run_folders
@@ -40,7 +40,6 @@ def _runs(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folder", nargs="?", metavar="DIR", default="runs", help="folder of runs (default: runs)")
     parser.add_section(RunsOptions, "output")
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     folder = Path(parsed.arguments.folder)
     if not folder.is_dir():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, choice, option, optional, pathname, switch
 from .errors import ConfigError, DataError
 from .files import open_output, output_file
@@ -46,7 +46,6 @@ def _score(argv: Sequence[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="text, a line for each candidate; - reads standard input")
     parser.add_section(ScoreOptions, "output")
     parser.add_device()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options = parsed.build(ScoreOptions)
     if options.words and options.format == "jsonl":

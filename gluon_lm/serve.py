@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import ConfigError, MissingDependency, reason
 from .logs import log_to_terminal, outlive_readers
@@ -42,7 +42,6 @@ def _serve(argv: Sequence[str]) -> int:
     parser.add_section(ServeOptions, "address")
     parser.add_section(Limits, "limits")
     parser.add_device()
-    parser.add_section(DebugOptions, "messages")
     parsed = parser.parse(argv)
     options, limits = parsed.build(ServeOptions), parsed.build(Limits)
     problems = []

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import MAY_CHANGE_ON_RESUME, TrainCommand, parse_train, run_command
+from .cli import FIXED, FIXED_ON_RESUME, TrainCommand, parse_train, run_command
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
@@ -27,26 +27,28 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
     command : TrainCommand
         With the whole configuration, and the place of a new run.
     run, checkpoint : RunFolder, Path or None
-        What is continued, as `find_run` returns it; None for a new run.
+        What is continued or begun with, as `find_run` returns it; None for a run that begins with nothing.
 
     Raises
     ------
     ConfigError, CheckpointError
         If the folder is not free, has no run to continue, or one that goes on otherwise.
     """
-    if command.resume is not None:
-        run, checkpoint = find_run(command.resume)
-        return command.over(run.config, MAY_CHANGE_ON_RESUME), run, checkpoint
+    run, checkpoint = (None, None) if command.base is None else find_run(command.base)
+    if run is not None and command.resume is not None:
+        return command.over(run.config, FIXED_ON_RESUME), run, checkpoint
+    if run is not None:
+        command = command.over(run.config, FIXED, is_same_run=False)
     if command.save is not None and not command.print_config:
         path = strip_model_suffix(command.save)
         if command.recipe == "mos":  # the reference puts the time behind the name
             if command.overwrite:
                 raise ConfigError("--overwrite: has no effect, recipe mos puts the time behind the name; leave it out")
             RunFolder.stamped(path).check_free(command.overwrite)
-            return dataclasses.replace(command, save=None, stem=str(path)), None, None
+            return dataclasses.replace(command, save=None, stem=str(path)), run, checkpoint
         RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
-    return command, None, None
+    return command, run, checkpoint
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -56,9 +58,14 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     log_to_terminal(command.verbosity, hold=True)
     prepare_training(command.config)
+    from .training.checkpoint import best_checkpoint
     from .training.session import resume_run, start_run
 
-    return start_run(command) if run is None else resume_run(command, run, checkpoint)
+    if run is None:
+        return start_run(command)
+    if command.resume is None:
+        return start_run(command, initial=checkpoint or best_checkpoint(run))
+    return resume_run(command, run, checkpoint)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ LONGEST_FIRST = (
 os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
+_OF_LIBRARIES = ("MXNET_", "OMP_", "GOMP_", "NVIDIA_")
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith(_OF_LIBRARIES)}
+
 # No test is timed, and each run of the tests is like the last. To look for more: --hypothesis-profile search
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=1000)
 settings.register_profile("gluon_lm", settings.get_profile("search"), max_examples=50, derandomize=True)
@@ -28,10 +31,25 @@ settings.load_profile("gluon_lm")
 
 
 def pytest_runtest_setup():
-    """Forget where a command sent the log that an earlier test ran in this process."""
+    """Forget what a command that an earlier test ran in this process set for it: where the log goes, and what MXNet
+    reads each time it is used, such as whose recurrent layers are taken."""
+    for name in [name for name in os.environ if name.startswith(_OF_LIBRARIES)]:
+        del os.environ[name]
+    os.environ.update(_ENVIRONMENT)
     LOGGER.handlers.clear()
     LOGGER.setLevel(logging.NOTSET)
     LOGGER.propagate = True
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Have --amp bfloat16 accepted where the processor lacks its instructions: oneDNN then takes others of AVX-512."""
+    from gluon_lm.models import precision
+
+    flags = precision.cpu_flags()
+    if "avx512bw" not in flags:
+        pytest.skip("this processor lacks AVX-512")
+    monkeypatch.setattr(precision, "cpu_flags", lambda: flags | {"avx512_bf16"})
 
 
 def pytest_collection_modifyitems(items):

@@ -75,9 +75,9 @@ class ModelConfig(Section):
     """The architecture and its dropouts."""
 
     model: str = option("lstm", choice(*MODELS), "type of recurrent network")
-    embed_size: int = option(200, integer(), "size of the word embeddings", "emsize", "embed_dim")
-    hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim")
-    num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers")
+    embed_size: int = option(200, integer(), "size of the word embeddings", "emsize", "embed_dim", "emb_size")
+    hidden_size: int = option(200, integer(), "hidden units in each layer", "nhid", "hidden_dim", "num_units")
+    num_layers: int = option(2, integer(), "number of recurrent layers", "nlayers", "encoder_layers")
     tied: bool = option(False, switch(), "share one matrix between the embedding and the output layer", "weight_tied")
     init: str = option(
         "uniform",
@@ -233,7 +233,9 @@ class OptimConfig(Section):
     """The optimiser, its learning rate and what is added to the loss."""
 
     optimizer: str = option("sgd", choice(*OPTIMIZER_LR), "update rule")
-    lr: float = option(OPTIMIZER_LR["sgd"], real(0, above=True), "learning rate at the start (adam: 0.001)")
+    lr: float = option(
+        OPTIMIZER_LR["sgd"], real(0, above=True), "learning rate at the start (adam: 0.001)", "learning_rate"
+    )
     lr_decay: float | None = option(
         None,
         optional(real(1, above=True)),
@@ -246,6 +248,7 @@ class OptimConfig(Section):
         "largest norm of the whole gradient; none: any",
         "clip",
         "grad_clip",
+        "max_grad_norm",
     )
     weight_decay: float = option(0.0, real(0), "weight decay", "wdecay", "wd")
     alpha: float = option(0.0, real(0), "weight of the activation regularisation")
@@ -280,7 +283,7 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """How long, in which portions, and what is noted on the way."""
 
-    epochs: int = option(40, integer(), "passes over the training text", "epoch")
+    epochs: int = option(40, integer(), "passes over the training text", "epoch", "num_epochs")
     max_steps: int | None = option(None, optional(integer()), "stop after this many steps")
     batch_size: int = option(20, integer(), "streams of text read side by side, over all devices together")
     bptt: int = option(35, integer(), "words in a window, through which gradients flow back")
@@ -294,7 +297,7 @@ class TrainingConfig(Section):
         choice("none", "float16", "bfloat16"),
         "mixed precision: matrix products in float16 (GPU), or the output layer's in bfloat16 (CPU with AVX512-BF16)",
     )
-    seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw")
+    seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw", "random_seed")
     log_interval: int = option(200, integer(), "steps between two lines of the log")
     eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")
     eval_batch_size: int = option(10, integer(), "streams of the validation and test text during training")
@@ -363,6 +366,11 @@ class RunOptions(Section):
 
     save: str | None = option(None, optional(pathname("RUN")), "run folder to write (default: under runs/)")
     resume: str | None = option(None, optional(pathname("RUN")), "continue this run from its newest checkpoint")
+    init_from: str | None = option(
+        None,
+        optional(pathname("RUN")),
+        "begin a new run with the weights, words and configuration of this one, on its text or on another",
+    )
     continue_train: bool = option(False, switch(), "continue the run that --save names")
     overwrite: bool = option(False, switch(), "replace the run folder if it exists")
     config: str | None = option(None, optional(pathname("FILE")), "YAML file with any of the values below; flags win")

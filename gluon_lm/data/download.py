@@ -113,7 +113,7 @@ class ParquetMirror(Mirror):
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError:
-            raise MissingDependency("skipped, because it needs pyarrow; pip install pyarrow") from None
+            raise MissingDependency("skipped, because it needs pyarrow; pip install 'pyarrow<25'") from None
         for name in names:
             num_rows = 0
             with open(folder / name, "wb") as file:

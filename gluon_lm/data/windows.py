@@ -215,8 +215,8 @@ class TrainingWindows:
         if offset:
             lengths = np.concatenate([[offset], lengths])
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), self._streams.num_rows)) + 1]
-        varies = self._random_start or self._max_seq_len_delta is not None
-        return ContiguousEpoch(self._streams, lengths, lengths / self._bptt if varies else None)
+        is_relative = self._max_seq_len_delta is not None
+        return ContiguousEpoch(self._streams, lengths, lengths / self._bptt if is_relative else None)
 
     def _lengths(self, rng: np.random.Generator) -> np.ndarray:
         """Lengths of windows, more than enough of them."""

@@ -21,10 +21,13 @@ class Communicator(ABC):
         Devices of this process. The global batch is split over workers first, then over these.
     rank, size : int
         This process among the workers.
+    sends_float16 : bool
+        Whether gradients overflow on their way where they are too large for float16.
     """
 
     rank: int = 0
     size: int = 1
+    sends_float16: bool = False
 
     def __init__(self, devices: list[mx.Context]) -> None:
         self.devices = devices

@@ -90,6 +90,7 @@ class HorovodCommunicator(Communicator):
                 f"compress; {_START}"
             )
         self._compression, self._threshold = compression, threshold
+        self.sends_float16 = compression == "fp16"
         self._scales = GradientScales() if compression == "2bit" else None
         self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None

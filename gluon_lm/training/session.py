@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..cli import TrainCommand
-from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
+from ..config import Config, DataConfig, DeviceConfig, ModelConfig, device_count, read_config, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import ConfigError, DistributedError
@@ -42,7 +42,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     ----------
     command : TrainCommand
     initial : Path, optional
-        Checkpoint of another run whose model, vocabulary and text this one begins with.
+        Checkpoint of another run whose model and vocabulary this one begins with; its text, too, unless the command
+        names the run by ``--init-from``.
 
     Returns
     -------
@@ -64,10 +65,12 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
+    if initial is None:  # or else the order is that of the other run's text
+        _check_order(command.config.model, corpus)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, communicator, run)
     if initial is not None and checkpoint is not None:
-        trainer.start_from(checkpoint, initial)
+        trainer.start_from(checkpoint, initial, on_any_text=command.init_from is not None)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -133,7 +136,9 @@ def _join(command: TrainCommand) -> Communicator:
 def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
     """The model of a run, and its trainer."""
     config = command.config
-    _check_vocabulary(command, corpus)
+    problems = vocabulary_problems(config, len(corpus.vocabulary), command.sources)
+    if problems:
+        raise ConfigError(problems)
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
     warning = check_need(need, _free_memory(communicator))
@@ -168,34 +173,30 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     return trainer
 
 
-def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
-    """Make sure that the output layer fits the vocabulary.
+def _check_order(model: ModelConfig, corpus: Corpus) -> None:
+    """Make sure that a word's id is its rank by frequency in the training text, where the output layer is best so.
 
     Raises
     ------
     ConfigError
-        With every way in which it does not.
+        With the first words for which it is not.
     """
-    vocabulary, model = corpus.vocabulary, command.config.model
-    problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
-    if model.needs_frequency_order:
-        counts_V = np.zeros(len(vocabulary), np.int64)
-        for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
-            counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
-        rises = np.flatnonzero(np.diff(counts_V) > 0)
-        if len(rises):
-            first = int(rises[0])
-            words = vocabulary.decode([first, first + 1])
-            shown = " before ".join(
-                f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words)
-            )
-            problems.append(
-                f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
-                f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
-                "lines of its file in that order"
-            )
-    if problems:
-        raise ConfigError(problems)
+    if not model.needs_frequency_order:
+        return
+    vocabulary = corpus.vocabulary
+    counts_V = np.zeros(len(vocabulary), np.int64)
+    for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
+        counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
+    rises = np.flatnonzero(np.diff(counts_V) > 0)
+    if len(rises):
+        first = int(rises[0])
+        words = vocabulary.decode([first, first + 1])
+        shown = " before ".join(f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words))
+        raise ConfigError(
+            f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
+            f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
+            "lines of its file in that order"
+        )
 
 
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:

@@ -25,6 +25,8 @@ from ..optim.optimizers import SGD
 from ..optim.rows import FilledRows
 from .loss_scale import LossScale
 
+# MXNet's operator keeps room for 200 arrays, and does not look whether there are more.
+_CHECKED_AT_ONCE = 200
 _SAMPLES = 1  # sets these seeds apart from others that begin with the run's
 
 
@@ -152,6 +154,7 @@ class TrainingStep:
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
                 f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})"
+                + (", or send the gradients without --gctype fp16" if self._communicator.sends_float16 else "")
             )
         if self._loss_scale is not None:
             if has_overflowed and self._loss_scale.is_smallest:
@@ -185,7 +188,11 @@ class TrainingStep:
     def _unscale_gradients(self, loss_scale: float) -> bool:
         """Divide the gradients by the scale of the loss, if they are finite on every device of every worker."""
         gradients_of_devices = list(zip(*(parameter.list_grad() for parameter in self._parameters)))
-        flags = [mx.nd.multi_all_finite(*grads, num_arrays=len(grads)) for grads in gradients_of_devices]
+        flags = [
+            mx.nd.multi_all_finite(*some, num_arrays=len(some))
+            for grads in gradients_of_devices
+            for some in (grads[start : start + _CHECKED_AT_ONCE] for start in range(0, len(grads), _CHECKED_AT_ONCE))
+        ]
         is_finite = all(flag.asscalar() for flag in flags)
         # All or none: a worker that went on would wait for the others, and compression would keep what is no number.
         if not self._communicator.exchange([is_finite]).all():

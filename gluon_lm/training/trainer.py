@@ -585,21 +585,25 @@ class Trainer:
             is_best=is_best,
         )
 
-    def start_from(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Take over the model of a finished run. It is evaluated first, so that a worse one does not take its place.
+    def start_from(self, checkpoint: Checkpoint, path: Path, on_any_text: bool = False) -> None:
+        """Take over the model of another run. It is evaluated first, so that a worse one does not take its place.
 
         Parameters
         ----------
         checkpoint : Checkpoint
         path : Path
             Where it is.
+        on_any_text : bool
+            Whether this text may be another than that of the checkpoint.
 
         Raises
         ------
         DataError, CheckpointError
             As `restore`.
         """
-        self._check_corpus(checkpoint, path, "restore the text, or name its place with --data")
+        if not on_any_text:
+            fix = "name the place of that text with --data, or train on this one with train --init-from"
+            self._check_corpus(checkpoint, path, fix)
         set_parameters(self.model, checkpoint.parameters, path)
         self.state.evaluated_step = -1
 

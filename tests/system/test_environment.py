@@ -68,6 +68,22 @@ def test_an_installation_that_fails_leaves_the_environment_as_it_was(tmp_path):
     assert {path.name for path in venv.iterdir()} == {"bin", ".gluon_lm-installed"}
 
 
+def test_nothing_is_installed_a_second_time(tmp_path):
+    venv, log = environment_with(tmp_path, "cpu", "mxnet")
+    assert install(venv, "cpu").returncode == 0
+    log.unlink()
+    assert install(venv, "cpu").stdout == f"{venv} has gluon_lm with: cpu\n"
+    assert " -e " not in log.read_text()
+
+
+def test_a_folder_that_is_no_environment_of_ours_is_left_alone(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    done = install(tmp_path / "work", "cpu")
+    assert done.returncode == 2 and "exists and was not made by this script" in done.stderr
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize("extra", ["cu118", "doc", "--help"])
 def test_an_extra_that_is_none_changes_nothing(tmp_path, extra):
     venv, log = environment_with(tmp_path, "cpu test", "mxnet")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from gluon_lm.models import LanguageModel, precision
-from gluon_lm.runtime import cpu_flags
 from gluon_lm.training import step as step_module
 
-needs_bfloat16 = pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this processor lacks AVX512-BF16")
+needs_bfloat16 = pytest.mark.usefixtures("bfloat16")
 
 
 def stop_and_go_on(project, *flags):

@@ -246,6 +246,7 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(server):
 
 
 def test_it_says_what_it_is_and_how_it_is(server):
+    assert server.host == "127.0.0.1"  # nobody else is served unless asked for
     model = server.ask("GET", "/expose/ID/v1/model").json
     assert model["limits"]["max_words"] == 60 and model["description"]["model"] == "lstm"
     assert server.ask("GET", "/healthz").json == {"ok": True}

@@ -6,6 +6,7 @@ import array
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
 
+import numpy as np
 import pytest
 from processes import wait_for
 
@@ -97,6 +99,69 @@ def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
         project.run("train", "--resume", "runs/latest", "--max-steps", max_steps)
         assert (project.path / "runs/latest").resolve() == run
         assert os.readlink(run / "latest") == f"checkpoints/step-{max_steps}"
+
+
+def write_other_text(project):
+    """A text with some words of the project's own, and some that it lacks."""
+    (project.path / "other").mkdir()
+    for split, num_lines in (("train", 90), ("valid", 15), ("test", 15)):
+        lines = [
+            f"the {'cat dog fish'.split()[n % 3]} sees a {'river boat'.split()[n % 2]} ." for n in range(num_lines)
+        ]
+        (project.path / "other" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    "of",
+    [(), ("--recipe", "lm", "--n-experts", 2), ("--cutoffs", 5), ("--asgd",)],
+    ids=["softmax", "mixture", "adaptive", "averaged"],
+)
+def test_a_run_begins_with_the_model_of_another_on_a_text_of_its_own(project, of):
+    write_other_text(project)
+    project.have_trained("base", *of)
+    flags = ("--init-from", "base", "--data", "other", "--save", "run", "--lr", 1e-9, "--epochs", 1)
+    output = project.run("train", *flags, "--dropout", 0, "--no-asgd")
+    assert "of the words are not in the vocabulary and read as <unk>" in output
+    first, *_, last = project.events("run")
+    found = project.run("evaluate", "base", "--data", "other", "--split", "valid", "--eval-batch-size", 10)
+    expected = float(re.search(r"valid loss ([\d.]+)", found)[1])
+    assert (first["event"], first["step"]) == ("valid", 0)
+    assert first["loss"] == pytest.approx(expected, abs=1e-3)
+    assert last["event"] == "test"
+    for name, value in project.parameters("run").items():  # at a learning rate that changes nothing
+        np.testing.assert_allclose(
+            np.frombuffer(value, "float32"),
+            np.frombuffer(project.parameters("base", "best")[name], "float32"),
+            atol=1e-6,
+        )
+    words = [(project.path / run / "vocab.txt").read_text() for run in ("base", "run")]
+    assert words[0] == words[1]
+    origins = project.run("train", *flags, "--overwrite", "--print-config")
+    assert "hidden_size: 8  # run base" in origins and "lr: 1.0e-09  # flag --lr" in origins
+
+
+def test_a_run_that_began_with_another_is_resumed_as_if_it_had_never_stopped(project):
+    write_other_text(project)
+    project.have_trained("base")
+    flags = ("--init-from", "base", "--data", "other", "--lr", 0.5, "--dropout", 0.3, "--epochs", 2)
+    project.run("train", *flags, "--save", "whole")
+    project.run("train", *flags, "--save", "parts", "--max-steps", 7)
+    project.run("train", "--resume", "parts", "--max-steps", 10000)
+    assert project.parameters("parts") == project.parameters("whole")
+    assert project.parameters("parts") != project.parameters("base")
+
+
+def test_what_does_not_fit_the_run_that_another_begins_with_is_refused(project):
+    project.have_trained("base")
+    begin = ("--init-from", "base", "--save", "run")
+    assert "--nhid 9: base was trained with 8" in project.refused("train", *begin, "--nhid", 9)
+    assert "--max-vocab 7: base was trained with none" in project.refused("train", *begin, "--max-vocab", 7)
+    assert "leave --recipe out" in project.refused("train", *begin, "--recipe", "awd")
+    assert "a run begins once" in project.refused("train", "--init-from", "base", "--resume", "base")
+    assert "nowhere" in project.refused("train", "--init-from", "nowhere", "--save", "run")
+    (project.path / "text/train.txt").write_text("another text\n" * 100)
+    assert "train --init-from" in project.refused("finetune", "base")
+    assert not (project.path / "run").exists()
 
 
 def test_a_checkpoint_goes_on_with_other_devices(project):
@@ -186,10 +251,10 @@ def test_ctrl_c_twice_exits_at_once(project):
 
 def test_sigterm_ends_the_test_of_a_finished_training_which_resuming_does_anew(project):
     test_text = project.path / "text/test.txt"
-    test_text.write_text(test_text.read_text() * 4000)
+    test_text.write_text(test_text.read_text() * 16000)  # so that the test takes seconds
     process = project.start_training("run", "--epochs", 1)
-    wait_for((project.path / "run/best").exists, process)
-    time.sleep(0.5)  # the rest of the checkpoint is written; the test takes longer
+    wait_for((project.path / "run/latest").exists, process)  # which is linked after `best`
+    time.sleep(0.5)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "test ppl" not in output, output

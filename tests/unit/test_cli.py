@@ -21,9 +21,10 @@ import gluon_lm
 from gluon_lm import launch
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
-from gluon_lm.cli import CommandParser, normalise_argv, parse_finetune, parse_train, run_command, train_parser
+from gluon_lm.cli import FIXED, FIXED_ON_RESUME, CommandParser, normalise_argv, parse_train, run_command, train_parser
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError
+from gluon_lm.finetune import parse_finetune
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
 
@@ -485,28 +486,28 @@ def test_resume_lays_the_flags_over_the_configuration_of_the_run(write_run):
     path = write_run(line)
     command = parse("--resume RUN --epochs 50 --cpus 1 --gctype none")
     assert command.resume == "RUN"
-    command = command.over(path, may_change={"epochs"})
+    command = command.over(path, FIXED_ON_RESUME)
     assert (command.recipe, command.resume) == ("mxnet", "RUN")
     assert command.config.training.epochs == 50
     assert command.config.devices == DeviceConfig(cpus=1)
     assert command.config.model == parse(line).config.model
     assert [command.sources[name] for name in ("epochs", "hidden_size")] == ["flag --epochs", f"run {path.parent}"]
     with pytest.raises(ConfigError, match="multiple of the number of devices, 3"):
-        parse("--resume RUN --cpus 3").over(path, may_change=set())
+        parse("--resume RUN --cpus 3").over(path, FIXED_ON_RESUME)
 
 
 def test_resume_is_checked_against_the_run_and_not_the_defaults(write_run):
     path = write_run("--cpus 4 --gctype 2bit")
-    command = parse("--resume RUN --gcthreshold 0.3").over(path, may_change=set())
+    command = parse("--resume RUN --gcthreshold 0.3").over(path, FIXED_ON_RESUME)
     assert command.config.devices.gcthreshold == 0.3
 
 
 def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
     path = write_run("--recipe awd --nhid 5 --seed 3")
-    same = parse("--resume RUN --nhid 5 --seed 3 --model awd-lstm --tied --lr 10").over(path, may_change={"lr"})
+    same = parse("--resume RUN --nhid 5 --seed 3 --model awd-lstm --tied --lr 10").over(path, FIXED_ON_RESUME)
     assert same.config.optim.lr == 10
     with pytest.raises(ConfigError) as caught:
-        parse("--resume RUN --hidden-size 6 --seed 4 --lr 10 --dropoute 0.1 --cpus 3").over(path, may_change={"lr"})
+        parse("--resume RUN --hidden-size 6 --seed 4 --lr 10 --dropoute 0.1 --cpus 3").over(path, FIXED_ON_RESUME)
     assert caught.value.problems == [
         f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train anew",
         f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train anew",
@@ -517,16 +518,30 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
 
 def test_a_run_is_not_answered_for_by_who_resumes_it(write_run):
     path = write_run("--ntasgd --nonmono 3 --dropouth 0.3 --when 30 --epochs 40 --beta 1")
-    may_change = {"epochs", "ntasgd", "optimizer", "bptt", "lr_decay"}
     for line in ("--epochs 20", "--bptt 1", "--no-ntasgd", "--optimizer adam", "--no-ntasgd --lr-decay 2"):
-        command = parse(f"--resume RUN {line}").over(path, may_change)
+        command = parse(f"--resume RUN {line}").over(path, FIXED)
         assert command.config.model.dropout_hidden == 0.3
     with pytest.raises(ConfigError) as caught:
-        parse("--resume RUN --lr-decay 2").over(path, may_change)
+        parse("--resume RUN --lr-decay 2").over(path, FIXED)
     assert caught.value.problems == [
         f"--ntasgd (run {path.parent}) with --lr-decay 2: averaging takes the place of a falling learning rate; "
         "use --lr-decay none, or --no-ntasgd"
     ]
+
+
+def test_what_may_change_while_a_run_goes_on():
+    """A new knob must be put on one side or the other."""
+    knobs = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
+    may_change = {
+        *("data", "data_dir", "amp", "lr", "lr_decay", "when", "clip_norm", "weight_decay", "alpha", "beta", "ntasgd"),
+        *("nonmono", "epochs", "max_steps", "small_batch_size", "tf32", "log_interval", "eval_every", "patience"),
+        *("eval_batch_size", "checkpoint_every", "keep_checkpoints", "tensorboard", "gen_word_len", "weight_drop"),
+        *("dropout", "dropout_input", "dropout_hidden", "dropout_embed", "dropout_embed_elements", "dropout_candidate"),
+        *("dropout_inner_input", "dropout_last_input", "dropout_latent", "input_weight_drop"),
+        *DeviceConfig.__dataclass_fields__,
+    }
+    assert not may_change & FIXED_ON_RESUME
+    assert may_change | FIXED_ON_RESUME == knobs
 
 
 def test_continue_train_names_the_run_by_save():
@@ -617,7 +632,7 @@ def test_finetuning_averages_from_the_first_step_whatever_the_run_did(line, writ
     path = write_run(line)
     before = parse(line).config
     command = parse_tuning("RUN --lr 25 --dropouth 0.225 --bptt 30 --cpus 2").command
-    config = command.over(path, may_change={"lr", "dropout_hidden", "bptt", "asgd", "when"}).config
+    config = command.over(path, FIXED).config
     averaging = {"asgd": True, "ntasgd": False, "when": None, "lr_decay": None}
     given = {"lr": 25.0, "dropout_hidden": 0.225, "bptt": 30, "cpus": 2}
     for name in (name for section in SECTIONS.values() for name in section.__dataclass_fields__):

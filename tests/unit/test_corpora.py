@@ -158,6 +158,22 @@ def refused(*data: object, **options) -> str:
     return message
 
 
+def test_words_that_the_model_cannot_know_are_a_warning(tmp_path, caplog):
+    folder = write_parts(tmp_path / "poems")
+    load(folder)
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "the training text has no <unk>",
+        f"{folder}/valid.txt: 33% of the words are not in the vocabulary and read as <unk>",
+    ]
+    assert "these tokens are: 1 of the valid text;" in caplog.text and "--min-freq 2" in caplog.text
+    caplog.clear()
+    (folder / "train.txt").write_text("a <unk> a\n" * 20)
+    (folder / "valid.txt").write_text("a a a a a a a a a d\n")  # one in eleven
+    (folder / "test.txt").write_text("a\n")
+    assert load(folder).counts["valid"].num_replaced == 1
+    assert caplog.text == ""
+
+
 def test_unknown_names_get_the_nearest_one(tmp_path):
     for name, near in (("wikitext2", "wikitext-2"), ("sotus", "sotu"), ("data/pen", "penn")):
         message = refused(name)

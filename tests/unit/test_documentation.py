@@ -26,7 +26,9 @@ def public_names(owner, module: str):
 def test_what_is_public_is_documented(name):
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("gluon_lm"):
+            raise
         pytest.skip(str(error))
     missing = []
     for own_name, value in public_names(module, name):

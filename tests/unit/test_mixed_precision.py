@@ -15,15 +15,14 @@ from gluon_lm import losses
 from gluon_lm.errors import ConfigError
 from gluon_lm.losses import backward_through_head
 from gluon_lm.models import language_model, precision
-from gluon_lm.runtime import cpu_flags
 from gluon_lm.training.loss_scale import LossScale
 
 CPU = mx.cpu(0)
 VOCAB_SIZE = 40
-needs_bfloat16 = pytest.mark.skipif("avx512_bf16" not in cpu_flags(), reason="this processor lacks AVX512-BF16")
+needs_bfloat16 = pytest.mark.usefixtures("bfloat16")
 
 
-@pytest.fixture(params=[pytest.param("bfloat16", marks=needs_bfloat16), "float16"])
+@pytest.fixture(params=["bfloat16", "float16"])
 def kind(request, monkeypatch):
     """A half precision; float16's products, which MXNet has on GPUs only, are made in its place by numpy."""
     if request.param == "float16":
@@ -31,6 +30,8 @@ def kind(request, monkeypatch):
         monkeypatch.setattr(mx.nd, "FullyConnected", with_float16(mx.nd.FullyConnected, float16_product))
         backward = with_float16(precision.fully_connected_backward, float16_product_backward)
         monkeypatch.setattr(precision, "fully_connected_backward", backward)
+    else:
+        request.getfixturevalue("bfloat16")
     return request.param
 
 

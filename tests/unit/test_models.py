@@ -77,7 +77,11 @@ def test_the_reference_gradients_are_the_slopes_of_its_loss(cell, num_targets, h
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("mixture", [{}, {"num_experts": 3, "last_hidden_size": 7}], ids=["softmax", "mixture"])
 @pytest.mark.parametrize("hybridize", [False, True], ids=["imperative", "hybrid"])
-def test_forward_and_gradients_agree_with_numpy_over_two_windows(cell, tied, num_layers, mixture, hybridize):
+@pytest.mark.parametrize("layers", ["oneDNN's", "MXNet's own"])  # those of training, and of writing word by word
+def test_forward_and_gradients_agree_with_numpy_over_two_windows(
+    cell, tied, num_layers, mixture, hybridize, layers, monkeypatch
+):
+    monkeypatch.setenv("MXNET_USE_MKLDNN_RNN", str(int(layers == "oneDNN's")))
     model = build_model(model=cell, tied=tied, num_layers=num_layers, hybridize=hybridize, **mixture)
     parameters = values_of(model)
     states, expected_states = begin(model), reference.zero_states(cell, parameters, N)

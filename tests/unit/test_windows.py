@@ -130,7 +130,7 @@ def contiguous_windows(draw):
         "num_streams": num_streams,
         "bptt": bptt,
         "longest": bptt + (delta or 0),
-        "varies": random_start or delta is not None,
+        "varies": delta is not None,
     }
 
 
