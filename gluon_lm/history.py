@@ -211,9 +211,8 @@ class RunHistory:
     @functools.cached_property
     def num_parameters(self) -> int | None:
         """Of the model, where a checkpoint is there to count them in."""
-        for saved in reversed(self.folder.saved_checkpoints()):
-            return _count_numbers(saved / "parameters.npz")
-        return None
+        saved = self.folder.saved_checkpoints()
+        return _count_numbers(saved[-1] / "parameters.npz") if saved else None
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Sums and what is derived from them."""
+"""Figures derived from a loss, and what JSON can hold of them."""
 
 from __future__ import annotations
 

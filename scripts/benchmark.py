@@ -36,7 +36,7 @@ from benchmarks import (  # noqa: E402, F401  (they register)
     training,
     vocabulary,
 )
-from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note  # noqa: E402
+from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note, positive  # noqa: E402
 from benchmarks.machine import describe, load_average, machine  # noqa: E402
 from benchmarks.report import ReportError, changes, comparison, read_report, to_json, to_markdown  # noqa: E402
 
@@ -157,13 +157,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if options.torch is None and find_spec("torch") is None:
             note("PyTorch is not installed here, so it is left out; --torch PYTHON names a Python that has it")
     return options
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from benchmarks.peers import detached
 
 from gluon_lm.config import Config, resolve
 from gluon_lm.files import atomic_write
@@ -124,11 +125,6 @@ def train_peer(config: Config, vocab_size: int, windows, what: str) -> list[floa
             losses.append(float(losses_R.mean().asscalar()))
             bar.update(1)
     return losses
-
-
-def detached(states):
-    """The peer's recurrent state, arrays in lists in lists, cut from what it was computed from."""
-    return [detached(state) for state in states] if isinstance(states, (list, tuple)) else states.detach()
 
 
 def begin_with_ours(peer, ours, config: Config) -> None:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300
 Request = tuple[str, dict[str, Any]]  # path and body
@@ -116,13 +118,6 @@ def mixed(rng: random.Random) -> Iterator[Request]:
 def resident_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value
 
 
 def main() -> int:

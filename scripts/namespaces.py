@@ -64,8 +64,8 @@ class Network:
     def __init__(self, num_hosts: int, rate_mbit: float | None = None) -> None:
         self.addresses = [f"10.77.0.{number}" for number in range(1, num_hosts + 1)]
         self._rate_mbit = rate_mbit
-        self._name = f"{_PREFIX}{os.getpid()}-"
-        self._switch = f"{self._name}switch"
+        self.name = f"{_PREFIX}{os.getpid()}-"
+        self._switch = f"{self.name}switch"
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Network:
@@ -82,7 +82,7 @@ class Network:
                 self._add_host(stack, f"port{number}", address)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gluon_lm-network-")))
             ssh = folder / "ssh"
-            ssh.write_text(_SSH % self._name)
+            ssh.write_text(_SSH % self.name)
             ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
             self._folder = folder
             self._stack = stack.pop_all()
@@ -93,21 +93,12 @@ class Network:
 
     def command(self, address: str, *words: str) -> list[str]:
         """The command line that runs `words` on a host."""
-        return ["ip", "netns", "exec", self._name + address, *words]
+        return ["ip", "netns", "exec", self.name + address, *words]
 
     @property
     def environment(self) -> Mapping[str, str]:
         """This process's environment, in which ``ssh`` leads to the hosts without any server or key."""
         return {**os.environ, "PATH": f"{self._folder}:{os.environ['PATH']}"}
-
-    def traffic(self) -> dict[str, Traffic]:
-        """What each host has sent and received, as the kernel has counted it."""
-        return {address: read_traffic(self._name, address) for address in self.addresses}
-
-    @property
-    def name(self) -> str:
-        """What `read_traffic` in another process needs to know."""
-        return self._name
 
     def cut(self, address: str) -> None:
         """Pull a host's plug: from now on nothing reaches it and nothing comes from it."""
@@ -120,7 +111,7 @@ class Network:
         _run("ip", "-n", name, "link", "set", "lo", "up")
 
     def _add_host(self, stack: contextlib.ExitStack, port: str, address: str) -> None:
-        host, switch = self._name + address, self._switch
+        host, switch = self.name + address, self._switch
         self._add_namespace(stack, host)
         _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host)
         _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")

@@ -41,8 +41,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark import positive
-from benchmarks.harness import SEED, SIZES, note, zipf_ids
+from benchmarks.harness import SEED, SIZES, note, positive, zipf_ids
 from benchmarks.machine import load_average, machine
 from namespaces import Network, read_traffic
 
@@ -277,10 +276,6 @@ class Measured:
     def seconds(self, what: str) -> float:
         return self.found[what]["seconds"]
 
-    def sent(self) -> float:
-        """Bytes that the first worker sends in a step."""
-        return next(iter(self.found["step"]["traffic"].values()))[0]
-
     def row(self) -> list[str]:
         sent, received = next(iter(self.found["step"]["traffic"].values()))
         row = [self.case.network, f"{self.case.vocab_size:,}", self.case.exchange.replace(":", " ")]
@@ -332,10 +327,9 @@ def plot(results: list[Measured], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    print(f"\n**{title}**\n")
-    for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
-        print(f"| {' | '.join(row)} |")
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = (f"| {' | '.join(row)} |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows))
+    return "\n".join([f"\n**{title}**\n", *lines])
 
 
 def report(results: list[Measured], about: dict[str, Any], folder: Path) -> None:
@@ -343,9 +337,9 @@ def report(results: list[Measured], about: dict[str, Any], folder: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [{"case": asdict(result.case), **result.found} for result in results]
     (folder / "network.json").write_text(json.dumps({"machine": about, "results": numbers}, indent=2) + "\n")
-    with open(folder / "network.md", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        print(f"{about['cpu']}, {about['cores']} cores; {load_average()} at the end")
-        print_table(title_of(results[0].case), HEADER, [result.row() for result in results])
+    measured_on = f"{about['cpu']}, {about['cores']} cores; {load_average()} at the end"
+    rows = table(title_of(results[0].case), HEADER, [result.row() for result in results])
+    (folder / "network.md").write_text(f"{measured_on}\n{rows}\n", encoding="utf-8")
     if find_spec("matplotlib") is not None:
         plot(results, folder / "network.png")
 

@@ -39,6 +39,7 @@ from gluon_lm.cli import parse_train  # noqa: E402
 from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
 from gluon_lm.files import atomic_write, exclusive_lock  # noqa: E402
+from gluon_lm.history import RunHistory, duration  # noqa: E402
 from gluon_lm.runtime import cpu_model  # noqa: E402
 from gluon_lm.training.run_folder import RunFolder  # noqa: E402
 
@@ -290,7 +291,7 @@ def train(row: Row, rows: dict[str, Row], folder: Path, flags: list[str], result
         if "--resume" in command:
             check_is_of_row(row, rows, folder)
         _, memory_mb = runner.run(command, flags)
-        results.note(row, seconds=training_seconds(folder))
+        results.note(row, seconds=RunHistory(folder).training_seconds)
         if "memory_mb" in row.published:
             results.note(row, memory_mb=memory_mb)
     results.note(row, trained=True)
@@ -316,12 +317,6 @@ def check_is_of_row(row: Row, rows: dict[str, Row], folder: Path) -> None:
     ]
     if differing:
         raise Problem(f"{folder}: is not a run of {row.name}: {'; '.join(differing)}; move it away")
-
-
-def training_seconds(folder: Path) -> float:
-    """How long a run was trained and validated, by its own metrics."""
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sum(event["seconds"] for event in events if event["event"] == "valid")
 
 
 def figures(written: str, split: str) -> tuple[float, int]:
@@ -430,12 +425,6 @@ def table_line(row: Row, rows: dict[str, Row], results: Results) -> str:
         counts += f", {found['tokens']['test']:,}"
     machine = found.get("machine", "") + (f", {duration(found['seconds'])}" if "seconds" in found else "")
     return f"| {title} | `{shown_command(row, rows)}` | {published} | {valid} | **{test}** | {counts} | {machine} |"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def render(page: Path, text: str) -> None:

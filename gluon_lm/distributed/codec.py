@@ -15,7 +15,7 @@ import mxnet as mx
 import numpy as np
 
 from ..errors import CheckpointError
-from ..optim.clipping import square_sums
+from ..optim.norms import square_sums
 
 CODES_PER_BYTE = 4
 _NOTHING = 0b01010101  # the byte of four zeros: codes 0, 1 and 2 send -1, 0 and +1

@@ -15,7 +15,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from ..optim.clipping import square_sums
+from ..optim.norms import square_sums
 
 CALIBRATION_STEPS = 20
 TARGET_RMS = 0.25

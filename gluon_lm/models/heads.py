@@ -15,7 +15,7 @@ whose target is in one group.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -507,28 +507,14 @@ def _log_sum_exp(values_RK):
     return mx.nd.log(mx.nd.exp(values_RK - largest_R1).sum(axis=-1)) + largest_R1.reshape((-1,))
 
 
-def _softmax(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
-    return SoftmaxHead(vocab_size, config.layer_sizes[-1], embedding if config.tied else None)
-
-
-def _mixture(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
-    return MixtureHead(
-        vocab_size,
-        config.layer_sizes[-1],
-        config.embed_size,
-        config.num_experts or 1,
-        config.latent_dropout,
-        embedding if config.tied else None,
-    )
-
-
-def _sampled(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
-    tied = embedding if config.tied else None
-    return SampledHead(vocab_size, config.layer_sizes[-1], config.num_sampled or vocab_size, tied)
-
-
-def _adaptive(config: ModelConfig, vocab_size: int, embedding: nn.Embedding) -> Head:
-    return AdaptiveHead(vocab_size, config.layer_sizes[-1], config.cutoffs or ())
-
-
-HEADS = {"softmax": _softmax, "mixture": _mixture, "sampled": _sampled, "adaptive": _adaptive}
+# From the configuration, the number of words, and the embedding where its matrix is the head's too.
+HEADS: dict[str, Callable[[ModelConfig, int, nn.Embedding | None], Head]] = {
+    "softmax": lambda config, vocab_size, tied: SoftmaxHead(vocab_size, config.layer_sizes[-1], tied),
+    "mixture": lambda config, vocab_size, tied: MixtureHead(
+        vocab_size, config.layer_sizes[-1], config.embed_size, config.num_experts or 1, config.latent_dropout, tied
+    ),
+    "sampled": lambda config, vocab_size, tied: SampledHead(
+        vocab_size, config.layer_sizes[-1], config.num_sampled or vocab_size, tied
+    ),
+    "adaptive": lambda config, vocab_size, _: AdaptiveHead(vocab_size, config.layer_sizes[-1], config.cutoffs or ()),
+}

@@ -147,7 +147,7 @@ class LanguageModel(gluon.HybridBlock):
         with self.name_scope():
             self.encoder = Encoder(config, vocab_size)
             self.output_dropout = make_dropout(config.dropout, config.has_locked_dropout)
-            self.head = HEADS[config.head](config, vocab_size, self.encoder.embedding)
+            self.head = HEADS[config.head](config, vocab_size, self.encoder.embedding if config.tied else None)
 
     def hybrid_forward(self, F, tokens_TN, *states):
         hidden_TNH, *new_states = self.encoder(tokens_TN, *states)

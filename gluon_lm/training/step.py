@@ -20,7 +20,7 @@ from ..errors import TrainingDiverged
 from ..inputs import InputCopies
 from ..losses import activation_penalties, backward_through_model
 from ..models import LanguageModel, State
-from ..optim.clipping import square_sums
+from ..optim.norms import square_sums
 from ..optim.optimizers import SGD
 from ..optim.rows import FilledRows
 from .loss_scale import LossScale

@@ -108,7 +108,7 @@ class Trainer:
         self._eos = corpus.vocabulary.eos_id
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
-        self._upcoming: dict[tuple[int, int], Window] = {}  # by epoch and number, the one that was sent ahead
+        self._upcoming: Window | None = None  # the one that was sent ahead
         optim = config.optim
         self._loss_scale = LossScale() if config.training.amp == "float16" else None
         self._step = TrainingStep(
@@ -247,14 +247,13 @@ class Trainer:
 
     def _show(self, result: StepResult, seconds: float) -> None:
         """Have the progress bar show a step that was taken, in so many seconds."""
-        state, windows = self.state, len(self._epoch[1])
-        epoch, window = (state.epoch, state.window) if state.window else (state.epoch - 1, windows)
+        epoch, window, windows = self._place()
         self._bar.show(
-            epoch,
+            epoch - 1,
             window,
             windows,
-            state.step,
-            state.lr,
+            self.state.step,
+            self.state.lr,
             result.loss_sum,
             result.num_targets,
             result.grad_norm,
@@ -295,15 +294,14 @@ class Trainer:
             self._step.states = None
         self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
         self._communicator.heartbeat(self.state.step)
-        window = self._upcoming.pop((state.epoch, state.window), None) or epoch.window(state.window)
-        following = state.window + 1
-        self._upcoming = {(state.epoch, following): epoch.window(following)} if following < len(epoch) else {}
+        window = self._upcoming or epoch.window(state.window)
+        self._upcoming = epoch.window(state.window + 1) if state.window + 1 < len(epoch) else None
         result = self._step(
             window,
             self.config.training.seed,
             state.step,
             note=lambda: stop.signal or 0,
-            upcoming=next(iter(self._upcoming.values()), None),
+            upcoming=self._upcoming,
         )
         self._agreed_signal = int(max(result.notes))
         if self._average is not None and result.was_taken:
@@ -490,18 +488,22 @@ class Trainer:
             before_window=before_window,
         )
 
+    def _place(self) -> tuple[int, int, int]:
+        """The epoch, from 1 on, its windows that are done, and how many it has; at its end all are done."""
+        state, windows = self.state, len(self._epoch[1])
+        return (state.epoch + 1, state.window, windows) if state.window else (state.epoch, windows, windows)
+
     def _log_interval(self, interval: _Interval) -> None:
         state = self.state
         seconds = time.perf_counter() - interval.started
         loss = interval.loss_sum / interval.num_targets
-        windows = len(self._epoch[1])
-        epoch, batch = (state.epoch + 1, state.window) if state.window else (state.epoch, windows)
+        epoch, window, windows = self._place()
         LOGGER.log(
             DETAIL,
             "| epoch %3d | %5d/%5d batches | lr %g | ms/batch %5.2f | loss %5.2f | ppl %8.2f | norm %.3f | "
             "%.0f tokens/s",
             epoch,
-            batch,
+            window,
             windows,
             interval.lr,
             1000 * seconds / interval.num_steps,

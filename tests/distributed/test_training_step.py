@@ -14,7 +14,7 @@ from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.errors import TrainingDiverged
 from gluon_lm.inputs import InputCopies
-from gluon_lm.optim.clipping import square_sums
+from gluon_lm.optim.norms import square_sums
 from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.training import step as step_module
 from gluon_lm.training.loss_scale import LossScale

@@ -39,7 +39,7 @@ def config_of(name, **settings):
 
 def build_head(name, hybridize=True, **settings):
     config = config_of(name, **settings)
-    head = HEADS[config.head](config, V, nn.Embedding(V, config.embed_size))
+    head = HEADS[config.head](config, V, nn.Embedding(V, config.embed_size) if config.tied else None)
     rng = np.random.RandomState(0)
     for parameter in head.collect_params().values():
         parameter.initialize()
