@@ -87,7 +87,7 @@ _INSTEAD_OF_TRAINING = {
     **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
     "--logdir": "name the run folder with --save",
     "--early-stopping": "--patience N stops after N evaluations with no new best",
-    "--momentum": "SGD has no momentum here; --optimizer adam has",
+    "--momentum": "SGD is plain here; leave it out, or use --optimizer adam",
     "--warmup": "the learning rate is not warmed up",
     "--nhead": "there is no transformer here",
     "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
@@ -471,6 +471,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         )
     if resume is not None and run.init_from is not None:
         problems.append(f"--init-from with {continued}: a run begins once; leave one of them out")
+    if run.init_from is not None:  # the other run's own bound is on its own steps
+        settings.setdefault("max_steps", Setting(None, "flag --init-from"))
     is_based = resume is not None or run.init_from is not None
     base = continued if resume is not None else "--init-from"
     for flag, named in (("--config", run.config), ("--recipe", run.recipe)):

@@ -77,6 +77,8 @@ def _dynamiceval(argv: Sequence[str]) -> int:
             "name that one"
         )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    for doubt in corpus.doubts():
+        LOGGER.warning("%s", doubt)
     eos = vocabulary.eos_id
     statistics = cached_statistics(
         run.path / FOLDER,

@@ -96,6 +96,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         window_losses=window_losses,
     )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    for doubt in corpus.doubts():
+        LOGGER.warning("%s", doubt)
     num_streams = min(options.eval_batch_size, result.num_tokens)
     if num_streams == 1:
         LOGGER.info(

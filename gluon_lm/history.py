@@ -283,11 +283,11 @@ def _count_numbers(path: Path) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time to a digit or two: ``45 s``, ``12 min``, ``3.5 h``, ``2 d``."""
+    """A length of time to a digit or two: ``45 s``, ``12 min``, ``3.5 h``, ``2.0 d``."""
     for unit, size, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 36 * 3600)):
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+    return f"{seconds / 86400:.1f} d"
 
 
 def age(moment: float) -> str:

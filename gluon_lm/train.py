@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import FIXED, FIXED_ON_RESUME, TrainCommand, parse_train, run_command
+from .config import show
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
@@ -46,6 +47,9 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
                 raise ConfigError("--overwrite: has no effect, recipe mos puts the time behind the name; leave it out")
             RunFolder.stamped(path).check_free(command.overwrite)
             return dataclasses.replace(command, save=None, stem=str(path)), run, checkpoint
+        if run is not None and path.resolve() in (run.path.resolve(), *run.path.resolve().parents):
+            begun_with = f"--save {show(command.save)} with --init-from {show(command.init_from)}"
+            raise ConfigError(f"{begun_with}: a new run cannot take the place of the one it begins with; name another")
         RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
     return command, run, checkpoint

@@ -36,7 +36,8 @@ from benchmarks import (  # noqa: E402, F401  (they register)
     training,
     vocabulary,
 )
-from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note, positive  # noqa: E402
+from benchmarks.flags import positive  # noqa: E402
+from benchmarks.harness import BENCHMARKS, ROOT, SIZES, answer_call, note  # noqa: E402
 from benchmarks.machine import describe, load_average, machine  # noqa: E402
 from benchmarks.report import ReportError, changes, comparison, read_report, to_json, to_markdown  # noqa: E402
 

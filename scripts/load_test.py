@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import positive
+from benchmarks.flags import positive
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300

@@ -41,7 +41,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SEED, SIZES, note, positive, zipf_ids
+from benchmarks.flags import positive
+from benchmarks.harness import SEED, SIZES, note, zipf_ids
 from benchmarks.machine import load_average, machine
 from namespaces import Network, read_traffic
 

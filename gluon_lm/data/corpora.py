@@ -22,7 +22,7 @@ from .vocabulary import Vocabulary
 
 _OWN_LICENCE = "that of your text"
 SPLITS = ("train", "valid", "test")
-UNKNOWN_SHARE = 0.1  # of a text, above which its perplexity says little
+UNKNOWN_SHARE = 0.1  # of a text's words, above which its perplexity says little
 ALL = "all"
 _SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "val", "validation", "dev"), "test": ("test",)}
 _NAMINGS = ("{}.txt", "{}.tokens", "wiki.{}.tokens", "wiki.{}.raw", "ptb.{}.txt", "{}")
@@ -98,20 +98,24 @@ class Corpus:
             f"{joined('num_unk')} tokens, {joined('num_replaced')} of them words that the vocabulary lacks"
         )
 
-    def doubts(self) -> list[str]:
-        """Why perplexities of these texts mislead: words that the vocabulary lacks, one line each."""
+    def doubts(self, made_vocabulary: bool = False) -> list[str]:
+        """Why perplexities of these texts mislead: words that the vocabulary lacks, one line each.
+
+        `made_vocabulary` says that the vocabulary is that of this training text.
+        """
         found = []
         unk = {split: count.num_unk for split, count in self.counts.items() if split != "train" and count.num_unk}
-        if "train" in self.counts and not self.counts["train"].num_unk and unk:
+        if made_vocabulary and unk and not self.counts["train"].num_unk:
             tokens = " and ".join(f"{number:,} of the {split} text" for split, number in unk.items())
             found.append(
                 f"the training text has no <unk>, and these tokens are: {tokens}; no model learns to expect it, unless "
                 "--min-freq 2 makes the rarest words of the training text <unk>"
             )
         for split, count in self.counts.items():
-            if count.num_replaced > UNKNOWN_SHARE * count.num_tokens:
+            num_words = count.num_tokens - count.num_lines
+            if split != "train" and count.num_replaced > UNKNOWN_SHARE * num_words:
                 found.append(
-                    f"{self.sources[split]}: {count.num_replaced / count.num_tokens:.0%} of the words are not in the "
+                    f"{self.sources[split]}: {count.num_replaced / num_words:.0%} of the words are not in the "
                     "vocabulary and read as <unk>, so that its perplexity says little"
                 )
         return found
@@ -500,7 +504,7 @@ def load_corpus(
         encode = partial(encode_text, cache, tokenizer=tokenizer, vocabulary=vocabulary)
         wanted = [split for split in (*SPLITS, ALL) if split in splits]
         encoded = {split: encode(source.texts[split]) for split in wanted}
-    corpus = Corpus(
+    return Corpus(
         name=source.name,
         vocabulary=vocabulary,
         ids={split: ids for split, (ids, _) in encoded.items()},
@@ -510,6 +514,3 @@ def load_corpus(
         hashes={split: source.texts[split].digest for split in wanted},
         sources={split: source.texts[split].name for split in wanted},
     )
-    for doubt in corpus.doubts():
-        LOGGER.warning("%s", doubt)
-    return corpus

@@ -65,8 +65,10 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
-    if initial is None:  # or else the order is that of the other run's text
+    if command.init_from is None:  # or else the order is that of the other run's text
         _check_order(command.config.model, corpus)
+    for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
+        LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, communicator, run)
     if initial is not None and checkpoint is not None:

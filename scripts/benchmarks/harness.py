@@ -371,11 +371,3 @@ def memory_mb() -> float:
 def _status_mb(name: str) -> float:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))
-
-
-def positive(text: str) -> int:
-    """A flag's value as a whole number, 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return value

@@ -121,7 +121,8 @@ def test_a_run_begins_with_the_model_of_another_on_a_text_of_its_own(project, of
     project.have_trained("base", *of)
     flags = ("--init-from", "base", "--data", "other", "--save", "run", "--lr", 1e-9, "--epochs", 1)
     output = project.run("train", *flags, "--dropout", 0, "--no-asgd")
-    assert "of the words are not in the vocabulary and read as <unk>" in output
+    assert "train.txt" not in output and "valid.txt: 13% of the words are not in the vocabulary and read as" in output
+    assert "the training text has no <unk>" not in output
     first, *_, last = project.events("run")
     found = project.run("evaluate", "base", "--data", "other", "--split", "valid", "--eval-batch-size", 10)
     expected = float(re.search(r"valid loss ([\d.]+)", found)[1])
@@ -138,6 +139,14 @@ def test_a_run_begins_with_the_model_of_another_on_a_text_of_its_own(project, of
     assert words[0] == words[1]
     origins = project.run("train", *flags, "--overwrite", "--print-config")
     assert "hidden_size: 8  # run base" in origins and "lr: 1.0e-09  # flag --lr" in origins
+
+
+def test_the_bound_on_the_steps_of_a_run_is_not_that_of_a_run_that_begins_with_it(project):
+    project.train("base", "--max-steps", 3)
+    project.run("train", "--init-from", "base", "--save", "run", "--epochs", 1)
+    assert project.events("run")[-1]["step"] > 3
+    project.run("train", "--init-from", "base", "--save", "short", "--max-steps", 2)
+    assert project.events("short")[-1]["step"] == 2
 
 
 def test_a_run_that_began_with_another_is_resumed_as_if_it_had_never_stopped(project):
@@ -159,8 +168,12 @@ def test_what_does_not_fit_the_run_that_another_begins_with_is_refused(project):
     assert "leave --recipe out" in project.refused("train", *begin, "--recipe", "awd")
     assert "a run begins once" in project.refused("train", "--init-from", "base", "--resume", "base")
     assert "nowhere" in project.refused("train", "--init-from", "nowhere", "--save", "run")
+    project.train("base/finetune_model", "--max-steps", 1)
+    for run in ("base", "base/best", "base/finetune_model"):
+        line = project.refused("train", "--init-from", run, "--save", "base", "--overwrite")
+        assert "a new run cannot take the place of the one it begins with" in line
     (project.path / "text/train.txt").write_text("another text\n" * 100)
-    assert "train --init-from" in project.refused("finetune", "base")
+    assert "train --init-from" in project.refused("finetune", "base", "--overwrite")
     assert not (project.path / "run").exists()
 
 

@@ -788,6 +788,7 @@ def test_some_fields_of_a_section():
     st.lists(
         st.one_of(
             st.sampled_from([f for f in train_parser()._option_string_actions if f not in ("-h", "--help")]),
+            st.sampled_from(["--quiet", "--verbose", "--debug"]),
             st.sampled_from(["0", "-1", "1e-4", "2bit", "lstm", "none", "0,1", "--nhid=3", "--tied=", "-"]),
             st.text(max_size=5).filter(lambda word: not word.startswith("-h")),
         ),

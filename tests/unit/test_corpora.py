@@ -158,20 +158,20 @@ def refused(*data: object, **options) -> str:
     return message
 
 
-def test_words_that_the_model_cannot_know_are_a_warning(tmp_path, caplog):
+def test_words_that_the_model_cannot_know_are_doubts(tmp_path):
     folder = write_parts(tmp_path / "poems")
-    load(folder)
-    assert [record.message.partition(",")[0] for record in caplog.records] == [
-        "the training text has no <unk>",
-        f"{folder}/valid.txt: 33% of the words are not in the vocabulary and read as <unk>",
-    ]
-    assert "these tokens are: 1 of the valid text;" in caplog.text and "--min-freq 2" in caplog.text
-    caplog.clear()
+    corpus = load(folder)
+    of_vocabulary, of_words = corpus.doubts(made_vocabulary=True)
+    assert of_vocabulary.startswith(
+        "the training text has no <unk>, and these tokens are: 1 of the valid text; no model "
+    )
+    assert of_words.startswith(f"{folder}/valid.txt: 50% of the words are not in the vocabulary and read as <unk>")
+    assert corpus.doubts() == [of_words]
     (folder / "train.txt").write_text("a <unk> a\n" * 20)
-    (folder / "valid.txt").write_text("a a a a a a a a a d\n")  # one in eleven
+    (folder / "valid.txt").write_text("a a a a a a a a a d\n")  # one in ten
     (folder / "test.txt").write_text("a\n")
-    assert load(folder).counts["valid"].num_replaced == 1
-    assert caplog.text == ""
+    corpus = load(folder)
+    assert corpus.counts["valid"].num_replaced == 1 and corpus.doubts(made_vocabulary=True) == []
 
 
 def test_unknown_names_get_the_nearest_one(tmp_path):
