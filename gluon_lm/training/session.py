@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import __version__
 from ..cli import TrainCommand
-from ..config import Config, DataConfig, DeviceConfig, ModelConfig, device_count, read_config, vocabulary_problems
+from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import ConfigError, DistributedError
@@ -65,8 +65,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
-    if command.init_from is None:  # or else the order is that of the other run's text
-        _check_order(command.config.model, corpus)
+    _check_vocabulary(command, corpus)
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
@@ -138,9 +137,6 @@ def _join(command: TrainCommand) -> Communicator:
 def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:
     """The model of a run, and its trainer."""
     config = command.config
-    problems = vocabulary_problems(config, len(corpus.vocabulary), command.sources)
-    if problems:
-        raise ConfigError(problems)
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
     warning = check_need(need, _free_memory(communicator))
@@ -175,30 +171,34 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     return trainer
 
 
-def _check_order(model: ModelConfig, corpus: Corpus) -> None:
-    """Make sure that a word's id is its rank by frequency in the training text, where the output layer is best so.
+def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
+    """Make sure that the output layer fits the vocabulary of a run that begins.
 
     Raises
     ------
     ConfigError
-        With the first words for which it is not.
+        With every way in which it does not.
     """
-    if not model.needs_frequency_order:
-        return
-    vocabulary = corpus.vocabulary
-    counts_V = np.zeros(len(vocabulary), np.int64)
-    for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
-        counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
-    rises = np.flatnonzero(np.diff(counts_V) > 0)
-    if len(rises):
-        first = int(rises[0])
-        words = vocabulary.decode([first, first + 1])
-        shown = " before ".join(f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words))
-        raise ConfigError(
-            f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
-            f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
-            "lines of its file in that order"
-        )
+    vocabulary, model = corpus.vocabulary, command.config.model
+    problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
+    if model.needs_frequency_order and command.init_from is None:  # or else the order is that of the other run's text
+        counts_V = np.zeros(len(vocabulary), np.int64)
+        for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
+            counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
+        rises = np.flatnonzero(np.diff(counts_V) > 0)
+        if len(rises):
+            first = int(rises[0])
+            words = vocabulary.decode([first, first + 1])
+            shown = " before ".join(
+                f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words)
+            )
+            problems.append(
+                f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
+                f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
+                "lines of its file in that order"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
