@@ -277,6 +277,8 @@ class CommandParser(argparse.ArgumentParser):
             )
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
+        if "print_config" in settings and "dry_run" in settings:
+            problems.append("--print-config with --dry-run: one prints and checks no more; leave one of them out")
         if problems:
             raise ConfigError(problems)
         return Parsed(namespace, settings, run if named is None else named.value)
@@ -311,13 +313,13 @@ FIXED = frozenset(
     {
         *("tokenizer", "min_freq", "max_vocab", "vocab"),
         *("model", "embed_size", "hidden_size", "num_layers", "tied", "init"),
-        *("num_experts", "last_hidden_size", "layer_norm"),
+        *("num_experts", "last_hidden_size", "layer_norm", "cutoffs"),
     }
 )
 # What stays while a run goes on: besides, what is trained, and on which windows in which order. The rest (the place of
 # the text, devices, how long, how often, and how hard it is regularised) may change.
 FIXED_ON_RESUME = FIXED | {
-    *("num_sampled", "cutoffs", "locked", "optimizer", "asgd"),
+    *("num_sampled", "locked", "optimizer", "asgd"),
     *("max_seq_len_delta", "random_start", "shuffle", "batch_size", "bptt", "seed"),
 }
 
@@ -402,12 +404,17 @@ class TrainCommand:
         """
         before = resolve(config_file=config_file, default_recipe=None).config
         resolved = resolve(self.settings, config_file, default_recipe=None)
+        was_locked = before.model.has_locked_dropout
+        if "locked" in fixed and "locked" not in self.settings:  # which by default follows rates that may change
+            model = dataclasses.replace(resolved.config.model, locked=was_locked)
+            if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
+                resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
         run = f"run {config_file.parent}"
         own = {setting.source for setting in self.settings.values()}
         sources = {name: source if source in own else run for name, source in resolved.sources.items()}
         problems = []
         for name, setting in self.settings.items():
-            value, old = get(resolved.config, name), get(before, name)
+            value, old = get(resolved.config, name), was_locked if name == "locked" else get(before, name)
             if value != old and name in fixed:
                 flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
                 was = f"{config_file.parent} was trained with {show(old)}"

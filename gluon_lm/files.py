@@ -311,8 +311,8 @@ def _lock(descriptor: int, is_needed: bool) -> None:
         )
 
 
-def is_in_use(path: Path) -> bool:
-    """Whether a process, which is alive, has the `sole_use` of `path`."""
+def is_in_use(path: Path) -> bool | None:
+    """Whether a process, which is alive, has the `sole_use` of `path`; None where the file system has no locks."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -323,6 +323,7 @@ def is_in_use(path: Path) -> bool:
     except OSError as error:
         if error.errno not in _HAS_NO_LOCKS:
             raise
+        return None
     return False
 
 

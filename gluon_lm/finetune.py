@@ -110,6 +110,11 @@ def _finetune(argv: Sequence[str]) -> int:
     run, checkpoint = find_run(parsed.run)
     target = RunFolder(run.path / FINETUNED)
     if is_continued:
+        if checkpoint is not None:
+            raise ConfigError(
+                f"{parsed.run} with --continue-train: finetuning goes on from its own newest checkpoint; name the run "
+                f"alone, or go on from another by python -m gluon_lm.train --resume {target.path}/checkpoints/step-N"
+            )
         target, _ = find_run(target.path)
         command = command.over(target.config, FIXED_ON_RESUME)
     else:

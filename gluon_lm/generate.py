@@ -13,7 +13,8 @@ from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, show, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
-from .logs import DETAIL, LOGGER, has_bars, is_terminal, log_to_terminal
+from .generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from .logs import DETAIL, LOGGER, NOTICE, has_bars, is_terminal, log_to_terminal
 from .progress import counted
 from .runtime import prepare_process
 
@@ -25,10 +26,10 @@ class GenerateOptions(Section):
     """What to write."""
 
     words: int = option(1000, integer(), "number of words")
-    prompt: str | None = option(None, optional(text("TEXT")), "words to go on from (default: one drawn at random)")
+    prompt: str | None = option(None, text("TEXT"), "words to go on from (default: one drawn at random)")
     samples: int = option(1, integer(1, 4096), "texts to write side by side, each of --words words")
     temperature: float = option(
-        1.0, real(0, 1e3), "below 1 keeps to likely words, above 1 is more daring; 0: as --greedy"
+        1.0, real(0, HIGHEST_TEMPERATURE), "below 1 keeps to likely words, above 1 is more daring; 0: as --greedy"
     )
     top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
     top_p: float | None = option(
@@ -63,11 +64,14 @@ def _generate(argv: Sequence[str]) -> int:
     parser.add_device()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(GenerateOptions), parsed.build(DeviceConfig)
-    if options.greedy or options.temperature == 0:
-        greedy = "--greedy" if options.greedy else "--temperature 0"
+    if options.greedy or options.temperature < LOWEST_TEMPERATURE:
+        greedy = "--greedy" if options.greedy else f"--temperature {options.temperature:g}"
+        drawing = ["top_k", "top_p", *(["temperature"] if options.greedy else [])]
+        if options.prompt is not None:  # or else the first word is drawn
+            drawing += ["seed", "samples"]
         problems = [
             f"{greedy} with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
-            for flag in ("top_k", "top_p", *(["temperature"] if options.greedy else []))
+            for flag in drawing
             if flag in parsed.settings
         ]
         if problems:
@@ -75,18 +79,18 @@ def _generate(argv: Sequence[str]) -> int:
     out = None if options.outf is None else output_file("--outf", options.outf)
     log_to_terminal(parsed.verbosity, has_other_output=out is None)
     if options.data is not None:
-        LOGGER.info("--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
+        LOGGER.log(NOTICE, "--data %s: has no effect here, a run has its own vocabulary", " ".join(options.data))
     if out is None and "log_interval" in parsed.settings:
-        LOGGER.info("--log-interval %d: has no effect without --outf", options.log_interval)
+        LOGGER.log(NOTICE, "--log-interval %d: has no effect without --outf", options.log_interval)
     prepare_process(own_layers=True)
-    from .data.tokenizers import TOKENIZERS
+    from .data.tokenizers import words_of
     from .distributed import resolve_single_device
     from .generation.generator import generate
     from .generation.sampling import Sampling
     from .prediction import load_predictor
 
     predictor = load_predictor(parsed.run, resolve_single_device(device_config))
-    prompt = None if options.prompt is None else TOKENIZERS[predictor.tokenizer](options.prompt)
+    prompt = None if options.prompt is None else words_of(options.prompt, predictor.tokenizer)
     unknown = predictor.vocabulary.unknown(prompt or [])
     if unknown:
         quoted = ", ".join(f'"{show(word)}"' for word in unknown)

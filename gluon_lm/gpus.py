@@ -19,6 +19,7 @@ MACHINE_CODE = ((5, 0), (6, 0), (7, 0), (8, 0), (8, 6))
 
 # Numbers of CUdevice_attribute in cuda.h.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def query_driver() -> Driver | None:
     try:
         number = _number(library, "cuDriverGetVersion")
         cuda = f"{number // 1000}.{number % 1000 // 10}"
+        if library.cuInit(0) == _NO_DEVICE:  # or none that CUDA_VISIBLE_DEVICES leaves visible
+            return Driver(cuda, [])
         _call(library, "cuInit", 0)
         return Driver(cuda, [_describe(library, i) for i in range(_number(library, "cuDeviceGetCount"))])
     except OSError as error:

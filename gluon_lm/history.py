@@ -61,6 +61,8 @@ class SavedCheckpoint:
         The step with the lowest loss by then.
     corpus : str or None
         Name of the registry's corpus that the run is trained on.
+    text : str or None
+        Digest of that text and of the vocabulary.
     """
 
     step: int
@@ -69,6 +71,7 @@ class SavedCheckpoint:
     num_bytes: int
     best_step: int | None
     corpus: str | None
+    text: str | None
 
 
 class RunHistory:
@@ -86,7 +89,8 @@ class RunHistory:
         The lines of ``metrics.jsonl``.
     state : str
         One of `STATES`: *running* while a process holds the run; else how the last one ended. One that was
-        killed could not tell, and counts as *stopped*.
+        killed could not tell, and counts as *stopped*, but as *running* where a file system without locks tells no
+        difference.
     reason : str or None
         Why it failed or stopped, where that is known.
     updated : float
@@ -117,13 +121,16 @@ class RunHistory:
         self.updated = max(file.stat().st_mtime for file in written if file.exists())
 
     def _read_state(self) -> tuple[str, str | None]:
-        if self.folder.is_held:
+        is_held = self.folder.is_held
+        if is_held:
             return "running", None
         if not self.folder.status.exists():
             return ("finished" if self.of("test") else "stopped"), None
         status = json.loads(self.folder.status.read_text(encoding="utf-8"))
         if status["state"] == "running":
-            return "stopped", "killed"
+            return (
+                ("stopped", "killed") if is_held is False else ("running", "or killed: there are no locks to tell by")
+            )
         if status["state"] not in STATES or not isinstance(status["reason"], (str, type(None))):
             raise ValueError(f"{self.folder.status.name}: state {status['state']!r}, reason {status['reason']!r}")
         return status["state"], status["reason"]
@@ -145,6 +152,7 @@ class RunHistory:
             num_bytes,
             state["training"]["best_step"],
             state.get("text", {}).get("name"),
+            state.get("corpus"),
         )
 
     def of(self, event: str) -> list[dict[str, Any]]:
@@ -199,6 +207,11 @@ class RunHistory:
         """What it is trained on: a corpus of the registry, or the user's files."""
         names = [saved.corpus for saved in self.checkpoints if saved.corpus]
         return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
+
+    @property
+    def text(self) -> str:
+        """What tells its text and vocabulary from others: a digest, or before the first checkpoint `corpus`."""
+        return next((saved.text for saved in reversed(self.checkpoints) if saved.text), self.corpus)
 
     @functools.cached_property
     def vocab_size(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -152,20 +153,23 @@ def preload(package: Path) -> None:
 def mxnet_distributions() -> dict[str, str]:
     """The installed packages that hold MXNet, with their versions; more than one overwrite each other."""
     found = {str(dist.metadata["Name"]).lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
-    return {name: version for name, version in sorted(found.items()) if name == "mxnet" or name.startswith("mxnet-")}
+    return {
+        name: version for name, version in sorted(found.items()) if re.fullmatch(r"mxnet(-cu\d+|-mkl|-native)*", name)
+    }
 
 
 def how_to_bring(missing: Sequence[str]) -> list[str]:
     """A line for each kind of library that is missing: what it is, and what to do."""
-    build = " and ".join(mxnet_distributions()) or "mxnet"
-    extra = build.removeprefix("mxnet-") if build in ("mxnet-cu112", "mxnet-cu117") else "cu112"
+    builds = list(mxnet_distributions()) or ["mxnet"]
+    build = " and ".join(builds)
+    extra = "cu117" if "mxnet-cu117" in builds else "cu112"
     from_wheels = [name for name in missing if name != DRIVER and name.startswith(_FROM_WHEELS)]
     others = [name for name in missing if name != DRIVER and name not in from_wheels]
     lines = []
     if DRIVER in missing:
         lines.append(
             f"{DRIVER} is missing: {build} needs NVIDIA's driver, which comes with no wheel; install the driver, or "
-            f"the CPU build with: pip uninstall -y {build} && pip install 'gluon_lm[cpu]'"
+            f"the CPU build with: pip uninstall -y {' '.join(builds)} && pip install 'gluon_lm[cpu]'"
         )
     if from_wheels:
         lines.append(f"missing for {build}: {', '.join(from_wheels)}; bring them with: pip install 'gluon_lm[{extra}]'")

@@ -62,7 +62,7 @@ def _report(argv: Sequence[str]) -> int:
     folders = [run.folder.path for run in runs]
     names = _names(folders)
     output = _output(options.output, folders)
-    writings = _write_texts(folders, options, device_config) if options.words else []
+    writings = _write_texts(runs, options, device_config) if options.words else []
     from .reporting.curves import panels_of
     from .reporting.page import render_page
     from .reporting.plots import can_plot, write_plots
@@ -86,7 +86,7 @@ def _read_runs(names: Sequence[str]) -> list[RunHistory]:
     Raises
     ------
     CheckpointError
-        If a run that is named by itself cannot be read.
+        If a run that is named by itself cannot be read, or none can.
     """
     runs = [] if names else [RunHistory(find_run(None)[0].path)]
     for name in names:
@@ -99,6 +99,8 @@ def _read_runs(names: Sequence[str]) -> list[RunHistory]:
                 runs.append(RunHistory(path))
             except CheckpointError as error:
                 LOGGER.warning("left out: %s", error)
+    if not runs:
+        raise CheckpointError(f"{' '.join(names)}: has no run that can be read; mend what is left out, or name others")
     return list({run.folder.path.resolve(): run for run in runs}.values())
 
 
@@ -128,7 +130,7 @@ def _output(name: str | None, folders: Sequence[Path]) -> Path:
     return path
 
 
-def _write_texts(folders: Sequence[Path], options: ReportOptions, device_config: DeviceConfig) -> list[Writing]:
+def _write_texts(runs: Sequence[RunHistory], options: ReportOptions, device_config: DeviceConfig) -> list[Writing]:
     prepare_process(own_layers=True)
     from .data.vocabulary import EOS
     from .distributed import resolve_single_device
@@ -138,15 +140,16 @@ def _write_texts(folders: Sequence[Path], options: ReportOptions, device_config:
 
     device = resolve_single_device(device_config)
     writings = []
-    for folder in counted(folders, len(folders), "writing texts", "run"):
+    for run in counted(runs, len(runs), "writing texts", "run"):
         try:
-            predictor = load_predictor(folder, device)
+            predictor = load_predictor(run.folder.path, device)
         except CheckpointError as error:
             writings.append(Writing([], f"No text: {error}"))
             continue
         steps = generate(predictor, options.words, num_samples=options.samples, seed=options.seed)
         texts = [" ".join("\n" if word == EOS else str(word) for word in words) for words in zip(*steps)]
-        writings.append(Writing(texts, f"Written by the best checkpoint, seed {options.seed}, temperature 1."))
+        which = "newest" if run.best is None else "best"
+        writings.append(Writing(texts, f"Written by the {which} checkpoint, seed {options.seed}, temperature 1."))
     return writings
 
 

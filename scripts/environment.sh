@@ -10,7 +10,7 @@ unset CDPATH PYTHONHOME  # of which one makes cd print where it goes, and the ot
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$(realpath -m "${GLUON_LM_VENV:-$ROOT/.venv}")"
 export GLUON_LM_VENV="$VENV"           # for the scripts that another one starts in another folder
-case "${PYTHON:-}" in */*) PYTHON="$(realpath -s "$PYTHON")" && export PYTHON ;; esac
+case "${PYTHON:-}" in */*) PYTHON="$(realpath -sm "$PYTHON")" && export PYTHON ;; esac
 OWNED="$VENV/.gluon_lm-owned"          # written first: this folder is ours to delete
 INSTALLED="$VENV/.gluon_lm-installed"  # written last: the installation is whole, and of what
 
@@ -60,12 +60,22 @@ is_whole() {
     [ -z "${PYTHON:-}" ] || [ "$(describe_python "$PYTHON")" = "$described" ]
 }
 
+# Debian's Python makes no environments without it.
+install_venv() {
+    if command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+        echo "installing $1"
+        { apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$1"; } \
+            </dev/null >/dev/null 2>&1 || true
+    fi
+}
+
 make_environment() {
     local python version
     python="$(find_python)" || exit $?
     # An active environment's Python is a link, maybe into the folder that is about to go.
     python="$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))')"
     version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv "python$version-venv"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments: apt-get install python$version-venv, then run this again"
     if [ -e "$VENV" ]; then
@@ -103,15 +113,17 @@ with_one_mxnet() {
 # Makes $VENV hold gluon_lm (editable) with the extras named, those installed before included, and puts it on PATH.
 # Nothing is installed where it does already.
 use_environment() {
-    local wanted hash extra extras before=""
+    local wanted hash extra extras file before=""
     extras="$(sed -n '/^EXTRAS = {/,/^}/s/^    "\(.*\)": .*/\1/p' "$ROOT/setup.py" | paste -s -d ' ')"
     for extra in "$@"; do
         case " $extras " in *" $extra "*) ;; *) fail "$extra: is not an extra of setup.py; name some of $extras" ;; esac
     done
     begin_alone
     hash="$(fingerprint | sha256sum | cut -d ' ' -f 1)"
+    for file in "$INSTALLED" "$INSTALLED.before"; do  # the latter where an installation was killed
+        [ -n "$before" ] || [ ! -f "$file" ] || before="$(sed -n 3p "$file")"
+    done
     is_whole || make_environment
-    [ ! -f "$INSTALLED" ] || before="$(sed -n 3p "$INSTALLED")"
     wanted="$(with_one_mxnet $before "$@")"
     if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
         printf 'installing gluon_lm with %s (the first time downloads about 100 MB)\n' "$wanted"

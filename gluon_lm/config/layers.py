@@ -167,7 +167,7 @@ def _choose_recipe(flags: Layer, file: Layer) -> str:
 _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     ("cpus", bool, frozenset({"gpus", "cuda", "single_gpu"})),
     ("gpus", bool, frozenset({"cpus", "cuda", "single_gpu"})),
-    ("single_gpu", bool, frozenset({"cpus", "gpus"})),
+    ("single_gpu", bool, frozenset({"cpus", "gpus", "cuda"})),
     ("cuda", bool, frozenset({"cpus"})),
     ("cuda", lambda value: value is False, frozenset({"gpus", "single_gpu"})),
     ("gctype", lambda value: value in ("none", "fp16"), frozenset({"gcthreshold"})),

@@ -168,9 +168,10 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
         width, num_tails = model.layer_sizes[-1], len(model.cutoffs)
         if width < TAIL_FACTOR**num_tails:
             named = named_setting("cutoffs", model.cutoffs, sources)
+            flag = "--nhid" if model.last_hidden_size is None else "--nhidlast"
             problems.append(
                 f"{named}: the last layer has {width} units, too few to be divided by {TAIL_FACTOR} {num_tails} times; "
-                f"name fewer, or raise --nhid to {TAIL_FACTOR**num_tails} or more"
+                f"name fewer, or raise {flag} to {TAIL_FACTOR**num_tails} or more"
             )
     small, batch_size = optim.small_batch_size, config.training.batch_size
     if small is not None and batch_size % small:

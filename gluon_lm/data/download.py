@@ -201,6 +201,8 @@ def _download_missing(corpus: str, missing: Sequence[PublishedFile], mirrors: Se
                 (fresh / file.name).replace(folder / file.name)
             synchronise(folder)
             return
+        except BrokenPipeError:
+            raise  # of whoever read the progress; one of the network comes wrapped
         except _FAILURES as error:
             if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
                 raise

@@ -25,8 +25,8 @@ from ..files import BLOCK_BYTES, digest_of, exclusive_lock, file_hash, file_hash
 from ..heartbeat import beat
 from ..logs import LOGGER
 from ..progress import progress_bar
-from .tokenizers import TOKENIZERS
-from .vocabulary import EOS, UNK, Vocabulary
+from .tokenizers import words_of
+from .vocabulary import UNK, Vocabulary
 
 # Part of every cache key: raise it when the same text and options come to give other ids, or other files.
 _FORMAT = 1
@@ -410,14 +410,13 @@ class _KnownIds(dict[str, int]):
 
 def _write_ids(text: Text, tokenizer: str, word_ids: Mapping[str, int], path: Path) -> int:
     """Write the id of every token of `text`; returns the number of lines."""
-    tokenize = TOKENIZERS[tokenizer]
     num_lines = num_tokens = 0
     with (
         open(path, "wb") as file,
         progress_bar(total=text.num_bytes, desc=f"encoding {text.name}", unit="B") as bar,
     ):
         for piece in text.pieces(bar.update):
-            words = tokenize(piece.replace("\n", f" {EOS} "))
+            words = words_of(piece, tokenizer)
             file.write(np.fromiter(map(word_ids.__getitem__, words), dtype=_DTYPE, count=len(words)).data)
             num_lines += piece.count("\n")
             num_tokens += len(words)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from .vocabulary import EOS
+
 Tokenizer = Callable[[str], list[str]]
 
 # In order: special words; initials (U.S.); numbers with separators (1,234.56); words, also with
@@ -31,3 +33,8 @@ TOKENIZERS: dict[str, Tokenizer] = {
     # Raw English: punctuation is split from words, case is kept, nothing is dropped but white space.
     "words": _WORDS.findall,
 }
+
+
+def words_of(text: str, tokenizer: str) -> list[str]:
+    """The words of a text, ``<eos>`` for each line feed."""
+    return TOKENIZERS[tokenizer](text.replace("\n", f" {EOS} "))

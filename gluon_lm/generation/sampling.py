@@ -12,7 +12,7 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
+from . import LOWEST_TEMPERATURE
 
 _BLOCK = 256
 _GRAPHS = 6  # kept for ways that come again; each holds memory for all streams

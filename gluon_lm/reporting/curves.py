@@ -15,10 +15,21 @@ _SMOOTHED = 0.01  # standard deviation of the smoothing, as a share of the point
 _FEWEST_SMOOTHED = 20
 _LOG_FROM = 5.0  # a scale is logarithmic where the largest value is so many times the smallest
 
-# Colours that can be told apart, by their dashes also without colour; of contrast 4.5 and more on the page's ground.
+# Colours that can be told apart, of contrast 4.5 and more on the page's ground, and dashes to tell neighbours apart
+# without colour.
 COLOURS = ("#0b63b5", "#b93c0a", "#19794a", "#8a3ab9", "#8a5a00", "#0b6f8a", "#be185d", "#4b5563")
 DARK_COLOURS = ("#79b8ff", "#ff9b71", "#6fd99b", "#d0a4ff", "#e6c14f", "#5fd3e8", "#ff9ecb", "#c3c9d2")
-DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
+_DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
+
+
+def colour_of(run: int) -> int:
+    """The place in `COLOURS` of a run's colour."""
+    return run % len(COLOURS)
+
+
+def dashes_of(run: int) -> tuple[int, ...]:
+    """Lengths of a run's dashes and gaps, other ones where the colours begin again; none: a whole line."""
+    return _DASHES[(run + run // len(COLOURS)) % len(_DASHES)]
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,13 @@ class Panel:
         return log_ticks(low, high) if self.is_log else linear_ticks(low, high)
 
 
+_SAMPLED = "sampled-training-perplexity"  # over the words that a sampled softmax draws
 # Key, title, event, number, format, noteworthy, whether it is smoothed. A perplexity is the exponential of what is
 # trained, so its scale is logarithmic.
 _QUANTITIES = (
     ("validation-perplexity", "Validation perplexity", "valid", "perplexity", ",.2f", "lowest", False),
     ("training-perplexity", "Training perplexity", "train", "perplexity", ",.2f", "lowest", True),
+    (_SAMPLED, "Training perplexity, over a sample of the words", "train", "perplexity", ",.2f", "lowest", True),
     ("learning-rate", "Learning rate", "train", "lr", ".4g", "", False),
     ("gradient-norm", "Gradient norm", "train", "grad_norm", ".3g", "highest", True),
     ("throughput", "Tokens per second", "train", "tokens_per_second", ",.0f", "", True),
@@ -119,6 +132,8 @@ def panels_of(runs: Sequence[RunHistory]) -> list[Panel]:
     for key, title, event, name, form, best, is_smoothed in _QUANTITIES:
         curves = []
         for number, run in enumerate(runs):
+            if (event, name) == ("train", "perplexity") and (key == _SAMPLED) != bool(run.config.model.num_sampled):
+                continue
             steps, values = run.series(event, name)
             keep = np.isfinite(values) & (values > 0 if name in ("perplexity", "lr", "grad_norm") else values >= 0)
             steps, values = steps[keep], values[keep] * _SCALES.get(name, 1)

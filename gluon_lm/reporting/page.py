@@ -18,7 +18,7 @@ from .. import __version__
 from ..config import SECTIONS, Config, get, recipe_names, resolve, show
 from ..history import RunHistory, duration
 from ..metrics import finite_or_none, perplexity
-from .curves import COLOURS, DARK_COLOURS, DASHES, Curve, Panel, linear_ticks, thinned, tick_label
+from .curves import COLOURS, DARK_COLOURS, Curve, Panel, colour_of, dashes_of, linear_ticks, thinned, tick_label
 
 _SIDE = 1000  # of a plot's coordinates, which are stretched over the room that there is
 _EMPTY = "–"
@@ -84,11 +84,11 @@ def _colours() -> str:
 
 
 def _colour(run: int) -> str:
-    return f"var(--run-{run % len(COLOURS)})"
+    return f"var(--run-{colour_of(run)})"
 
 
 def _stroke(run: int) -> str:
-    dashes = " ".join(map(str, DASHES[run % len(DASHES)]))
+    dashes = " ".join(map(str, dashes_of(run)))
     return f'stroke="{_colour(run)}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
 
 
@@ -116,9 +116,9 @@ def _number(value: float | None, form: str = ",", unit: str = "") -> _Cell:
     return _Cell(_EMPTY if value is None else escape(f"{value:{form}}{unit}"), is_number=True)
 
 
-def _size(num_bytes: int | None) -> _Cell:
+def _size(num_bytes: int | None, unit: str = " MB") -> _Cell:
     scaled = 0.0 if num_bytes is None else num_bytes / 1e6
-    return _number(None if num_bytes is None else scaled, ",.0f" if scaled >= 100 else ",.2f", " MB")
+    return _number(None if num_bytes is None else scaled, ",.0f" if scaled >= 100 else ",.2f", unit)
 
 
 def _table(caption: str | None, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
@@ -164,18 +164,18 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         "Test perplexity",
         "Tokens per second",
         "Training time",
-        "Peak memory",
+        "Most memory",
     )
     summaries = [run.summary() for run in runs]
     evaluated = [run for run, summary in zip(runs, summaries) if summary["best_perplexity"] is not None]
-    are_comparable = len({(run.corpus, run.vocab_size) for run in evaluated}) <= 1
+    are_comparable = len({(run.text, run.vocab_size) for run in evaluated}) <= 1
     leads = {}
     for key in ("best_perplexity", "test_perplexity"):
         known = [summary[key] for summary in summaries if summary[key] is not None]
         leads[key] = min(known) if len(known) > 1 and are_comparable else None
     rows = []
     for run, name, summary in zip(runs, names, summaries):
-        seconds, memory = run.training_seconds, run.peak_memory("device_memory") or run.peak_memory()
+        seconds, on_gpu = run.training_seconds, run.peak_memory("device_memory")
         cells = [
             _state(run),
             _text(run.model),
@@ -188,7 +188,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
             _perplexity(summary, "test_perplexity", leads),
             _number(run.tokens_per_second, ",.0f"),
             _Cell(_EMPTY if seconds is None else duration(seconds), is_number=True),
-            _size(memory),
+            _size(on_gpu, " MB on the GPU") if on_gpu else _size(run.peak_memory()),
         ]
         rows.append((escape(name), cells))
     note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."

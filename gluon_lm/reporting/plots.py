@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..files import atomic_write
-from .curves import COLOURS, DASHES, Panel, tick_label
+from .curves import COLOURS, Panel, colour_of, dashes_of, tick_label
 
 _INCHES, _DOTS_PER_INCH = (8.0, 4.5), 150
 
@@ -43,8 +43,8 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
         axes = figure.add_subplot()
         axes.set_yscale("log" if panel.is_log else "linear")
         for curve in panel.curves:
-            colour = COLOURS[curve.run % len(COLOURS)]
-            style = (0, DASHES[curve.run % len(DASHES)] or None)
+            colour = COLOURS[colour_of(curve.run)]
+            style = (0, dashes_of(curve.run) or None)
             if curve.is_smoothed:
                 axes.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.8)
             marker = "o" if len(curve.steps) == 1 else None

@@ -19,9 +19,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match
 
 from .. import __version__
-from ..data.tokenizers import TOKENIZERS
+from ..data.tokenizers import words_of
 from ..generation.detokenize import detokenize
 from ..generation.sampling import Sampling
 from ..prediction import Predictor
@@ -85,7 +86,6 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     engine = Engine(predictor, limits.slots, limits.max_waiting)
     metrics = RequestMetrics()
     models = schemas.RequestModels(limits)
-    tokenize = TOKENIZERS[predictor.tokenizer]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -117,7 +117,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), limits.timeout)
 
     def prompt_of(asked: Any) -> Optional[list[str]]:
-        return None if asked.prompt is None else list(tokenize(asked.prompt))
+        return None if asked.prompt is None else words_of(asked.prompt, predictor.tokenizer)
 
     def text_requests(asked: Any, prompt: Optional[list[str]], seed: int, num_texts: int) -> list[TextRequest]:
         sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
@@ -206,7 +206,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     )
     async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
         lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other sign ends a line
-        request.scope[WORK].append(engine.score([tokenize(line) for line in lines]))
+        request.scope[WORK].append(engine.score([words_of(line, predictor.tokenizer) for line in lines]))
         (scores,) = await result(request.scope[WORK])
         return {"lines": [score.as_json() for score in scores]}
 
@@ -314,7 +314,8 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
     async def refused(request: Request, error: Any) -> Response:
         if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to what no parser can read
             return answer(request, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}])
-        return answer(request, error.status_code, error.detail, error.headers)
+        headers = {"Allow": _methods_of(app, request)} if error.status_code == 405 else error.headers
+        return answer(request, error.status_code, error.detail, headers)
 
     async def not_done(request: Request, error: Exception) -> Response:
         status, reason = _refusal(error, limits)
@@ -322,6 +323,13 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
 
     for kind in (Busy, Closed, asyncio.TimeoutError):
         app.add_exception_handler(kind, not_done)
+
+
+def _methods_of(app: FastAPI, request: Request) -> str:
+    """The methods that a path takes, of all its routes; HEAD where there is GET, which the guard answers."""
+    routes = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
 
 
 def _refusal(error: BaseException, limits: Limits) -> tuple[int, str]:

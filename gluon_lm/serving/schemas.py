@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..generation.sampling import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from ..generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from .limits import Limits
 
 _DARING = "Below 1 keeps to likely words, above 1 is more daring."

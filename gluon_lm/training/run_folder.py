@@ -106,7 +106,7 @@ class RunFolder:
             try:
                 fresh.checkpoints.mkdir(parents=True)
                 stack.enter_context(fresh.held())  # before others can find it
-                fresh.config.write_text(config_yaml, encoding="utf-8")
+                fresh.update_config(config_yaml)
                 vocabulary.save(fresh.vocabulary)
                 self._move_in(fresh.path, overwrite)
             except OSError as error:
@@ -161,8 +161,8 @@ class RunFolder:
             yield
 
     @property
-    def is_held(self) -> bool:
-        """Whether a process is writing the run."""
+    def is_held(self) -> bool | None:
+        """Whether a process is writing the run; None where that cannot be told."""
         return is_in_use(self._lock)
 
     def update_config(self, config_yaml: str) -> None:

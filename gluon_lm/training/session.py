@@ -65,7 +65,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
-    _check_vocabulary(command, corpus)
+    _check_vocabulary(command, corpus, initial)
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
@@ -105,6 +105,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
+        for idle in trainer.too_late(command.settings):
+            LOGGER.log(NOTICE, "%s", idle)
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
             return 0
@@ -171,8 +173,8 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     return trainer
 
 
-def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
-    """Make sure that the output layer fits the vocabulary of a run that begins.
+def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | None) -> None:
+    """Make sure that the output layer fits the vocabulary of a run that begins, maybe with a checkpoint of another.
 
     Raises
     ------
@@ -181,7 +183,9 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
     """
     vocabulary, model = corpus.vocabulary, command.config.model
     problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
-    if model.needs_frequency_order and command.init_from is None:  # or else the order is that of the other run's text
+    # The order is that of the text which the vocabulary was made from, maybe another run's.
+    is_new = initial is None or (command.init_from is None and "num_sampled" in command.settings)
+    if model.needs_frequency_order and is_new:
         counts_V = np.zeros(len(vocabulary), np.int64)
         for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
             counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
@@ -192,10 +196,11 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus) -> None:
             shown = " before ".join(
                 f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words)
             )
+            fix = "leave --vocab out, or bring the lines of its file in that order"
             problems.append(
                 f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
-                f"frequency in the training text, and line {first + 1} has {shown}; leave --vocab out, or bring the "
-                "lines of its file in that order"
+                f"frequency in the training text, and line {first + 1} has {shown}; "
+                + (fix if initial is None else "leave it out")
             )
     if problems:
         raise ConfigError(problems)

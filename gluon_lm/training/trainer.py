@@ -15,7 +15,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ..config import Config, share_problems
+from ..config import Config, Layer, share_problems, show
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows, Window
 from ..distributed import Communicator, memory_in_use
@@ -655,6 +655,17 @@ class Trainer:
         if checkpoint.carried:
             self._restore_carried_state(checkpoint.carried)
         self._restore_communication(checkpoint)
+
+    def too_late(self, settings: Layer) -> list[str]:
+        """What of the settings given to a resumed run has no effect any more, a line each."""
+        state, optim, lines = self.state, self.config.optim, []
+        if "when" in settings and optim.when is not None and max(optim.when) <= state.epoch:
+            flag = f"{settings['when'].flag} {show(optim.when)}"
+            lines.append(f"{flag}: has no effect any more, {state.epoch} epochs are done; --lr sets the learning rate")
+        if "nonmono" in settings and optim.ntasgd and state.averaging_since is not None:
+            flag = f"{settings['nonmono'].flag} {optim.nonmono}"
+            lines.append(f"{flag}: has no effect any more, the weights are averaged already")
+        return lines
 
     def _restore_carried_state(self, carried: list[mx.nd.NDArray]) -> None:
         batch_size, communicator = self.config.training.batch_size, self._communicator

@@ -76,6 +76,25 @@ def test_nothing_is_installed_a_second_time(tmp_path):
     assert " -e " not in log.read_text()
 
 
+def test_an_environment_that_is_made_anew_has_the_extras_that_were_there(tmp_path):
+    """As after an upgrade of Python, or an installation that was killed."""
+    venv, log = environment_with(tmp_path, "cu112 docs", "mxnet-cu112")
+    python = tmp_path / "python"
+    stub = STUB.format(log=log, mxnet="mxnet-cu112").replace("stub 3.11", "other 3.11.9")
+    making = (
+        f'"-c import os, sys;"*) echo {python}; exit ;; *"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;'
+    )
+    python.write_text(stub.replace('case "$*" in', f'case "$*" in {making}'))
+    python.chmod(0o755)
+    (venv / ".gluon_lm-installed").rename(venv / ".gluon_lm-installed.before")
+    (venv / ".gluon_lm-owned").touch()
+    environment = {**os.environ, "GLUON_LM_VENV": str(venv), "PYTHON": str(python)}
+    words = ["bash", "scripts/environment.sh", "cpu", "test"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{venv} has gluon_lm with: cu112 docs test"
+
+
 def test_a_folder_that_is_no_environment_of_ours_is_left_alone(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("mine")

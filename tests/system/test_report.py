@@ -13,7 +13,9 @@ import sys
 import pytest
 from browser import EXECUTABLE, contrasts, open_browser
 
+from gluon_lm.history import RunHistory
 from gluon_lm.report import main as report
+from gluon_lm.reporting.curves import colour_of, dashes_of, panels_of
 from gluon_lm.train import main as train
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -218,6 +220,37 @@ def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder
     capsys.readouterr()
     assert sorted(named) == sorted(headings("runs"))
     assert "left out: " in capsys.readouterr().out
+    for name in NAMES:
+        shutil.rmtree(tmp_path / "runs" / name)
+    assert report(["runs"]) == 2
+    assert "error: runs: has no run that can be read; " in capsys.readouterr().err
+
+
+def test_many_runs_are_told_apart():
+    styles = {(colour_of(run), dashes_of(run)) for run in range(32)}
+    assert len(styles) == 32
+    assert all(dashes_of(run) != dashes_of(run + 1) for run in range(7))
+
+
+def test_the_loss_over_a_sample_of_the_words_is_not_compared_with_the_whole(folder, tmp_path):
+    shutil.copytree(folder / NAMES[0], tmp_path / "sampled")
+    config = tmp_path / "sampled/config.yaml"
+    config.write_text(config.read_text().replace("num_sampled: null", "num_sampled: 5"))
+    runs = [RunHistory(folder / NAMES[0]), RunHistory(tmp_path / "sampled")]
+    panels = {panel.title: panel for panel in panels_of(runs)}
+    assert [curve.run for curve in panels["Validation perplexity"].curves] == [0, 1]
+    assert [curve.run for curve in panels["Training perplexity"].curves] == [0]
+    assert [curve.run for curve in panels["Training perplexity, over a sample of the words"].curves] == [1]
+
+
+def test_texts_of_one_name_do_not_compare(folder, tmp_path):
+    shutil.copytree(folder / NAMES[0], tmp_path / "other")
+    for state in (tmp_path / "other/checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        state.write_text(json.dumps({**content, "corpus": "another text, of the same name"}))
+    page = tmp_path / "page.html"
+    assert report([str(folder / NAMES[0]), str(tmp_path / "other"), "--words", "0", "--output", str(page)]) == 0
+    assert "do not compare" in page.read_text()
 
 
 def test_perplexities_over_different_vocabularies_have_no_best(folder, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def listed(project, *flags):
     return {run["name"]: run for run in answer["runs"]}, {run["name"]: run["problem"] for run in answer["broken"]}
 
 
-def test_the_state_of_every_run_is_what_happened_to_it(project):
+def test_the_state_of_every_run_is_what_happened_to_it(project, monkeypatch):
     (project.path / "all").mkdir()
     project.train("all/done")
     diverged = project.train("all/diverged", "--optimizer", "adam", "--lr", 1e38, code=2)
@@ -45,6 +45,10 @@ def test_the_state_of_every_run_is_what_happened_to_it(project):
     killed = runs["open"]
     assert (stopped["state"], stopped["reason"], stopped["test_perplexity"]) == ("stopped", None, None)
     assert (killed["state"], killed["reason"]) == ("stopped", "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("gluon_lm.training.run_folder.is_in_use", lambda path: None)  # as without locks
+        untold = listed(project)[0]["open"]
+    assert (untold["state"], untold["reason"]) == ("running", "or killed: there are no locks to tell by")
     assert (runs["diverged"]["state"], broken) == ("failed", {})
     assert "must be finite" in runs["diverged"]["reason"]
 

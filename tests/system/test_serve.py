@@ -229,7 +229,9 @@ def test_what_is_too_long_or_nowhere_is_refused(server):
     assert too_long.status == 413 and re.fullmatch(r"the request is longer than \d+ bytes\n", too_long.text)
     assert server.ask("GET", "/nowhere").status == 404
     assert server.ask("POST", "/nowhere").status == 404
-    assert server.ask("DELETE", "/v1/model").status == 405
+    for path, allowed in (("/v1/model", "GET, HEAD"), ("/", "GET, HEAD, POST"), ("/v1/score", "POST")):
+        answer = server.ask("DELETE", path)
+        assert (answer.status, answer.headers["allow"]) == (405, allowed)
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/healthz", "/v1/model", "/metrics"])

@@ -141,6 +141,19 @@ def test_a_run_begins_with_the_model_of_another_on_a_text_of_its_own(project, of
     assert "hidden_size: 8  # run base" in origins and "lr: 1.0e-09  # flag --lr" in origins
 
 
+def test_a_run_on_another_text_in_the_order_of_the_first_is_finetuned_and_resumed(project):
+    write_other_text(project)
+    project.train("base", "--cutoffs", 5, "--max-steps", 3)
+    project.run("train", "--init-from", "base", "--data", "other", "--save", "run", "--max-steps", 3)
+    project.run("train", "--resume", "run", "--max-steps", 5)
+    assert "finetune_model" in project.run("finetune", "run", "--max-steps", 3)
+    project.train("plain", "--vocab", "base/vocab.txt", "--data", "other", "--max-steps", 3)
+    line = project.refused("finetune", "plain", "--num-sampled", 5)
+    assert "--num-sampled: needs the vocabulary in order of falling frequency" in line and line.endswith(
+        "; leave it out"
+    )
+
+
 def test_the_bound_on_the_steps_of_a_run_is_not_that_of_a_run_that_begins_with_it(project):
     project.train("base", "--max-steps", 3)
     project.run("train", "--init-from", "base", "--save", "run", "--epochs", 1)
@@ -165,6 +178,7 @@ def test_what_does_not_fit_the_run_that_another_begins_with_is_refused(project):
     begin = ("--init-from", "base", "--save", "run")
     assert "--nhid 9: base was trained with 8" in project.refused("train", *begin, "--nhid", 9)
     assert "--max-vocab 7: base was trained with none" in project.refused("train", *begin, "--max-vocab", 7)
+    assert "--cutoffs 5: base was trained with none" in project.refused("train", *begin, "--cutoffs", 5)
     assert "leave --recipe out" in project.refused("train", *begin, "--recipe", "awd")
     assert "a run begins once" in project.refused("train", "--init-from", "base", "--resume", "base")
     assert "nowhere" in project.refused("train", "--init-from", "nowhere", "--save", "run")

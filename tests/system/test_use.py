@@ -52,6 +52,14 @@ def test_words_of_a_prompt_that_the_model_does_not_know_are_told_beside_the_text
     assert "does not know" not in capsys.readouterr().err
 
 
+def test_a_line_break_of_a_prompt_ends_a_line(run):
+    def text(prompt, *flags):
+        return run.run("generate", "run", "--prompt", prompt, "--words", 30, "--seed", 5, *flags)
+
+    assert text("the cat .\na dog") == text("the cat . <eos> a dog") != text("the cat . a dog")
+    assert "\nnone " in text("none")
+
+
 def test_the_references_flags_of_generation(run):
     output = run.run(
         "generate",

@@ -544,6 +544,16 @@ def test_what_may_change_while_a_run_goes_on():
     assert may_change | FIXED_ON_RESUME == knobs
 
 
+def test_masks_stay_what_they_were_while_a_run_goes_on(write_run):
+    path = write_run("--recipe lm --dropout 0.2")
+    for line in ("--dropouth 0.3", "--dropouti 0.1 --no-locked"):
+        model = parse(f"--resume RUN {line}").over(path, FIXED_ON_RESUME).config.model
+        assert not model.has_locked_dropout
+    assert parse("--init-from RUN --dropouth 0.3").over(path, FIXED, False).config.model.has_locked_dropout
+    with pytest.raises(ConfigError, match="--locked: .* was trained with false; leave the flag out"):
+        parse("--resume RUN --locked").over(path, FIXED_ON_RESUME)
+
+
 def test_continue_train_names_the_run_by_save():
     assert parse("--continue_train --save RUN").resume == "RUN"
     assert parse("--resume RUN --save RUN").resume == "RUN"
@@ -591,8 +601,9 @@ def test_finetuning_names_its_run_first_or_by_save():
     assert [parse_tuning(line).run for line in lines] == ["RUN"] * 4 + [None]
     assert parse_tuning("--save=~/run").run == str(Path.home() / "run")
     assert [parse_tuning(line).is_continued for line in ("RUN", "RUN --continue_train")] == [False, True]
-    command = parse_tuning("RUN --overwrite --print-config --dry-run --debug").command
-    assert command.overwrite and command.print_config and command.dry_run
+    command = parse_tuning("RUN --overwrite --dry-run --debug").command
+    assert command.overwrite and command.dry_run and not command.print_config
+    assert len(problems_of("RUN --print-config --dry-run", parse_tuning)) == 1
     both = "RUN with --save OTHER: both name the run; leave one of them out"
     assert problems_of("RUN --save OTHER", parse_tuning) == [both]
     assert len(problems_of("RUN --save=", parse_tuning)) == 1
