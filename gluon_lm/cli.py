@@ -424,6 +424,8 @@ class TrainCommand:
             raise ConfigError(problems)
         origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}
         kept = {name: origins[name] for name, source in sources.items() if source == run and name in origins}
+        if get(resolved.config, "locked") != get(before, "locked"):
+            kept["locked"] = "as the run began"
         return dataclasses.replace(self, **{**vars(resolved), "sources": sources}, kept_origins=kept)
 
 

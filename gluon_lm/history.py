@@ -22,6 +22,7 @@ from .tracking import read_events
 from .training.run_folder import RunFolder, checkpoint_step, finetunings
 
 STATES = ("running", "finished", "stopped", "failed")
+UNTOLD = "or killed: no locks to tell by"  # the reason of one that runs, as far as is known
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
@@ -128,9 +129,7 @@ class RunHistory:
             return ("finished" if self.of("test") else "stopped"), None
         status = json.loads(self.folder.status.read_text(encoding="utf-8"))
         if status["state"] == "running":
-            return (
-                ("stopped", "killed") if is_held is False else ("running", "or killed: there are no locks to tell by")
-            )
+            return ("running", UNTOLD) if is_held is None else ("stopped", "killed")
         if status["state"] not in STATES or not isinstance(status["reason"], (str, type(None))):
             raise ValueError(f"{self.folder.status.name}: state {status['state']!r}, reason {status['reason']!r}")
         return status["state"], status["reason"]
@@ -209,9 +208,9 @@ class RunHistory:
         return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
 
     @property
-    def text(self) -> str:
-        """What tells its text and vocabulary from others: a digest, or before the first checkpoint `corpus`."""
-        return next((saved.text for saved in reversed(self.checkpoints) if saved.text), self.corpus)
+    def text(self) -> str | None:
+        """A digest of its text and vocabulary; None where no checkpoint is there to tell."""
+        return next((saved.text for saved in reversed(self.checkpoints) if saved.text), None)
 
     @functools.cached_property
     def vocab_size(self) -> int | None:

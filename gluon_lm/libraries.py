@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 from .errors import MissingDependency
 
 DRIVER = "libcuda.so.1"
+_BUILD = re.compile(r"mxnet(-cu\d+(mkl)?|-mkl|-native)?")  # packages that hold the module mxnet
 # Begins the names of what NVIDIA's wheels bring.
 _FROM_WHEELS = ("libcu", "libnccl.", "libnvrtc", "libnvToolsExt.")
 _PT_LOAD, _PT_DYNAMIC = 1, 2
@@ -153,9 +154,7 @@ def preload(package: Path) -> None:
 def mxnet_distributions() -> dict[str, str]:
     """The installed packages that hold MXNet, with their versions; more than one overwrite each other."""
     found = {str(dist.metadata["Name"]).lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
-    return {
-        name: version for name, version in sorted(found.items()) if re.fullmatch(r"mxnet(-cu\d+|-mkl|-native)*", name)
-    }
+    return {name: version for name, version in sorted(found.items()) if _BUILD.fullmatch(name)}
 
 
 def how_to_bring(missing: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from .cli import CommandParser, Section, run_command
 from .config import option, show, switch
 from .errors import CheckpointError, ConfigError
-from .history import RunHistory, age, run_folders
+from .history import UNTOLD, RunHistory, age, run_folders
 from .logs import LOGGER, log_to_terminal
 
 _COLUMNS = ("run", "state", "model", "corpus", "steps", "epoch", "valid ppl", "test ppl", "written")
@@ -89,7 +89,7 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
 
     return (
         show(run["name"]),
-        run["state"] + (" (killed)" if run["reason"] == "killed" else ""),
+        run["state"] + (f" ({run['reason']})" if run["reason"] in ("killed", UNTOLD) else ""),
         run["model"],
         run["corpus"],
         f"{run['steps']:,}",

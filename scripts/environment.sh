@@ -69,6 +69,7 @@ install_venv() {
     fi
 }
 
+# With a note of the extras $1, for the case that their installation fails: of no Python, so it is made anew then.
 make_environment() {
     local python version
     python="$(find_python)" || exit $?
@@ -83,6 +84,7 @@ make_environment() {
             fail "$VENV: exists and was not made by this script; set GLUON_LM_VENV to another folder, or remove it"
         rm -f "$INSTALLED"
         find "$VENV" -mindepth 1 ! -name "${OWNED##*/}" -delete  # all but what says that it may be deleted
+        [ -z "$1" ] || printf '\n\n%s\n' "$1" >"$INSTALLED.before"
     fi
     printf 'making %s with %s\n' "$VENV" "$(describe_python "$python")"
     { mkdir -p "$VENV" && touch "$OWNED"; } || fail "$VENV: cannot be made; set GLUON_LM_VENV to a folder of yours"
@@ -123,7 +125,7 @@ use_environment() {
     for file in "$INSTALLED" "$INSTALLED.before"; do  # the latter where an installation was killed
         [ -n "$before" ] || [ ! -f "$file" ] || before="$(sed -n 3p "$file")"
     done
-    is_whole || make_environment
+    is_whole || make_environment "$before"
     wanted="$(with_one_mxnet $before "$@")"
     if [ ! -f "$INSTALLED" ] || [ "$(sed -n 2p "$INSTALLED")" != "$hash" ] || [ "$before" != "$wanted" ]; then
         printf 'installing gluon_lm with %s (the first time downloads about 100 MB)\n' "$wanted"
@@ -166,7 +168,7 @@ remove_other_mxnets() {
         pip show -q "$distribution" >/dev/null 2>&1 && others+=("$distribution")
     done
     [ ${#others[@]} -gt 0 ] || return 0
-    rm -f "$INSTALLED.before"
+    [ ! -f "$INSTALLED.before" ] || sed -i '1s/.*//' "$INSTALLED.before"  # whole no more, should the new one fail
     # Its own one, too, is installed anew then: another one's files lie in the same folder.
     pip uninstall -q -y "$own" "${others[@]}"
 }

@@ -168,7 +168,8 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     )
     summaries = [run.summary() for run in runs]
     evaluated = [run for run, summary in zip(runs, summaries) if summary["best_perplexity"] is not None]
-    are_comparable = len({(run.text, run.vocab_size) for run in evaluated}) <= 1
+    are_alike = len({(run.corpus, run.vocab_size) for run in evaluated}) <= 1
+    are_comparable = are_alike and len({run.text for run in evaluated if run.text is not None}) <= 1
     leads = {}
     for key in ("best_perplexity", "test_perplexity"):
         known = [summary[key] for summary in summaries if summary[key] is not None]

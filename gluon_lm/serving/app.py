@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
 
 from .. import __version__
-from ..data.tokenizers import words_of
+from ..data.tokenizers import TOKENIZERS, words_of
 from ..generation.detokenize import detokenize
 from ..generation.sampling import Sampling
 from ..prediction import Predictor
@@ -206,7 +206,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     )
     async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
         lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other sign ends a line
-        request.scope[WORK].append(engine.score([words_of(line, predictor.tokenizer) for line in lines]))
+        request.scope[WORK].append(engine.score([TOKENIZERS[predictor.tokenizer](line) for line in lines]))
         (scores,) = await result(request.scope[WORK])
         return {"lines": [score.as_json() for score in scores]}
 

@@ -93,7 +93,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
         corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
         _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
-        lr_of_checkpoint = read_config(path / CONFIG).optim.lr
+        optim_of_checkpoint = read_config(path / CONFIG).optim
+        lr_of_checkpoint = optim_of_checkpoint.lr
         if is_named and "lr" not in command.settings:
             command = command.with_lr(lr_of_checkpoint)
         trainer = _build(command, corpus, communicator, run)
@@ -105,7 +106,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
-        for idle in trainer.too_late(command.settings):
+        for idle in trainer.too_late(command.settings, optim_of_checkpoint):
             LOGGER.log(NOTICE, "%s", idle)
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -184,7 +185,7 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
     vocabulary, model = corpus.vocabulary, command.config.model
     problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
     # The order is that of the text which the vocabulary was made from, maybe another run's.
-    is_new = initial is None or (command.init_from is None and "num_sampled" in command.settings)
+    is_new = initial is None or (command.init_from is None and "num_sampled" in command.settings and model.num_sampled)
     if model.needs_frequency_order and is_new:
         counts_V = np.zeros(len(vocabulary), np.int64)
         for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text

@@ -215,14 +215,14 @@ def test_a_first_worker_that_cannot_write_its_checkpoint_says_so_in_the_last_lin
 # Encodes a text slowly: half a second for eight bytes.
 SLOW_TRAINING = """
 import sys, time
-from gluon_lm.data import encoding
+from gluon_lm.data import encoding, tokenizers
 from gluon_lm.train import main
 
 def tokenize(piece):
     time.sleep(0.5)
     return piece.split()
 
-encoding.BLOCK_BYTES, encoding.TOKENIZERS = 8, {"whitespace": tokenize}
+encoding.BLOCK_BYTES, tokenizers.TOKENIZERS["whitespace"] = 8, tokenize
 sys.exit(main())
 """
 

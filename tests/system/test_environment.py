@@ -94,6 +94,14 @@ def test_an_environment_that_is_made_anew_has_the_extras_that_were_there(tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{venv} has gluon_lm with: cu112 docs test"
 
+    (venv / ".gluon_lm-installed").write_text("of another Python\n\ncu112 docs\n")
+    works = python.read_text()
+    python.write_text(works.replace('*" -e "*)', '*" -e "*) exit 1;'))
+    assert subprocess.run(words, cwd=ROOT, env=environment, timeout=60, capture_output=True).returncode == 2
+    python.write_text(works)
+    done = subprocess.run(words, cwd=ROOT, env=environment, timeout=60, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{venv} has gluon_lm with: cu112 docs test"
+
 
 def test_a_folder_that_is_no_environment_of_ours_is_left_alone(tmp_path):
     (tmp_path / "work").mkdir()

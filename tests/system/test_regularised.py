@@ -286,6 +286,7 @@ def test_what_cannot_be_finetuned_is_refused_in_one_line(finetuning):
         "no such run": (text, ("nowhere",), "nowhere"),
         "no such run, named otherwise": (text, ("--save", "nowhere"), "nowhere"),
         "nothing to continue": (text, ("run", "--continue-train"), "finetune_model"),
+        "a checkpoint that is not the one": (text, ("run/best", "--continue-train"), "run/best with --continue-train"),
         "a folder that is no run": (text, ("text",), "text"),
     }
     for what, (content, words, named) in cases.items():

@@ -48,7 +48,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("gluon_lm.training.run_folder.is_in_use", lambda path: None)  # as without locks
         untold = listed(project)[0]["open"]
-    assert (untold["state"], untold["reason"]) == ("running", "or killed: there are no locks to tell by")
+    assert (untold["state"], untold["reason"]) == ("running", "or killed: no locks to tell by")
     assert (runs["diverged"]["state"], broken) == ("failed", {})
     assert "must be finite" in runs["diverged"]["reason"]
 

@@ -182,7 +182,7 @@ def test_scores_add_up(server):
 
 def test_only_a_line_feed_ends_a_line(server):
     answer = server.ask_json("/v1/score", {"text": "the\u2028cat\x0b\x85sees\r\n\na\n"}).json
-    assert answer == server.ask_json("/v1/score", {"lines": ["the cat sees", "", "a"]}).json
+    assert answer == server.ask_json("/v1/score", {"lines": ["the cat sees\n", "", "a\n"]}).json
     assert [len(line["words"]) for line in answer["lines"]] == [4, 1, 2]
 
 

@@ -92,6 +92,17 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
     assert project.results("grown")[-1] == project.results("whole")[-1]
 
 
+def test_what_comes_too_late_is_said_on_resume(project):
+    project.train("run", "--epochs", 4, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--when", 2)
+    output = project.run("train", "--resume", "run", "--epochs", 5, "--when", 3, "--nonmono", 2)
+    assert "--when 3: has no effect any more, 4 epochs are done" in output
+    assert ("--nonmono 2: has no effect any more, the weights are averaged already" in output) is bool(
+        json.loads((project.path / "run/best/state.json").read_text())["training"]["averaging_since"]
+    )
+    again = project.run("train", "--resume", "run", "--epochs", 6, "--when", 3, 7, "--nonmono", 2)
+    assert "any more" not in again
+
+
 def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
     project.train("runs/first", "--max-steps", 4)
     run = project.path / "runs/first"

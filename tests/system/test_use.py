@@ -60,6 +60,13 @@ def test_a_line_break_of_a_prompt_ends_a_line(run):
     assert "\nnone " in text("none")
 
 
+@pytest.mark.parametrize("flag", ["--seed", "--samples", "--top-k"])
+def test_the_likeliest_words_after_a_prompt_are_not_drawn(run, flag):
+    for greedy in (("--greedy",), ("--temperature", 0.0005)):
+        line = run.refused("generate", "run", *greedy, "--prompt", "the", flag, 3)
+        assert f"{' '.join(map(str, greedy))} with {flag}: the likeliest word needs no choice" in line
+
+
 def test_the_references_flags_of_generation(run):
     output = run.run(
         "generate",

@@ -302,6 +302,7 @@ def test_merging_takes_each_value_from_the_highest_layer(flag_values, file_value
         ({"cuda": True}, "gpus: [0, 1]", {"gpus": (0, 1), "cuda": True}),
         ({"cuda": True}, "cpus: 4", {"cpus": None, "cuda": True}),
         ({"single_gpu": True}, "gpus: [0, 1]", {"gpus": None, "single_gpu": True}),
+        ({"single_gpu": True}, "cuda: false", {"cuda": None, "single_gpu": True}),
         (
             {"gctype": "none"},
             "gctype: 2bit\ngcthreshold: 0.3\ncpus: 2",

@@ -65,6 +65,8 @@ def test_a_driver_that_does_not_work_is_told_from_none(site, tmp_path):
     facts = examine(site, driver)
     assert facts["gpus"] == {"driver": "12.4", "devices": [], "problem": "cuInit answers with error 999"}
     assert len(advice(facts)) == 1 and "nvidia-smi" in advice(facts)[0]
+    driver = compile_driver(tmp_path / "driver", init_error=100)[0].parent  # as where CUDA_VISIBLE_DEVICES is empty
+    assert examine(site, driver)["gpus"] == {"driver": "12.4", "devices": [], "problem": ""}
     facts = examine(site, code=2)
     assert facts["gpus"]["driver"] is None and facts["mxnet"]["missing_libraries"] == ["libcuda.so.1"]
     assert len(facts["errors"]) == 1 and "gluon_lm[cpu]" in facts["errors"][0]
