@@ -60,7 +60,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     own_layers : bool
         Compute recurrent layers by MXNet's own code and not by oneDNN, which keeps much more. At 3 x 1150 units and
         5,600 tokens a window, both settings together take 1.9 GB in place of 3.4, and a tenth of the speed. Word by
-        word, as text is generated, it is the faster way.
+        word, as text is generated, it is the faster way. Without effect once MXNet is loaded.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         os.environ.pop("OMP_NUM_THREADS", None)
     elif not threads.isdecimal() or int(threads) < 1:
         raise ConfigError(f"OMP_NUM_THREADS={threads}: MXNet needs one whole number, 1 or more; set that, or nothing")
-    if own_layers:
+    if own_layers and "mxnet" not in sys.modules:  # read at each operator, whose backward must find what forward found
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")
     os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")

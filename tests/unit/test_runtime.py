@@ -20,6 +20,7 @@ def environment(monkeypatch):
     """The variables that are set, and the allocator's limit; nothing of this process changes."""
     limits = []
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.delitem(sys.modules, "mxnet", raising=False)
     monkeypatch.setattr(runtime, "keep_freed_memory", limits.append)
     return os.environ, limits
 
@@ -36,6 +37,14 @@ def test_only_models_whose_recurrent_layers_take_gigabytes_are_trained_lean(envi
         gives_back = recipe in lean or config.optim.max_seq_len_delta is not None
         assert limits.pop() == (4 << 20 if gives_back else None)
     assert {"awd", "awd-wikitext-2"} <= lean and lean.isdisjoint({"lm", "mxnet", "demo", "lm-regularised"})
+
+
+def test_recurrent_layers_stay_what_they_are_once_mxnet_is_loaded(environment, monkeypatch):
+    """Their forward pass may have run, and their backward pass not yet."""
+    variables, _ = environment
+    monkeypatch.setitem(sys.modules, "mxnet", mx)
+    runtime.prepare_process(own_layers=True)
+    assert "MXNET_USE_MKLDNN_RNN" not in variables
 
 
 def test_what_the_user_has_set_stays(environment):
