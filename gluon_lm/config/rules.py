@@ -209,12 +209,6 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
         idle["beta"] = "a window of one word has no change over time; raise --bptt"
     if optim.when is not None and min(optim.when) >= training.epochs:
         idle["when"] = f"training ends after {training.epochs} epochs; name an earlier one"
-    may_stall = optim.nonmono + 2  # the first evaluation that has an older one to be compared with
-    if optim.ntasgd and training.eval_every is None and training.epochs <= may_stall:
-        idle["ntasgd"] = (
-            f"by --nonmono {optim.nonmono} averaging starts after epoch {may_stall} at the earliest, and training ends "
-            f"after {training.epochs}; raise --epochs, or lower --nonmono or --eval-every"
-        )
     return [
         f"{named_setting(name, get(config, name), sources)}: has no effect here, {reason}, or leave it out"
         for name, reason in idle.items()

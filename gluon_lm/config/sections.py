@@ -298,12 +298,17 @@ class TrainingConfig(Section):
         "mixed precision: matrix products in float16 (GPU), or the output layer's in bfloat16 (CPU with AVX512-BF16)",
     )
     seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw", "random_seed")
-    log_interval: int = option(200, integer(), "steps between two lines of the log")
-    eval_every: int | None = option(None, optional(integer()), "steps between evaluations (default: each epoch)")
+    log_interval: int = option(200, integer(), "steps between two lines of the log", "print_loss_steps")
+    eval_every: int | None = option(
+        None, optional(integer()), "steps between evaluations (default: each epoch)", "eval_steps"
+    )
     eval_batch_size: int = option(10, integer(), "streams of the validation and test text during training")
     patience: int | None = option(None, optional(integer()), "stop after this many evaluations with no new best")
     checkpoint_every: int | None = option(
-        None, optional(integer()), "steps between checkpoints (default: at each evaluation)"
+        None,
+        optional(integer()),
+        "steps between checkpoints (default: at each evaluation)",
+        "save_checkpoint_steps",
     )
     keep_checkpoints: int = option(2, integer(), "newest checkpoints to keep; the best one always stays")
     tensorboard: bool = option(

@@ -70,6 +70,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
     trainer = _build(command, corpus, communicator, run)
+    _say_whether_averaging_starts(trainer)
     if initial is not None and checkpoint is not None:
         trainer.start_from(checkpoint, initial, on_any_text=command.init_from is not None)
         LOGGER.info("beginning with %s", initial)
@@ -99,6 +100,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             command = command.with_lr(lr_of_checkpoint)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
+        _say_whether_averaging_starts(trainer)
         # Given now, or at an earlier start that was killed before it wrote a checkpoint.
         if "lr" in command.settings or lr_of_checkpoint != command.config.optim.lr:
             trainer.state.lr = command.config.optim.lr
@@ -135,6 +137,21 @@ def _join(command: TrainCommand) -> Communicator:
         require_tensorboard()
     LOGGER.info("recipe %s", command.recipe or "none")
     return communicator
+
+
+def _say_whether_averaging_starts(trainer: Trainer) -> None:
+    optim, training = trainer.config.optim, trainer.config.training
+    has_started = trainer.state.averaging_since is not None
+    may_stall = optim.nonmono + 2  # the first evaluation that has an older one to be compared with
+    if optim.ntasgd and not has_started and training.eval_every is None and training.epochs <= may_stall:
+        LOGGER.log(
+            NOTICE,
+            "--ntasgd: the weights are not averaged, for training ends after %d epochs (--epochs), and averaging starts "
+            "after epoch %d at the earliest (--nonmono %d)",
+            training.epochs,
+            may_stall,
+            optim.nonmono,
+        )
 
 
 def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, run: RunFolder) -> Trainer:

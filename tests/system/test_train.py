@@ -93,7 +93,10 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
 
 
 def test_what_comes_too_late_is_said_on_resume(project):
-    project.train("run", "--epochs", 4, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--when", 2)
+    output = project.train("run", "--epochs", 3, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--when", 2)
+    assert "not averaged, for training ends after 3 epochs (--epochs), and averaging starts after epoch 3" in output
+    output = project.run("train", "--resume", "run", "--epochs", 4)
+    assert "not averaged" not in output
     output = project.run("train", "--resume", "run", "--epochs", 5, "--when", 3, "--nonmono", 2)
     assert "--when 3: has no effect any more, 4 epochs are done" in output
     assert ("--nonmono 2: has no effect any more, the weights are averaged already" in output) is bool(

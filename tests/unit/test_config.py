@@ -709,8 +709,6 @@ WITHOUT_EFFECT = [
      "--bptt"),
     ({"when": (3, 5)}, {"epochs": 3}, "--when 3,5: has no effect here, training ends after 3 epochs; name an earlier "
      "one"),
-    ({"ntasgd": True}, {"epochs": 7, "lr_decay": None}, "--ntasgd: has no effect here, by --nonmono 5 averaging starts "
-     "after epoch 7 at the earliest, and training ends after 7; raise --epochs, or lower --nonmono or --eval-every"),
 ]  # fmt: skip
 
 
@@ -743,8 +741,6 @@ def test_every_knob_without_effect_is_reported_at_once():
         {"num_layers": 1, "tied": True, "hidden_size": 128, "embed_size": 128},
         {"num_layers": 1, "hidden_size": 128},
         {"num_layers": 2, "tied": True, "hidden_size": 650},
-        {"ntasgd": True, "lr_decay": None, "epochs": 8},
-        {"ntasgd": True, "lr_decay": None, "epochs": 1, "eval_every": 10},
     ],
 )
 def test_knobs_with_an_effect_are_taken(settings):
