@@ -146,8 +146,8 @@ def _say_whether_averaging_starts(trainer: Trainer) -> None:
     if optim.ntasgd and not has_started and training.eval_every is None and training.epochs <= may_stall:
         LOGGER.log(
             NOTICE,
-            "--ntasgd: the weights are not averaged, for training ends after %d epochs (--epochs), and averaging starts "
-            "after epoch %d at the earliest (--nonmono %d)",
+            "--ntasgd: the weights are not averaged, for training ends after %d epochs (--epochs), and averaging "
+            "starts after epoch %d at the earliest (--nonmono %d)",
             training.epochs,
             may_stall,
             optim.nonmono,
