@@ -51,6 +51,9 @@ def backward_through_head(
 ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
     """Loss of a window, its gradient added to the head's parameters, and its gradient by the head's features.
 
+    The parameters' ``grad_req`` is ``"add"``, as `LanguageModel.initialize_parameters` leaves it; otherwise that of the
+    last chunk of rows is all that stays.
+
     Parameters
     ----------
     head : Head or SampledSoftmax
@@ -89,7 +92,7 @@ def backward_through_model(
     sample: SampledSoftmax | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[mx.nd.NDArray, State]:
-    """Loss of a window, and its gradient added to the model's.
+    """Loss of a window, and its gradient added to the model's, whose ``grad_req`` is ``"add"``.
 
     Parameters
     ----------

@@ -6,8 +6,8 @@ import math
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, of a mean negative log-likelihood in nats; infinite where that is beyond a float."""
-    return math.exp(loss) if loss < 709 else math.inf
+    """``exp(loss)``, of a mean negative log-likelihood in nats; infinite where that is beyond a float, NaN of NaN."""
+    return math.inf if loss >= 709 else math.exp(loss)
 
 
 def finite_or_none(number: float) -> float | None:

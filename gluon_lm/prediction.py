@@ -21,6 +21,8 @@ from .models import LanguageModel, State
 class Predictor(ABC):
     """A language model that is ready for use on one device: a run of ours, or an exported folder.
 
+    One thread uses it at a time; `gluon_lm.serving.engine.Engine` serves many.
+
     Attributes
     ----------
     vocabulary : Vocabulary
@@ -149,4 +151,6 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
     if name is not None and is_exported(Path(name)):
         return load_exported(name, device)
     model, vocabulary, config, _ = load_model(name, device)
+    for parameter in model.named_parameters().values():
+        parameter.grad_req = "null"  # which frees the gradients
     return ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device)

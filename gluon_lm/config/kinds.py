@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import os
 import reprlib
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def integer(low: int = 1, high: int | None = None) -> Kind:
     """Whole numbers from `low` to `high`, both included."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, str)):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, str)):
             raise TypeError
         number = int(value)
         if number < low or (high is not None and number > high):
@@ -64,7 +65,7 @@ def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
     """Finite numbers in [low, below), or in (low, below) where `above` is set."""
 
     def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
             raise TypeError
         number = float(value)
         if not math.isfinite(number) or number < low or (above and number == low) or number >= below:
@@ -105,7 +106,11 @@ def text(metavar: str) -> Kind:
 def pathname(metavar: str) -> Kind:
     """A name or a path. The ``~`` of ``--save=~/run``, which a shell leaves, and that of YAML is the user's home."""
     one = text(metavar).read
-    return Kind(lambda value: os.path.expanduser(one(value)), "a name or a path", metavar)
+
+    def read(value: Any) -> str:
+        return os.path.expanduser(one(os.fspath(value) if isinstance(value, os.PathLike) else value))
+
+    return Kind(read, "a name or a path", metavar)
 
 
 def pathnames(*counts: int, rule: str, metavar: str) -> Kind:
@@ -113,9 +118,9 @@ def pathnames(*counts: int, rule: str, metavar: str) -> Kind:
     one = pathname(metavar).read
 
     def read(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, (str, list, tuple)):
+        if not isinstance(value, (str, os.PathLike, list, tuple)):
             raise TypeError
-        items = tuple(one(item) for item in ([value] if isinstance(value, str) else value))
+        items = tuple(one(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
         if len(items) not in counts:
             raise ValueError
         return items

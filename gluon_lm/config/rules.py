@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from .kinds import read_value, show
+from .kinds import show
 from .sections import TAIL_FACTOR, Config, DeviceConfig, fields_by_name, flag_of, get
 
 
@@ -104,7 +104,7 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
 
 
 def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
-    """Every rule that `config` breaks, a line each; empty if it is sound.
+    """Every rule between its fields that `config` breaks, a line each; empty if it is sound.
 
     Parameters
     ----------
@@ -112,14 +112,8 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
         Where each value comes from, as in `Resolved`, to name it in the messages.
     """
     sources = sources or {}
-    problems: list[str] = []
-    for name, declared in fields_by_name().items():
-        read_value(declared, get(config, name), flag_of(name), problems)
-    if problems:
-        return problems
-
     count = device_count(config)
-    problems += share_problems(config, count or 1, sources)
+    problems = share_problems(config, count or 1, sources)
     if config.data.vocab is not None:
         for name in ("min_freq", "max_vocab"):
             if get(config, name) is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import ConfigError
 from .kinds import (
     ascending,
     choice,
@@ -22,6 +23,7 @@ from .kinds import (
     optional,
     pathname,
     pathnames,
+    read_value,
     real,
     show,
     switch,
@@ -40,7 +42,22 @@ TAIL_FACTOR = 4  # by which the vectors of each group of rarer words are narrowe
 
 @dataclass(frozen=True)
 class Section:
-    """Base of the dataclasses whose fields are made with `option`."""
+    """Base of the dataclasses whose fields are made with `option`, and hold what these read of the values given.
+
+    Raises
+    ------
+    ConfigError
+        For values that break their rules, all of them.
+    """
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for declared in dataclasses.fields(self):
+            label = f"{type(self).__name__}.{declared.name}"
+            value = read_value(declared, getattr(self, declared.name), label, problems)
+            object.__setattr__(self, declared.name, value)
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass(frozen=True)
@@ -234,7 +251,10 @@ class OptimConfig(Section):
 
     optimizer: str = option("sgd", choice(*OPTIMIZER_LR), "update rule")
     lr: float = option(
-        OPTIMIZER_LR["sgd"], real(0, above=True), "learning rate at the start (adam: 0.001)", "learning_rate"
+        None,
+        optional(real(0, above=True)),
+        "learning rate at the start (default: 20 for sgd, 0.001 for adam)",
+        "learning_rate",
     )
     lr_decay: float | None = option(
         None,
@@ -277,6 +297,11 @@ class OptimConfig(Section):
     small_batch_size: int | None = option(
         None, optional(integer(), -1), "streams worked on at once, their gradients added up over the batch"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr is None:
+            object.__setattr__(self, "lr", OPTIMIZER_LR[self.optimizer])
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ class Vocabulary:
             file.write(self._as_bytes())
 
     def encode(self, words: Iterable[str]) -> np.ndarray:
-        """Ids of words, int32; that of ``<unk>`` for words that are not known."""
+        """Ids of words, int32; that of ``<unk>`` for words that are not known. `TypeError` for a text in one piece."""
+        if isinstance(words, str):
+            raise TypeError(f"{words[:40]!r}: is a text and not words; split it, as by text.split()")
         find, unk = self.ids.get, self.unk_id
         return np.array([find(word, unk) for word in words], dtype=np.int32)
 

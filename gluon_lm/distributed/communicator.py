@@ -11,6 +11,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from ..errors import DistributedError
+
 
 class Communicator(ABC):
     """The devices of this process, and the processes that train beside it.
@@ -43,7 +45,17 @@ class Communicator(ABC):
         return self.size * len(self.devices)
 
     def shares(self, batch_size: int) -> list[slice]:
-        """The columns of a batch that each device of this process takes; the number of devices divides it."""
+        """The columns of a batch that each device of this process takes.
+
+        Raises
+        ------
+        DistributedError
+            If the batch cannot be shared out evenly.
+        """
+        if batch_size % self.num_devices:
+            raise DistributedError(
+                f"a batch of {batch_size} streams on {self.num_devices} devices: must be a multiple of their number"
+            )
         width = batch_size // self.num_devices
         first = self.rank * len(self.devices)
         return [slice(i * width, (i + 1) * width) for i in range(first, first + len(self.devices))]
@@ -115,6 +127,11 @@ class Communicator(ABC):
 
 class SingleDevice(Communicator):
     """One device, one process: nothing to communicate."""
+
+    def __init__(self, devices: list[mx.Context]) -> None:
+        if len(devices) != 1:
+            raise DistributedError(f"{len(devices)} devices: must be one; for several there is KVStoreCommunicator")
+        super().__init__(devices)
 
     @property
     def description(self) -> str:

@@ -26,7 +26,7 @@ class NeuralCache:
     With the hidden vectors ``h_i``, those that the head is given, and the word ``x_(i+1)`` that follows each,
     ``p_cache(w) = sum of softmax_i(theta h_t . h_i) over the i with x_(i+1) = w``, i being the last `window` positions
     before t or as many as there are, and ``p(w) = (1 - weight) p_model(w) + weight p_cache(w)``. The first word of the
-    text, before which there is nothing, is the model's alone.
+    text, before which there is nothing, is the model's alone. One object is for one text, read as one stream.
 
     On the model's device it keeps the hidden vectors of the last `window` positions and of the model's window, and
     works with a few arrays of at most 512 x (window + 511) numbers, or of 64 MiB where that is less.
@@ -40,9 +40,18 @@ class NeuralCache:
         frequencies in the window.
     weight : float
         Lambda, in [0, 1): the cache's share of the probability.
+
+    Raises
+    ------
+    ValueError
+        For a parameter out of its bounds.
     """
 
     def __init__(self, window: int, theta: float, weight: float) -> None:
+        if window < 1 or not 0 <= theta < math.inf or not 0 <= weight < 1:
+            raise ValueError(
+                f"window {window}, theta {theta:g}, weight {weight:g}: must be 1 or more, 0 or more, and in [0, 1)"
+            )
         self._window, self._theta, self._weight = window, theta, weight
         self._hidden_MH: mx.nd.NDArray | None = None
         self._next_words_M: mx.nd.NDArray | None = None
@@ -51,8 +60,11 @@ class NeuralCache:
     def losses(self, head: Head, hidden_TNH: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
         """Negative log-likelihood, in nats, of the targets of the next window of the one stream: shape (R,).
 
-        They are remembered with their hidden vectors, so each window is given once, and in order.
+        They are remembered with their hidden vectors, so each window is given once, and in order. `ValueError` for more
+        than one stream.
         """
+        if hidden_TNH.shape[1] != 1:
+            raise ValueError(f"{hidden_TNH.shape[1]} streams: the cache reads one; evaluate with num_streams=1")
         losses_R = target_losses(head, hidden_TNH, targets_R)
         hidden_MH, next_words_M = hidden_TNH.reshape((-1, hidden_TNH.shape[-1])), targets_R
         if self._hidden_MH is not None:

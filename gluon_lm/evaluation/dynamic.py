@@ -26,7 +26,7 @@ from ..logs import LOGGER
 from ..losses import backward_through_model
 from ..models import LanguageModel
 from ..progress import progress_bar
-from .static import Evaluation
+from .static import Evaluation, check_ids
 
 _FORMAT = 1
 _NUM_WINDOWS = "num_windows"
@@ -90,7 +90,7 @@ def gradient_statistics(
     TrainingDiverged
         If a loss is not finite.
     """
-    _check_ids(model, ids)
+    check_ids(model, ids)
     if len(ids) < batch_size * bptt:
         raise DataError(
             f"{len(ids)} training tokens are less than one window for each stream, --batch-size {batch_size} x --bptt "
@@ -182,7 +182,7 @@ def dynamic_evaluate(
     TrainingDiverged
         If the loss stops being finite.
     """
-    _check_ids(model, ids)
+    check_ids(model, ids)
     reader = _Reader(model, device, 1, f"the learning rate is likely too high: lower --lr (now {lr:g})")
     trained = {name: parameter.data(device) for name, parameter in model.named_parameters().items()}
     root_squares = statistics.root_squares(of_mean)
@@ -274,14 +274,6 @@ class _Reader:
         if not math.isfinite(loss_sum):
             raise TrainingDiverged(f"window {self._num_windows}: the loss is {loss_sum:g}, not finite; {self._advice}")
         self._loss_sum += loss_sum
-
-
-def _check_ids(model: LanguageModel, ids: np.ndarray) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < model.vocab_size:
-        raise DataError(
-            f"word ids from {ids.min()} to {ids.max()}: must be from 0 to {model.vocab_size - 1}, as the model knows "
-            f"{model.vocab_size} words; encode the text with its vocabulary"
-        )
 
 
 # ---------------------------------------------------------------- the statistics on disk

@@ -13,6 +13,7 @@ import mxnet as mx
 import numpy as np
 
 from ..data.windows import Streams
+from ..errors import DataError
 from ..inputs import copy_inputs
 from ..losses import target_losses
 from ..metrics import perplexity
@@ -96,7 +97,15 @@ def evaluate(
     window_losses : callable, optional
         Takes the head, the hidden vectors (T, N, H) of each window in turn and its targets (R,), and gives their
         losses (R,), in nats; by default those of the model alone.
+
+    Raises
+    ------
+    DataError
+        If there are no ids, or some that are none of the model's vocabulary.
     """
+    check_ids(model, ids)
+    if num_streams < 1:
+        raise ValueError(f"num_streams {num_streams}: must be 1 or more")
     num_streams = min(num_streams, len(ids))
     streams = Streams(ids, num_streams, eos)
     bptt = bptt or max(1, ROWS_PER_WINDOW // num_streams)
@@ -114,6 +123,23 @@ def evaluate(
             pending = losses_R
             bar.update(window.num_targets)
     return Evaluation(total + _sum(pending), len(ids))
+
+
+def check_ids(model: LanguageModel, ids: np.ndarray) -> None:
+    """Make sure that `ids` are words of the model, which MXNet does not: it takes the nearest id that is.
+
+    Raises
+    ------
+    DataError
+    """
+    if not len(ids):
+        raise DataError("there are no words to read; give a text that has some")
+    lowest, highest = np.min(ids), np.max(ids)
+    if not 0 <= lowest <= highest < model.vocab_size:
+        raise DataError(
+            f"word ids from {lowest} to {highest}: must be from 0 to {model.vocab_size - 1}, as the model knows "
+            f"{model.vocab_size} words; encode the text with its vocabulary"
+        )
 
 
 def _sum(losses_R: mx.nd.NDArray | None) -> float:

@@ -5,6 +5,7 @@ Shapes: N streams, V vocabulary, B blocks of C words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,17 +29,22 @@ class Sampling:
     Attributes
     ----------
     temperature : float
-        Words are drawn from ``p(word)^(1 / temperature)``, normalised; below `LOWEST_TEMPERATURE` the likeliest is
-        taken.
+        0 or more. Words are drawn from ``p(word)^(1 / temperature)``, normalised; below `LOWEST_TEMPERATURE` the
+        likeliest is taken.
     top_k : int, optional
-        Only from the k likeliest words (Fan et al. 2018, "Hierarchical Neural Story Generation"), equally likely ones
-        with them.
+        Only from the k likeliest words, 1 or more (Fan et al. 2018, "Hierarchical Neural Story Generation"), equally
+        likely ones with them.
     top_p : float, optional
         Only from the fewest likeliest words that together have at least this probability, at this temperature, equally
-        likely ones with them; 1 leaves out none (nucleus sampling; Holtzman et al. 2020, "The Curious Case of Neural
-        Text Degeneration").
+        likely ones with them; above 0, and 1 leaves out none (nucleus sampling; Holtzman et al. 2020, "The Curious Case
+        of Neural Text Degeneration").
     suppress_unk : bool
         Never write ``<unk>``.
+
+    Raises
+    ------
+    ValueError
+        For a value out of its bounds.
     """
 
     temperature: float = 1.0
@@ -47,6 +53,13 @@ class Sampling:
     suppress_unk: bool = False
 
     def __post_init__(self) -> None:
+        for name, value, is_right, rule in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "1 or more"),
+            ("top_p", self.top_p, self.top_p is None or self.top_p > 0, "above 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} {value}: must be {rule}")
         if self.temperature < LOWEST_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
         if self.top_p is not None and self.top_p >= 1:

@@ -14,6 +14,7 @@ whose target is in one group.
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
@@ -50,17 +51,18 @@ class Head(gluon.HybridBlock):
         super().__init__(**kwargs)
         self.vocab_size = self.logits_width = vocab_size
         self.products = Products()
-        self._room: dict[mx.Context, mx.nd.NDArray] = {}
+        self._of_thread = threading.local()
 
     def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
-        """An array (S, V), or of another `width`, on a device. All calls share its memory.
+        """An array (S, V), or of another `width`, on a device. All calls from one thread share its memory.
 
         It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
         old place.
         """
-        room, width = self._room.get(device), width or self.logits_width
+        rooms: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
+        room, width = rooms.get(device), width or self.logits_width
         if room is None or room.size < num_softmaxes * width:
-            room = self._room[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
+            room = rooms[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
         return _corner(room, num_softmaxes, width)
 
     def draw(self, rng: np.random.Generator) -> SampledSoftmax | None:

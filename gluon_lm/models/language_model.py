@@ -188,6 +188,9 @@ class LanguageModel(gluon.HybridBlock):
         decoder bias 0. ``xavier`` (MXNet's example): embedding U(-0.1, 0.1), every other matrix U(-a, a) with
         a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale
         1 and shift 0, but 1 for the forget gate.
+
+        Gradients are added up from now on (``grad_req`` ``"add"``): a training loop of one's own clears them before
+        each step, by ``model.collect_params().zero_grad()``.
         """
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
@@ -202,7 +205,7 @@ class LanguageModel(gluon.HybridBlock):
                 beat()
             for device in devices[1:]:
                 values.copyto(parameter.data(device))
-            parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
+            parameter.grad_req = "add"
 
     def _initial_bound(self, name: str, shape: tuple[int, ...]) -> float:
         if name == "encoder.embedding.weight":

@@ -40,6 +40,8 @@ def check_half_precision(kind: str, device: mx.Context) -> None:
     ConfigError
         Naming what it lacks.
     """
+    if kind not in DTYPES:
+        raise ConfigError(f"{kind}: must be one of {', '.join(DTYPES)}")
     on_cpu = device.device_type.startswith("cpu")
     if kind == "float16" and on_cpu:
         raise ConfigError(

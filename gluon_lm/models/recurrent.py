@@ -63,8 +63,8 @@ class WeightDropLayer(gluon.HybridBlock):
             self.i2h_weight = self.params.get("i2h_weight", shape=(self.num_rows, input_size))
             self.h2h_weight = self.params.get("h2h_weight", shape=(self.num_rows, hidden_size))
             if has_biases:
-                self.i2h_bias = self.params.get("i2h_bias", shape=(self.num_rows,))
-                self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,))
+                self.i2h_bias = self.params.get("i2h_bias", shape=(self.num_rows,), init="zeros")
+                self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,), init="zeros")
 
     def drop_weights(self, F, i2h_weight, h2h_weight):
         """The matrices of one window."""
@@ -131,7 +131,8 @@ class UnrolledLSTMLayer(WeightDropLayer):
             with self.name_scope():
                 for name in ("input", "forget", "candidate", "output", "cell"):
                     for vector in (f"{name}_scale", f"{name}_shift"):
-                        setattr(self, vector, self.params.get(vector, shape=(hidden_size,)))
+                        start = "ones" if vector.endswith("scale") or vector == "forget_shift" else "zeros"
+                        setattr(self, vector, self.params.get(vector, shape=(hidden_size,), init=start))
 
     def hybrid_forward(self, F, inputs_TNI, hidden_1NH, cell_1NH, i2h_weight, h2h_weight, **vectors):
         """Return ``(outputs_TNH, hidden_1NH, cell_1NH)``."""

@@ -46,6 +46,7 @@ class SGD(mx.optimizer.Optimizer):
             lr=self._get_lr(index),
             wd=self._get_wd(index),
             rescale_grad=self.rescale_grad,
+            clip_gradient=-1 if self.clip_gradient is None else self.clip_gradient,  # -1: no bound
         )
         if rows is not None:
             set_rows(weight, rows, found)

@@ -40,7 +40,7 @@ class Closed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TextRequest:
-    """What one text is to be.
+    """What one text is to be. `ValueError` for a text of no words.
 
     Attributes
     ----------
@@ -63,6 +63,10 @@ class TextRequest:
     prompt: Sequence[str] | None = None
     stop_at_eos: bool = False
 
+    def __post_init__(self) -> None:
+        if self.num_words < 1:
+            raise ValueError(f"num_words {self.num_words}: must be 1 or more")
+
 
 class _Text:
     """A text at work: its last word, which is its next input, and where its random numbers come from."""
@@ -80,8 +84,9 @@ class _Text:
 class Engine:
     """Writes texts and scores lines for many callers at once.
 
-    Use it as a context manager. `generate` and `score` may be called from any thread; cancelling the future that they
-    return frees what it held before the next step.
+    Use it as a context manager, once; what is unfinished when the block is left is given up with `Closed`. `generate`
+    and `score` may be called from any thread; cancelling the future that they return frees what it held before the next
+    step.
 
     Parameters
     ----------
@@ -158,7 +163,8 @@ class Engine:
         ----------
         requests : sequence of TextRequest
         on_word : callable, optional
-            Takes the place of a text in `requests` and its next word, in the engine's thread: it must be quick.
+            Takes the place of a text in `requests` and its next word, in the engine's thread: it must be quick. What it
+            raises ends that text and becomes the error of its future.
 
         Returns
         -------
@@ -207,7 +213,13 @@ class Engine:
     def _accept(self, futures: Sequence[Future[Any]], begin: Callable[[], None]) -> None:
         with self._changed:
             if self._is_closing or not self.is_alive:
-                raise Closed("the server is stopping" if self._is_closing else "the engine has stopped")
+                raise Closed(
+                    "the server is stopping"
+                    if self._is_closing
+                    else "the engine has not started; use it as a context manager"
+                    if self._thread.ident is None
+                    else "the engine has stopped"
+                )
             if len(self._unfinished) + len(futures) > self.capacity:
                 raise Busy
             self._unfinished.update(futures)
@@ -354,7 +366,12 @@ class Engine:
         text.words.append(self._vocabulary.words[word])
         self.num_words += 1
         if text.on_word is not None:
-            text.on_word(text.words[-1])
+            try:
+                text.on_word(text.words[-1])
+            except Exception as error:
+                if text.done.set_running_or_notify_cancel():
+                    text.done.set_exception(error)
+                return False
         has_ended = text.request.stop_at_eos and word == self._vocabulary.eos_id
         if len(text.words) < text.request.num_words and not has_ended:
             return True

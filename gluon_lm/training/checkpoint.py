@@ -17,7 +17,7 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint after comparing every file with its hash.
 
     Raises
@@ -199,6 +199,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     CheckpointError
         If a file is missing, unreadable or not as it was written.
     """
+    path = Path(path)
     state = verify_checkpoint(path)
     try:
         carried = _load_arrays(path / CARRIED)
@@ -349,23 +350,30 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     return model, vocabulary, config, path
 
 
-def load_parameters(model: LanguageModel, path: Path) -> None:
+def load_parameters(model: LanguageModel, path: str | Path) -> None:
     """Read a checkpoint's parameters into its own model, on all devices, one array after the other.
 
     Raises
     ------
     CheckpointError
-        If it is damaged.
+        If it is damaged, or another model's.
     """
+    path = Path(path)
     verify_checkpoint(path)
     parameters = model.named_parameters()
+    missing = dict.fromkeys(parameters)
     try:
         for name, array in read_arrays(path / PARAMETERS):
+            if name not in missing or parameters[name].shape != array.shape:
+                raise _of_another_model(path, [name])
             parameters[name].set_data(mx.nd.from_numpy(array))
+            del missing[name]
     except _UNREADABLE as error:
         if is_allocation_failure(error):
             raise
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+    if missing:
+        raise _of_another_model(path, list(missing))
 
 
 def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], origin: Path) -> None:
@@ -381,12 +389,16 @@ def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], or
         name for name, parameter in parameters.items() if parameter.shape != arrays[name].shape
     ]
     if differing:
-        raise CheckpointError(
-            f"{origin}: is of another architecture ({differing[0]} and {len(differing) - 1} more "
-            "parameters differ); use the flags that it was trained with"
-        )
+        raise _of_another_model(origin, differing)
     for name, parameter in parameters.items():
         parameter.set_data(arrays[name])
+
+
+def _of_another_model(origin: Path, differing: Sequence[str]) -> CheckpointError:
+    more = f" and {len(differing) - 1} more parameters differ" if len(differing) > 1 else " differs"
+    return CheckpointError(
+        f"{origin}: is of another architecture ({differing[0]}{more}); use the flags that it was trained with"
+    )
 
 
 def _remove_old(run: RunFolder, keep: int, best: Path) -> None:

@@ -98,6 +98,8 @@ class TrainingStep:
         self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
         self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
         self._parameters = list(model.named_parameters().values())
+        for parameter in self._parameters:
+            parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
         self._filled = FilledRows(model.named_parameters())
         is_alone = communicator.size == len(communicator.devices) == 1
         self._updates_rows = is_alone and isinstance(optimizer, SGD) and not optimizer.wd
@@ -130,9 +132,14 @@ class TrainingStep:
         Raises
         ------
         TrainingDiverged
-            When the loss is not finite, or the gradient where no scale of the loss can help. No parameter has changed
-            then.
+            When the loss is not finite, or the gradient where no scale of the loss can help. Neither parameters nor
+            states have changed then.
+
+        Notes
+        -----
+        MXNet's generators begin anew with each step, from a seed that `seed` and `step` decide.
         """
+        states = self.states
         mx.random.seed(step_seed(seed, step, self._communicator.rank))
         self._filled.clear()
         factor = 1.0 if self._loss_scale is None else self._loss_scale.factor(window.num_targets)
@@ -150,6 +157,7 @@ class TrainingStep:
         is_finite = np.isfinite(grad_norms_W).all()
         loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
         if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
+            self.states = states
             raise TrainingDiverged(
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
@@ -158,6 +166,7 @@ class TrainingStep:
             )
         if self._loss_scale is not None:
             if has_overflowed and self._loss_scale.is_smallest:
+                self.states = states
                 raise TrainingDiverged(
                     f"step {step + 1}: gradients overflow float16 however the loss is scaled; no parameter was changed "
                     f"by this step. Lower --lr (now {self.trainer.learning_rate:g}), or train without --amp"
@@ -179,7 +188,7 @@ class TrainingStep:
         A window that is longer than all before it takes more memory; done once at the start, that comes as no surprise
         after hours.
         """
-        states = None if self.states is None else list(self.states)
+        states = self.states
         self._filled.clear()
         self._forward_backward(window, seed=0, step=0, loss_scale=1.0)
         mx.nd.waitall()
@@ -207,10 +216,10 @@ class TrainingStep:
         batch_size = window.tokens_TN.shape[1]
         part_width = (self._small_batch_size or batch_size) // self._communicator.num_devices
         shares = self._communicator.shares(batch_size)
-        if self.states is None:
-            self.states = [
-                self._model.begin_state(share.stop - share.start, device) for share, device in zip(shares, devices)
-            ]
+        before = self.states or [
+            self._model.begin_state(share.stop - share.start, device) for share, device in zip(shares, devices)
+        ]
+        after: list[State] = []
         loss_sums = []
         filled: dict[str, list[np.ndarray]] = {}
         for i, (device, share) in enumerate(zip(devices, shares)):
@@ -220,7 +229,7 @@ class TrainingStep:
             for column in range(share.start, share.stop, part_width):
                 columns = window.columns(column, column + part_width)
                 start = column - share.start
-                states = [state[:, start : start + part_width] for state in self.states[i]]
+                states = [state[:, start : start + part_width] for state in before[i]]
                 if columns.num_targets:
                     penalties = partial(self._penalties, columns.num_targets, window)
                     inputs = self._inputs.take(window, column, column + part_width, device)
@@ -233,7 +242,8 @@ class TrainingStep:
                         for name, rows in self._model.gradient_rows(columns, sample).items():
                             filled.setdefault(name, []).append(rows)
                 parts.append(states)
-            self.states[i] = parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)]
+            after.append(parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)])
+        self.states = after
         self._filled.note(filled)
         return loss_sums
 

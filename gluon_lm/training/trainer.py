@@ -125,6 +125,7 @@ class Trainer:
         if optim.asgd:
             self._start_averaging()
         self._saved_step: int | None = None
+        self._has_run = False
         self._trackers: list[MetricsFile | TensorBoard] = []  # rank 0's
         self._agreed_signal = 0
 
@@ -157,6 +158,9 @@ class Trainer:
     def fit(self) -> int:
         """Train, then evaluate the best model on the test text.
 
+        This is done once: the model then holds its best parameters, and the communicator is closed. To go on, build
+        another trainer and `restore` the newest checkpoint.
+
         Returns
         -------
         int
@@ -167,7 +171,12 @@ class Trainer:
         TrainingDiverged
             The checkpoints are as they were before the step.
         OutOfMemory
+        RuntimeError
+            The second time.
         """
+        if self._has_run:
+            raise RuntimeError("this trainer has run; build another one and restore the newest checkpoint to go on")
+        self._has_run = True
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
         try:
             if self._communicator.is_primary:

@@ -12,7 +12,7 @@ from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
-from gluon_lm.errors import TrainingDiverged
+from gluon_lm.errors import DistributedError, TrainingDiverged
 from gluon_lm.inputs import InputCopies
 from gluon_lm.optim.norms import square_sums
 from gluon_lm.optim.optimizers import create_optimizer
@@ -639,3 +639,40 @@ def test_float16_on_the_gpu_loses_little_against_float32(settings):
     assert [r.loss_sum for r in results] == pytest.approx([r.loss_sum for r in train(whole_step, 20)], rel=0.01)
     for name, value in values_of(half, mx.gpu(0)).items():
         assert 1e-6 < relative_error(value, values_of(whole, mx.gpu(0))[name]) < 0.01, name
+
+
+# ---------------------------------------------------------------- what a caller may get wrong
+
+
+def test_gradients_add_up_whatever_the_model_was_initialised_for():
+    """MXNet's own default, grad_req 'write', would keep those of the last chunk, and the head's of a tied matrix."""
+    expected, expected_step = build_step(communicator_on(1), tied=True)
+    found, _ = build_step(communicator_on(1), tied=True)
+    for parameter in found.named_parameters().values():
+        parameter.grad_req = "write"
+    step = TrainingStep(found, create_optimizer(OptimConfig(lr=0.5)), communicator_on(1), None)
+    assert [result.grad_norm for result in train(step, 3)] == [result.grad_norm for result in train(expected_step, 3)]
+    for name, value in values_of(expected).items():
+        np.testing.assert_array_equal(values_of(found)[name], value)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_step_that_failed_leaves_the_states_of_before(num_devices):
+    model, step = build_step(communicator_on(num_devices))
+    first, second, *_ = Streams(text(), BATCH, EOS).windows(BPTT)
+    step(first, 3, 0)
+    before = [[state.asnumpy() for state in states] for states in step.states]
+    model.encoder.embedding.weight.set_data(model.encoder.embedding.weight.data(mx.cpu(0)) * np.nan)
+    with pytest.raises(TrainingDiverged):
+        step(second, 3, 1)
+    for states, expected in zip(step.states, before):
+        for state, values in zip(states, expected):
+            np.testing.assert_array_equal(state.asnumpy(), values)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    _, step = build_step(communicator_on(3))
+    with pytest.raises(DistributedError, match="a batch of 4 streams on 3 devices: must be a multiple"):
+        train(step, 1)
+    with pytest.raises(DistributedError, match="2 devices: must be one"):
+        SingleDevice([mx.cpu(0), mx.cpu(1)])

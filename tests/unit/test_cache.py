@@ -135,3 +135,11 @@ def test_a_text_of_one_word_has_no_cache():
     model, ids = build_model(), text()[:1]
     alone = reference.text_loss("lstm", values_of(model), ids, EOS)
     assert run(model, NeuralCache(5, 1.0, 0.9), ids).loss_sum == pytest.approx(alone, rel=1e-5)
+
+
+def test_several_streams_and_parameters_out_of_bounds_are_refused():
+    with pytest.raises(ValueError, match="2 streams: the cache reads one"):
+        evaluate(build_model(), text(), EOS, mx.cpu(0), num_streams=2, window_losses=NeuralCache(5, 1, 0.1).losses)
+    for window, theta, weight in ((0, 1, 0.1), (5, -1, 0.1), (5, math.nan, 0.1), (5, 1, 1.0), (5, 1, -0.1)):
+        with pytest.raises(ValueError, match="must be 1 or more, 0 or more, and in"):
+            NeuralCache(window, theta, weight)

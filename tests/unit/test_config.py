@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -401,7 +402,7 @@ def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
     path.write_text("hiden_size: 5\nlr: fast\nlr: 3\nnhid: 0\nhidden_size: 3\nqqqqqqqq: 1\n5: 6\n", encoding="utf-8")
     assert problems_of(resolve, config_file=path) == [
         f"{path} line 1: unknown key hiden_size; did you mean hidden_size?",
-        f"{path} line 2: lr: fast: must be a number above 0; for example 20",
+        f"{path} line 2: lr: fast: must be a number above 0, or none",
         f"{path} line 3: lr: given a second time, first in line 2; keep one of them",
         f"{path} line 4: nhid: 0: must be a whole number, 1 or more; for example 200",
         f"{path} line 5: hidden_size: given a second time, first in line 4; keep one of them",
@@ -782,13 +783,28 @@ def test_problems_name_the_recipe_or_file_of_a_value():
     ]
 
 
-def test_a_configuration_made_in_python_is_checked_as_well():
-    config = Config(model=ModelConfig(dropout=1.5, hidden_size=0), training=TrainingConfig(bptt=0))
-    assert validate(config) == [
-        "--hidden-size 0: must be a whole number, 1 or more; for example 200",
-        "--dropout 1.5: must be a number, 0 or more and below 1; for example 0.2",
-        "--bptt 0: must be a whole number, 1 or more; for example 35",
+def test_a_configuration_made_in_python_is_read_by_the_same_rules(tmp_path):
+    assert problems_of(ModelConfig, dropout=1.5, hidden_size=0) == [
+        "ModelConfig.hidden_size 0: must be a whole number, 1 or more; for example 200",
+        "ModelConfig.dropout 1.5: must be a number, 0 or more and below 1; for example 0.2",
     ]
+    assert problems_of(OptimConfig, ntasgd=1) == ["OptimConfig.ntasgd 1: must be true or false"]
+    assert problems_of(DataConfig, tokenizer="word")[0].endswith("did you mean words?")
+    made = Config(
+        data=DataConfig(data=tmp_path, data_dir=tmp_path),
+        model=ModelConfig(model="LSTM", hidden_size=np.int64(3), dropout=np.float32(0.5)),
+        optim=OptimConfig(optimizer="Adam", when=[3, 5], lr_decay=np.linspace(2, 3, 2)[0]),
+        training=TrainingConfig(bptt=np.int32(7)),
+    )
+    assert DataConfig(data="ptb").data == ("ptb",) and made.data.data == (str(tmp_path),)
+    assert (made.model.model, made.optim.optimizer, made.optim.when) == ("lstm", "adam", (3, 5))
+    assert read_config(made.to_yaml()) == made
+
+
+def test_a_learning_rate_is_that_of_the_optimiser_where_none_is_given():
+    assert [OptimConfig(optimizer=name).lr for name in ("sgd", "adam")] == [20.0, 0.001]
+    assert OptimConfig(optimizer="adam", lr=20).lr == 20.0
+    assert read_config("optimizer: adam\nlr: none").optim.lr == 0.001
 
 
 @pytest.mark.parametrize(

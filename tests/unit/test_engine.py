@@ -218,3 +218,28 @@ def test_a_failure_ends_what_was_running_and_nothing_else(engine):
     (future,) = engine.generate(REQUESTS[:1])
     assert future.result(PATIENCE) == written(predictor, REQUESTS[0])
     assert engine.is_ready
+
+
+def test_a_callback_that_fails_ends_its_own_text_alone(engine):
+    (other,) = engine.generate([TextRequest(30, seed=1)])
+
+    def fail(place, word):
+        raise KeyError("mine")
+
+    failing, spared = engine.generate(
+        [TextRequest(ENDLESS, seed=2), TextRequest(5, seed=3)], lambda place, word: place or fail(place, word)
+    )
+    with pytest.raises(KeyError, match="mine"):
+        failing.result(PATIENCE)
+    assert len(spared.result(PATIENCE)) == 5 and len(other.result(PATIENCE)) == 30
+    deadline = time.monotonic() + PATIENCE
+    while engine.num_live and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.num_live == 0
+
+
+def test_what_is_asked_wrongly_is_said():
+    with pytest.raises(ValueError, match="num_words 0: must be 1 or more"):
+        TextRequest(0)
+    with pytest.raises(Closed, match="has not started; use it as a context manager"):
+        Engine(Watched()).generate([TextRequest(1)])

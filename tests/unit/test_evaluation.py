@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mxnet as mx
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import reference
 from builders import VOCAB_SIZE, build_model, values_of
 
+from gluon_lm.errors import DataError
 from gluon_lm.evaluation.static import Evaluation, evaluate
 from gluon_lm.models import CELLS
 
@@ -94,3 +97,36 @@ def test_measures():
     assert result.perplexity == pytest.approx(8)
     assert result.bits_per_word == pytest.approx(3)
     assert Evaluation(loss_sum=1e9, num_tokens=1).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids: ids + 1, "word ids from 1 to 13: must be from 0 to 12"),
+        (lambda ids: ids - 1, "word ids from -1 to"),
+        (lambda ids: ids[:0], "there are no words to read"),
+    ],
+)
+def test_ids_of_another_vocabulary_and_a_text_without_words_are_refused(change, words):
+    with pytest.raises(DataError, match=words):
+        run(build_model(), change(np.append(text(), VOCAB_SIZE - 1)))
+
+
+def test_fewer_than_one_stream_is_refused():
+    with pytest.raises(ValueError, match="num_streams 0: must be 1 or more"):
+        run(build_model(), text(), num_streams=0)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other(monkeypatch):
+    """Each has its own room for logits: with one for all, a thread reads what another has written over it."""
+    monkeypatch.setattr("gluon_lm.losses.CHUNK_SOFTMAXES", 4)
+    model, texts = build_model(), [text(), text()[::-1].copy()]
+    expected = [run(model, ids).loss_sum for ids in texts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda ids: run(model, ids).loss_sum, texts * 10))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == pytest.approx(expected * 10, rel=1e-6)

@@ -321,3 +321,13 @@ def test_a_model_is_called_as_one_block():
     assert log_probs.shape == (1, 2, 5)
     assert len(states) == 4
     np.testing.assert_allclose(np.exp(log_probs.asnumpy()).sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_gluons_own_initialisation_knows_biases_and_normalisation(layer_norm):
+    model = LanguageModel(ModelConfig(embed_size=6, hidden_size=5, layer_norm=layer_norm), VOCAB_SIZE)
+    model.initialize(mx.init.Xavier())
+    for name, values in values_of(model).items():
+        if values.ndim == 1:
+            starts_at = float(name.endswith(("_scale", "forget_shift")))
+            assert (values == starts_at).all(), name

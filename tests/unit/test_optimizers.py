@@ -135,3 +135,10 @@ def test_learning_rate_can_change():
     take_step(trainer, parameters, 0)
     for old, new, gradient in zip(before, values(parameters), gradients(0).values()):
         np.testing.assert_allclose(new, old - 0.25 * gradient / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_elements_of_the_gradient_are_clipped_where_sgd_is_told_so():
+    weight, gradient = mx.nd.array([1, 2, 3]), mx.nd.array([5, -5, 0.25])
+    sgd = OPTIMIZERS["sgd"](learning_rate=2, clip_gradient=0.5)
+    sgd.update(0, weight, gradient, sgd.create_state(0, weight))
+    np.testing.assert_allclose(weight.asnumpy(), [1 - 1, 2 + 1, 3 - 0.5], rtol=1e-6)

@@ -122,3 +122,20 @@ def test_equally_likely_words_at_the_edge_are_all_kept():
     logits_V = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
     words = draw(np.tile(logits_V, (400, 1)), [Sampling(top_k=2)] * 400)
     assert set(words) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1},
+        {"temperature": np.nan},
+        {"temperature": np.inf},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": -1},
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))} .*: must be "):
+        Sampling(**values)

@@ -71,6 +71,11 @@ def test_encode_and_decode(words, others):
     assert vocabulary.decode(vocabulary.encode(others)) == [w if w in known else "<unk>" for w in others]
 
 
+def test_a_text_in_place_of_words_is_refused():
+    with pytest.raises(TypeError, match="'the cat': is a text and not words"):
+        Vocabulary(("<unk>", "<eos>", "the", "cat")).encode("the cat")
+
+
 def test_ids_out_of_range_are_refused():
     vocabulary = Vocabulary(("a", "<unk>", "<eos>"))
     for wrong in (3, -1):
