@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,11 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
 
+import mxnet as mx
 import numpy as np
 import pytest
 from processes import wait_for
 
 import gluon_lm
+from gluon_lm.errors import CheckpointError
+from gluon_lm.models import LanguageModel
+from gluon_lm.training.checkpoint import load_model, load_parameters
+from gluon_lm.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -384,6 +390,38 @@ def test_another_architecture_is_refused(project):
     config = project.path / "run/config.yaml"
     config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
     assert "run: is of another architecture (" in project.refused("train", "--resume", "run", "--epochs", 3)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 1}, {"num_layers": 3}, {"hidden_size": 9}, {"tied": True}], ids=str)
+def test_parameters_of_another_model_are_refused(project, change):
+    project.have_trained("run")
+    loaded, vocabulary, config, path = load_model(project.path / "run", mx.cpu())
+    same, other = (
+        LanguageModel(dataclasses.replace(config.model, **changed), len(vocabulary)) for changed in ({}, change)
+    )
+    for model in (same, other):
+        model.initialize_parameters(5, [mx.cpu()])
+    load_parameters(same, str(path))
+    for name, parameter in same.named_parameters().items():
+        expected = loaded.named_parameters()[name].data().asnumpy()
+        np.testing.assert_array_equal(parameter.data().asnumpy(), expected)
+    with pytest.raises(CheckpointError, match="is of another architecture"):
+        load_parameters(other, str(path))
+
+
+def test_a_trainer_runs_once(project, monkeypatch):
+    fit = Trainer.fit
+
+    def fit_twice(trainer):
+        code = fit(trainer)
+        with pytest.raises(RuntimeError, match="this trainer has run; build another one"):
+            fit(trainer)
+        return code
+
+    monkeypatch.setattr(Trainer, "fit", fit_twice)
+    project.train("run", "--max-steps", 3)
+    assert json.loads((project.path / "run/status.json").read_text())["state"] == "finished"
+    assert project.events("run")[-1]["event"] == "test"
 
 
 def test_a_learning_rate_holds_though_the_process_is_killed_before_it_wrote_a_checkpoint(project):
