@@ -126,6 +126,16 @@ def lacks_machine_code(gpu: Gpu, builds: Collection[str]) -> str | None:
     )
 
 
+def too_old_for_mxnet(driver: Driver) -> str | None:
+    """A line for a driver that names GPUs where MXNet, built for CUDA, sees none: it is older than its CUDA."""
+    if not driver.gpus:
+        return None
+    return (
+        f"NVIDIA's driver runs CUDA {driver.cuda or '?'}, older than that of this MXNet, which so sees none of its "
+        f"{len(driver.gpus)} GPUs; update the driver (CUDA 11.0 or later)"
+    )
+
+
 def reasons_against_gpus() -> dict[int, str]:
     """What `lacks_machine_code` says of each GPU here, by its number; nothing for those that may be used."""
     driver = query_driver()

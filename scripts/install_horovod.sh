@@ -14,6 +14,7 @@
 #   HOROVOD_WITH_MPI        1: for mpirun as well, which needs an MPI with its compiler (default: gloo alone, which needs
 #                           nothing but the network; horovodrun starts the workers by itself, or over ssh)
 #   HOROVOD_GPU_OPERATIONS  NCCL: GPUs add up their gradients by NCCL (default: by way of the host's memory)
+#   HOROVOD_NCCL_HOME       where NCCL is, with include and lib (default: the wheel that MXNet uses, if it is there)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -82,6 +83,15 @@ sed -i -e 's/ops_param->op_names/op_names/' \
     fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $operations"
 # horovodrun imports this to learn how it was built, and MXNet finds what newer numpy has not only after gluon_lm.
 sed -i '0,/^from /s//import gluon_lm\n&/' "$sources/horovod-$VERSION/horovod/mxnet/__init__.py"
+# The CUDA toolkit has no NCCL. That of MXNet's wheels has no link by the name that a linker looks for.
+if [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ] && [ -z "${HOROVOD_NCCL_HOME:-}${HOROVOD_NCCL_INCLUDE:-}" ]; then
+    nccl="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/nccl"
+    if [ -f "$nccl/lib/libnccl.so.2" ]; then
+        mkdir "$sources/nccl"
+        ln -s "$nccl/lib/libnccl.so.2" "$sources/nccl/libnccl.so"
+        export HOROVOD_NCCL_INCLUDE="$nccl/include" HOROVOD_NCCL_LIB="$sources/nccl" HOROVOD_NCCL_LINK=SHARED
+    fi
+fi
 mkdir "$sources/hook"  # the build asks a Python of its own about MXNet, which imports on newer numpy only after gluon_lm
 echo "import gluon_lm" >"$sources/hook/sitecustomize.py"
 HOROVOD_LOCAL_VERSION="$MENDED" PYTHONPATH="$sources/hook" \

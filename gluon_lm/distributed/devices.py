@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import mxnet as mx
 
 from ..config import DeviceConfig
 from ..errors import DistributedError
-from ..gpus import reasons_against_gpus
+from ..gpus import query_driver, reasons_against_gpus, too_old_for_mxnet
 from ..logs import LOGGER
 from .communicator import Communicator, SingleDevice
 from .control import LOCAL_WORKER_VARIABLE
 from .kvstore import KVStoreCommunicator
 
 
-def resolve_devices(config: DeviceConfig, every_gpu: bool = False, number: int = 0) -> list[mx.Context]:
-    """The contexts that the flags ask for; with none given, the first usable GPU, or each, or else one CPU context.
+def resolve_devices(config: DeviceConfig, streams: int | None = None, number: int = 0) -> list[mx.Context]:
+    """The contexts that the flags ask for; with none given, the first usable GPU, or else one CPU context.
+
+    With `streams` it is not the first usable GPU alone, but all of them, or the most that share so many streams evenly.
 
     Processes that share a machine share out its GPUs: where no flag names one, that of the process's `number` comes
     first, from the beginning again where there are fewer.
@@ -26,13 +29,13 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False, number: int =
     Raises
     ------
     DistributedError
-        For a GPU that is not there, or that this build of MXNet cannot use.
+        For a GPU that is not there, or that this build of MXNet cannot use, and a driver that does not work.
     """
     if config.cpus is not None:
         return [mx.cpu(i) for i in range(config.cpus)]
     if config.gpus is None and config.cuda is False:
         return [mx.cpu(0)]
-    num_gpus = mx.context.num_gpus()
+    num_gpus = _count_visible_gpus()
     reasons = reasons_against_gpus() if num_gpus else {}
     if config.gpus is not None:
         wanted = list(config.gpus)
@@ -46,16 +49,25 @@ def resolve_devices(config: DeviceConfig, every_gpu: bool = False, number: int =
         good = [i for i in range(num_gpus) if i not in reasons]
         in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
         usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
-        found = list(usable) if every_gpu else list(itertools.islice(usable, 1))
-        found = found or [mx.cpu(0)]
-        for reason in reasons.values():
+        found = list(usable if streams else itertools.islice(usable, 1)) or [mx.cpu(0)]
+        if streams and streams % len(found):
+            most = max(count for count in range(1, len(found)) if streams % count == 0)
+            LOGGER.warning(
+                "%d of %d GPUs are used, the most that share %d streams evenly (--batch-size, --small-batch-size); "
+                "--gpus names others",
+                most,
+                len(found),
+                streams,
+            )
+            del found[most:]
+        for reason in [*reasons.values(), *_reasons_against_driver(num_gpus)]:
             LOGGER.warning("%s. Going on with %s", reason, found[0])
         return found
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
         raise DistributedError(
             f"{flag}: MXNet sees {_count_gpus(num_gpus)} here; "
-            + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu())
+            + (f"use GPUs 0 to {num_gpus - 1}" if num_gpus else _how_to_go_without_gpu(_reasons_against_driver(0)))
         )
     devices = [mx.gpu(i) for i in wanted]
     for device in devices:
@@ -112,11 +124,32 @@ def _is_usable(gpu: mx.Context, reasons: Mapping[int, str]) -> bool:
         return False
 
 
+def _count_visible_gpus() -> int:
+    try:
+        return mx.context.num_gpus()
+    except mx.MXNetError as error:
+        what = next(iter(re.findall("cudaGetDeviceCount.*|CUDA: .*", str(error))), str(error).strip().splitlines()[-1])
+        raise DistributedError(
+            f"NVIDIA's driver does not work ({what.strip()}): see what nvidia-smi says, or go on with --cpus N"
+        ) from error
+
+
+def _reasons_against_driver(num_gpus: int) -> list[str]:
+    """What keeps an MXNet that is built for CUDA from all GPUs that the driver names."""
+    if num_gpus or not mx.runtime.Features().is_enabled("CUDA"):
+        return []
+    driver = query_driver()
+    reason = None if driver is None else too_old_for_mxnet(driver)
+    return [] if reason is None else [reason]
+
+
 def _count_gpus(num_gpus: int) -> str:
     return {0: "no GPU", 1: "one GPU"}.get(num_gpus, f"{num_gpus} GPUs")
 
 
-def _how_to_go_without_gpu() -> str:
+def _how_to_go_without_gpu(reasons: Sequence[str]) -> str:
+    if reasons:
+        return f"{reasons[0]}, or leave the flag out (--cpus N trains on the CPU)"
     if not mx.runtime.Features().is_enabled("CUDA"):
         return (
             "this MXNet is built for CPU: install gluon_lm[cu112], or leave the flag out (--cpus N trains on the CPU)"
@@ -167,15 +200,17 @@ COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator
 }
 
 
-def create_communicator(config: DeviceConfig, every_gpu: bool = False) -> Communicator:
+def create_communicator(config: DeviceConfig, streams: int | None = None) -> Communicator:
     """The devices of this process, and the other workers, joined as the flags say (KVStore ``device`` for several).
+
+    `streams` is as of `resolve_devices`; where there are other workers, it does not count.
 
     Raises
     ------
     DistributedError
         For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
     """
-    devices = resolve_devices(config, every_gpu and not config.has_workers, _number_on_machine(config))
+    devices = resolve_devices(config, None if config.has_workers else streams, _number_on_machine(config))
     if config.horovod:
         return COMMUNICATORS["horovod"](devices, config)
     if len(devices) > 1 or config.has_workers:

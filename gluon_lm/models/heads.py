@@ -331,7 +331,9 @@ class SampledSoftmax:
         correction = mx.nd.array(np.log(self.expected_V[ids]), ctx=device, dtype="float32")
         places = mx.nd.array(ids, ctx=device, dtype="int32")
         rows = mx.nd.Embedding(places, weight_VF, input_dim=weight_VF.shape[0], output_dim=weight_VF.shape[1])
-        return rows, mx.nd.take(bias_V, places) - correction
+        # Not `take`, whose gradient by a vector a single thread of the GPU adds up.
+        biases = mx.nd.Embedding(places, bias_V.reshape((-1, 1)), input_dim=bias_V.shape[0], output_dim=1)
+        return rows, biases.reshape((-1,)) - correction
 
 
 class AdaptiveHead(Head):

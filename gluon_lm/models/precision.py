@@ -25,7 +25,8 @@ from ..errors import ConfigError
 from ..runtime import cpu_flags
 
 DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
-_BLOCK = 1 << 20  # elements that are cast at a time where the whole would have to be kept
+# Elements that are cast at a time where the whole would have to be kept; on a GPU each piece takes a launch more.
+_BLOCK = {"cpu": 1 << 20, "gpu": 1 << 24}
 # For each number of rows that it meets, oneDNN keeps a float32 copy of the output of a half-precision product for good,
 # and windows of random length make many: so the forward pass is cut into pieces that come in few sizes.
 FORWARD_ROWS = 512
@@ -192,10 +193,10 @@ def _recorded(inputs_SE, weight_VE, bias_V, output_SV):
 
 def _add(half: mx.nd.NDArray, total: mx.nd.NDArray) -> None:
     """Add an array in half precision to a float32 one, in place."""
-    half, total = half.reshape((-1,)), total.reshape((-1,))
-    for start in range(0, total.size, _BLOCK):
-        block = total[start : start + _BLOCK]
-        block += mx.nd.amp_cast(half[start : start + _BLOCK], dtype="float32")
+    half, total, size = half.reshape((-1,)), total.reshape((-1,)), _BLOCK[total.context.device_type]
+    for start in range(0, total.size, size):
+        block = total[start : start + size]
+        block += mx.nd.amp_cast(half[start : start + size], dtype="float32")
 
 
 # ---------------------------------------------------------------- the encoder

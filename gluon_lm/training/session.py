@@ -125,7 +125,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
 def _join(command: TrainCommand) -> Communicator:
     """The devices and the other workers; of several, only the first speaks."""
     config = command.config
-    communicator = create_communicator(config.devices, every_gpu=device_count(config) is None)
+    shared = math.gcd(config.training.batch_size, config.optim.small_batch_size or 0)
+    communicator = create_communicator(config.devices, streams=None if device_count(config) else shared)
     if not config.training.tf32 and all(device.device_type != "gpu" for device in communicator.devices):
         raise DistributedError(
             f"--no-tf32: only GPUs compute in TF32, and this runs on {communicator.devices[0]}; leave it out, or give "

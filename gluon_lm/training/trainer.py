@@ -276,25 +276,33 @@ class Trainer:
         return stop.signal is not None and bool(self._agreed_signal or self._communicator.size == 1)
 
     def _check_agreement(self) -> None:
-        """Make sure that all workers have the same parameters.
+        """Make sure that all devices of all workers have the same parameters.
 
         Raises
         ------
         DistributedError
             If they have not.
         """
-        if self._communicator.size == 1:
+        if self._communicator.num_devices == 1:
             return
-        device = self._communicator.devices[0]
-        own = 0
+        devices = self._communicator.devices
+        own = [0] * len(devices)
         for parameter in self.model.named_parameters().values():
-            own = zlib.crc32(parameter.data(device).asnumpy(), own)
+            own = [zlib.crc32(parameter.data(device).asnumpy(), before) for device, before in zip(devices, own)]
         sums = self._communicator.gather_object(own)
-        others = [rank for rank, found in enumerate(sums) if found != sums[0]]
+        others = [rank for rank, found in enumerate(sums) if found[0] != sums[0][0]]
         if others:
             raise DistributedError(
                 f"step {self.state.step}: the parameters of worker {', '.join(map(str, others))} are not those of "
                 "worker 0; the checkpoints before are whole. A faulty machine or another build of MXNet is likely"
+            )
+        apart = sorted({i for found in sums for i, checksum in enumerate(found) if checksum != found[0]})
+        if apart:
+            named = ", ".join(str(devices[i]) for i in apart)
+            raise DistributedError(
+                f"step {self.state.step}: the parameters on {named} are not those on {devices[0]}; the checkpoints "
+                "before are whole. What is copied between these devices is likely damaged on its way: set "
+                "MXNET_ENABLE_GPU_P2P=0, or use --kvstore local"
             )
 
     def _take_step(self, stop: StopRequest) -> StepResult:

@@ -21,6 +21,7 @@ from gluon_lm.distributed import (
 from gluon_lm.distributed import devices as device_flags
 from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
 from gluon_lm.errors import DistributedError
+from gluon_lm.gpus import Driver, Gpu
 
 SHAPES = [(6, 4), (5,), (3, 2)]
 
@@ -362,7 +363,44 @@ def test_workers_share_out_the_gpus_that_are_good(monkeypatch):
     for flags in ({}, {"cuda": True}):
         taken = [device_flags.resolve_devices(DeviceConfig(**flags), number=number) for number in range(4)]
         assert taken == [[mx.gpu(1)], [mx.gpu(2)], [mx.gpu(1)], [mx.gpu(2)]]
-    assert device_flags.resolve_devices(DeviceConfig(), every_gpu=True) == [mx.gpu(1), mx.gpu(2)]
+    assert device_flags.resolve_devices(DeviceConfig(), streams=4) == [mx.gpu(1), mx.gpu(2)]
+
+
+def test_as_many_gpus_are_taken_as_share_the_streams_evenly(monkeypatch, caplog):
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 8)
+    monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
+    monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: True)
+    for streams, taken in ((16, 8), (12, 6), (15, 5), (7, 7), (11, 1)):
+        caplog.clear()
+        assert len(device_flags.resolve_devices(DeviceConfig(), streams=streams)) == taken
+        said = f"{taken} of 8 GPUs are used, the most that share {streams} streams evenly"
+        assert [said in record.getMessage() for record in caplog.records] == [True] * (taken < 8)
+
+
+@without_gpu
+def test_a_driver_that_does_not_work_or_is_too_old_is_named(monkeypatch, caplog):
+    def fail():
+        raise mx.MXNetError(
+            "Traceback:\n  Check failed: e == cudaSuccess (803 vs. 0) : CUDA: system has unsupported mix"
+        )
+
+    monkeypatch.setattr(mx.context, "num_gpus", fail)
+    with pytest.raises(
+        DistributedError, match=r"does not work \(CUDA: system has unsupported mix\): see what nvidia-smi"
+    ):
+        resolve_devices(DeviceConfig())
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 0)
+    monkeypatch.setattr(mx.runtime.Features, "is_enabled", lambda self, name: name == "CUDA")
+    old = Driver("10.2", [Gpu(0, "Tesla V100", (7, 0), 16 << 30)])
+    monkeypatch.setattr(device_flags, "query_driver", lambda: old)
+    assert resolve_devices(DeviceConfig()) == [mx.cpu(0)]
+    assert (
+        "driver runs CUDA 10.2, older than that of this MXNet" in caplog.text and "Going on with cpu(0)" in caplog.text
+    )
+    with pytest.raises(
+        DistributedError, match="--gpus 0: MXNet sees no GPU here; .* update the driver .* leave the flag"
+    ):
+        resolve_devices(DeviceConfig(gpus=(0,)))
 
 
 @without_gpu

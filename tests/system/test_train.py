@@ -409,6 +409,23 @@ def test_parameters_of_another_model_are_refused(project, change):
         load_parameters(other, str(path))
 
 
+def test_devices_whose_parameters_drift_apart_end_training(project, monkeypatch):
+    take_step = Trainer._take_step
+
+    def take_step_and_drift(trainer, stop):
+        result = take_step(trainer, stop)
+        if trainer.state.step == 5:
+            weights = next(iter(trainer.model.named_parameters().values())).data(mx.cpu(1))
+            weights += 1e-6
+        return result
+
+    monkeypatch.setattr(Trainer, "_take_step", take_step_and_drift)
+    monkeypatch.setattr("gluon_lm.training.trainer.CHECK_EVERY", 3)
+    line = project.refused("train", *project.training_flags, "--cpus", 2, "--save", "run", "--checkpoint-every", 4)
+    assert "step 6: the parameters on cpu(1) are not those on cpu(0); the checkpoints before are whole" in line
+    assert os.readlink("run/latest").endswith("step-4")
+
+
 def test_a_trainer_runs_once(project, monkeypatch):
     fit = Trainer.fit
 
