@@ -21,9 +21,11 @@ class DynamicOptions(Section):
     """How the model learns."""
 
     lamb: float = option(0.02, real(0), "pull back towards the trained parameters")
-    epsilon: float = option(0.001, real(0, above=True), "added to the root of the squared gradients, a divisor")
+    epsilon: float = option(
+        0.001, real(0, above=True), "added to the root of the squared gradients before dividing by it"
+    )
     lr: float = option(0.002, real(0, above=True), "learning rate")
-    ms: bool = option(False, switch(), "root of the mean of the squared gradients, and not of their sum")
+    ms: bool = option(False, switch(), "use the root of the mean of the squared gradients, not of their sum")
     bptt: int = option(5, integer(), "words in a window, which are predicted first and then learnt from")
     batch_size: int = option(100, integer(), "streams of the training text, for the squared gradients")
     max_batches: int | None = option(

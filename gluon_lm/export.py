@@ -20,7 +20,7 @@ class ExportOptions(Section):
     output: str | None = option(
         None,
         optional(pathname("DIR")),
-        "folder to write (default: there is none, so name one); an older export in it is replaced",
+        "folder to write, needed; an older export in it is replaced (default: none)",
     )
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
 

@@ -33,12 +33,14 @@ class GenerateOptions(Section):
     )
     top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
     top_p: float | None = option(
-        None, optional(real(0, 1, above=True)), "draw from the fewest words that have this probability together"
+        None,
+        optional(real(0, 1, above=True)),
+        "draw from the smallest set of likeliest words whose probabilities reach this sum",
     )
     greedy: bool = option(False, switch(), "take the likeliest word each time")
     no_unk: bool = option(False, switch(), "never write <unk>")
     stop_at_eos: bool = option(False, switch(), "end a text with its first line")
-    detokenize: bool = option(False, switch(), "write readable text, one line for each of the model's")
+    detokenize: bool = option(False, switch(), "write ordinary English text, line by line")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
     outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
     data: tuple[str, ...] | None = option(

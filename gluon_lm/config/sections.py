@@ -110,7 +110,7 @@ class ModelConfig(Section):
     cutoffs: tuple[int, ...] | None = option(
         None,
         optional(ascending(1, "word ids in rising order, each a whole number, 1 or more")),
-        "where each group of rarer words begins, whose vectors are four times narrower than those of the group before "
+        "first word id of each group of rarer words, whose vectors are a quarter as wide as those of the group before "
         "(adaptive softmax)",
     )
     last_hidden_size: int | None = option(
@@ -122,16 +122,16 @@ class ModelConfig(Section):
     dropout: float = option(
         0.2,
         real(0, 1),
-        "dropout on the last layer's output, and in the two places below where they are not given",
+        "dropout on the last layer's output; also what --dropout-input and --dropout-hidden are by default",
         keep="encoder_last_output_keep_prob",
     )
     dropout_input: float | None = option(
-        None, optional(real(0, 1)), "dropout on the embedded words", "dropouti", "dropout_i"
+        None, optional(real(0, 1)), "dropout on the embedded words (default: as --dropout)", "dropouti", "dropout_i"
     )
     dropout_hidden: float | None = option(
         None,
         optional(real(0, 1)),
-        "dropout between the layers",
+        "dropout between the layers (default: as --dropout)",
         "dropouth",
         "dropout_h",
         keep="encoder_dp_output_keep_prob",
@@ -259,13 +259,14 @@ class OptimConfig(Section):
     lr_decay: float | None = option(
         None,
         optional(real(1, above=True)),
-        "divide the learning rate by this when validation is not a new best; none: never (recipe lm: 4)",
+        "divide the learning rate by this whenever validation brings no new best; none: never (default: none, but 4 in "
+        "recipe lm)",
         "decay",
     )
     clip_norm: float | None = option(
         0.25,
         optional(real(0, above=True)),
-        "largest norm of the whole gradient; none: any",
+        "clip the norm of the whole gradient to this; none: do not clip",
         "clip",
         "grad_clip",
         "max_grad_norm",
@@ -278,7 +279,10 @@ class OptimConfig(Section):
         False, switch(), "average the weights from the first step on, and end when validation stops improving"
     )
     nonmono: int = option(
-        5, integer(), "validation stops improving when its loss is above the lowest that is older than this many"
+        5,
+        integer(),
+        "averaging starts, or --asgd ends, when the validation loss is above the lowest of those more than N evaluations "
+        "ago",
     )
     when: tuple[int, ...] | None = option(
         None,
@@ -315,7 +319,7 @@ class TrainingConfig(Section):
     tf32: bool = option(
         True,
         switch(),
-        "let GPUs of compute capability 8.0 and later round what float32 recurrent layers multiply to TF32",
+        "let GPUs of compute capability 8.0 or higher use TF32 in float32 recurrent layers",
     )
     amp: str = option(
         "none",
@@ -407,7 +411,8 @@ class RunOptions(Section):
     recipe: str | None = option(
         None,
         optional(text("NAME")),
-        "values to start from: lm, mxnet, demo, awd, mos or another file of configs/ (default: as the model asks)",
+        "values to start from: lm, mxnet, demo, awd, mos or another file of configs/ (default: lm, or what the model "
+        "calls for, awd or mos)",
     )
     print_config: bool = option(False, switch(), "print every value and where it comes from, and stop")
     dry_run: bool = option(False, switch(), "check everything and build the model, but do not train")
