@@ -23,7 +23,9 @@ class ServeOptions(Section):
     host: str = option("127.0.0.1", text("HOST"), "address to listen on; 0.0.0.0: all of this machine's")
     port: int = option(8000, integer(0, 65535), "port to listen on; 0: any that is free")
     root_path: str | None = option(
-        None, optional(text("PATH")), "path prefix under which a proxy forwards requests; a form may be sent to any path below it"
+        None,
+        optional(text("PATH")),
+        "path prefix under which a proxy forwards requests; a form may be sent to any path below it",
     )
 
 

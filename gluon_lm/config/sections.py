@@ -281,8 +281,8 @@ class OptimConfig(Section):
     nonmono: int = option(
         5,
         integer(),
-        "averaging starts, or --asgd ends, when the validation loss is above the lowest of those more than N evaluations "
-        "ago",
+        "averaging starts, or --asgd ends, when the validation loss is above the lowest of those more than N "
+        "evaluations ago",
     )
     when: tuple[int, ...] | None = option(
         None,
