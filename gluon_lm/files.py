@@ -276,7 +276,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
         yield sys.stdout
     else:
         with atomic_write(path) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
             yield text
             text.detach()
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 1.1754944e-38, 3.4028235e38
+
 
 def key_of(name: str) -> str:
     """A name as flags have it: ``Hidden_Size`` -> ``hidden-size``."""
@@ -62,13 +64,15 @@ def integer(low: int = 1, high: int | None = None) -> Kind:
 
 
 def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
-    """Finite numbers in [low, below), or in (low, below) where `above` is set."""
+    """Numbers in [low, below), or in (low, below) where `above` is set; float32 must hold them, for MXNet."""
 
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
             raise TypeError
         number = float(value)
-        if not math.isfinite(number) or number < low or (above and number == low) or number >= below:
+        if abs(number) < _SMALLEST_FLOAT32:
+            number = 0.0
+        if not abs(number) <= _LARGEST_FLOAT32 or number < low or (above and number == low) or number >= below:
             raise ValueError
         return number
 

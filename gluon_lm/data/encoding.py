@@ -29,11 +29,12 @@ from .tokenizers import words_of
 from .vocabulary import UNK, Vocabulary
 
 # Part of every cache key: raise it when the same text and options come to give other ids, or other files.
-_FORMAT = 1
+_FORMAT = 2
 _BLOCK_TOKENS = 1 << 22
 _DTYPE = np.dtype("<i4")
 EMPTY = "{}: is empty; put text into it, or name another file"
 _BOM = b"\xef\xbb\xbf"
+_ARCHIVES = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1")  # gzip, zip, ..., Parquet
 
 # ---------------------------------------------------------------- text
 
@@ -154,6 +155,8 @@ def _decode(path: Path, position: int, block: bytes) -> str:
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
+        if position == 0 and block.startswith(_ARCHIVES):
+            raise DataError(f"{path}: is compressed, and no text; unpack it, and name what was in it") from error
         wrong = position + error.start
         line = sum(before.count(b"\n") for before in Span(path, 0, wrong).blocks()) + 1
         raise DataError(

@@ -8,30 +8,47 @@ must not look across white space, because text is handed to it in pieces that we
 from __future__ import annotations
 
 import re
+import sys
+import unicodedata
 from collections.abc import Callable
+from functools import cache
 
 from .vocabulary import EOS
 
 Tokenizer = Callable[[str], list[str]]
 
-# In order: special words; initials (U.S.); numbers with separators (1,234.56); words, also with
-# inner hyphens; what follows an apostrophe ('s, 't); runs of dashes and of dots; any other sign by itself.
-_WORDS = re.compile(
-    r"<unk>|<eos>"
-    r"|(?:[^\W\d_]\.){2,}"
-    r"|\d+(?:[.,]\d+)+"
-    r"|\w+(?:-\w+)*"
-    r"|(?<=\w)['’](?:s|t|re|ve|ll|d|m)\b"
-    r"|--+|\.\.+"
-    r"|[^\w\s]",
-    re.IGNORECASE,
-)
+_JOINERS = "\u00ad\u200c\u200d"  # the soft hyphen, and what Persian and Indic scripts have within words
+
+
+@cache
+def _word_pattern() -> re.Pattern[str]:
+    r"""What is one word of raw text; ``\w`` knows letters and digits, and not the marks that are written upon them.
+
+    In order: special words; initials (U.S.); numbers with separators (1,234.56); words, also with inner hyphens; what
+    follows an apostrophe ('s, 't); runs of dashes and of dots; any other sign by itself.
+    """
+    marks = _JOINERS + "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M")
+    word = rf"\w+(?:(?![\x00-\xac])[{marks}]+\w*)*"  # most text has none: seeing that must not take long
+    return re.compile(
+        r"(?i:<unk>|<eos>)"
+        r"|(?:[^\W\d_]\.){2,}"
+        r"|\d+(?:[.,]\d+)+"
+        rf"|{word}(?:-{word})*"
+        rf"|(?<=[\w{marks}])['’](?i:s|t|re|ve|ll|d|m)\b"
+        r"|--+|\.\.+"
+        r"|[^\w\s]"
+    )
+
+
+def _split_words(text: str) -> list[str]:
+    return _word_pattern().findall(text)
+
 
 TOKENIZERS: dict[str, Tokenizer] = {
     # Text whose words are set apart by white space already, as in the published corpora.
     "whitespace": str.split,
     # Raw English: punctuation is split from words, case is kept, nothing is dropped but white space.
-    "words": _WORDS.findall,
+    "words": _split_words,
 }
 
 

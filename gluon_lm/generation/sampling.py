@@ -220,8 +220,9 @@ class _Step(gluon.HybridBlock):
         if self._ways.num_sorted < self._vocab_size:
             return by_k_N1
         kept_NK = sorted_NK * F.broadcast_greater_equal(sorted_NK, by_k_N1)
-        total_N1 = F.sum(kept_NK, axis=-1, keepdims=True)
-        before_NK = F.cumsum(kept_NK, axis=1) - kept_NK
+        running_NK = F.cumsum(kept_NK, axis=1)
+        total_N1 = F.slice_axis(running_NK, axis=1, begin=-1, end=None)  # not the sum, which is rounded otherwise
+        before_NK = running_NK - kept_NK
         num_kept_N = F.sum(F.broadcast_lesser(before_NK, top_p_N1 * total_N1), axis=-1)
         by_p_N1 = F.pick(sorted_NK, F.maximum(num_kept_N - 1, 0), mode="clip", keepdims=True)
         return F.maximum(by_k_N1, by_p_N1)

@@ -36,6 +36,7 @@ from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
 
+_SMALLEST_LR = 1e-30  # MXNet's operators refuse what float32 does not hold; far above that no weight changes any more
 CHECK_EVERY = 100  # steps after which the workers compare their parameters
 
 
@@ -309,7 +310,8 @@ class Trainer:
         state, epoch = self.state, self._current_epoch()
         if not epoch.carries_state:
             self._step.states = None
-        self._step.trainer.set_learning_rate(state.lr * epoch.relative_length(state.window))
+        lr = state.lr * epoch.relative_length(state.window)
+        self._step.trainer.set_learning_rate(lr if lr > _SMALLEST_LR else 0)
         self._communicator.heartbeat(self.state.step)
         window = self._upcoming or epoch.window(state.window)
         self._upcoming = epoch.window(state.window + 1) if state.window + 1 < len(epoch) else None

@@ -676,3 +676,14 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
         train(step, 1)
     with pytest.raises(DistributedError, match="2 devices: must be one"):
         SingleDevice([mx.cpu(0), mx.cpu(1)])
+
+
+@pytest.mark.parametrize(("optimizer", "smallest"), [("sgd", 20 / 4**49), ("adam", 1e-30)])
+def test_the_optimisers_take_any_learning_rate_that_the_trainer_gives(optimizer, smallest):
+    model, step = build_step(communicator_on(1), optimizer=optimizer)
+    for lr in (smallest, 0):
+        step.trainer.set_learning_rate(lr)
+        before = values_of(model)
+        train(step, 1)
+        for name, value in values_of(model).items():
+            np.testing.assert_allclose(value, before[name], atol=1e-12)

@@ -487,6 +487,14 @@ def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_f
     assert project.run("evaluate", "run") == project.run("evaluate", "run/best")
 
 
+def test_a_learning_rate_that_has_all_but_vanished_ends_nothing(project):
+    flags = ("--lr", 1e-25, "--lr-decay", 1e9, "--eval-every", 2)
+    output = project.train("run", *flags, "--max-steps", 14)
+    assert [event["lr"] for event in project.events("run") if event["event"] == "valid"][-1] < 1e-45
+    assert "test ppl" in output
+    assert "test ppl" in project.run("train", "--resume", "run", "--max-steps", 20)
+
+
 def test_values_keep_their_origin_when_a_run_goes_on(project):
     project.train("run", "--max-steps", 5)
     before = (project.path / "run/config.yaml").read_text()

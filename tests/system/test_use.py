@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 
 import pytest
@@ -83,6 +84,12 @@ def test_the_references_flags_of_generation(run):
     )
     assert "| Generated 5/10 words" in output and "--data elsewhere: has no effect" in output
     assert len((run.path / "o.txt").read_text().split()) == 10
+
+
+def test_a_prompt_that_is_not_utf_8_is_written_as_it_can_be(run):
+    prompt = os.fsdecode(b"caf\xe9 a")
+    run.run("generate", "run", "--words", 10, "--prompt", prompt, "--outf", "latin.txt")
+    assert (run.path / "latin.txt").read_text().startswith("caf\\udce9 a ")
 
 
 @pytest.mark.parametrize(

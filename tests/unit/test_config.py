@@ -801,6 +801,12 @@ def test_a_configuration_made_in_python_is_read_by_the_same_rules(tmp_path):
     assert read_config(made.to_yaml()) == made
 
 
+@pytest.mark.parametrize("value", ["1e300", "1e-40", "inf", "nan"])
+def test_numbers_that_float32_does_not_hold_are_refused(value):
+    assert problems_of(read_config, f"lr: {value}")[0].endswith("must be a number above 0, or none")
+    assert read_config("weight_decay: 0").optim.weight_decay == 0
+
+
 def test_a_learning_rate_is_that_of_the_optimiser_where_none_is_given():
     assert [OptimConfig(optimizer=name).lr for name in ("sgd", "adam")] == [20.0, 0.001]
     assert OptimConfig(optimizer="adam", lr=20).lr == 20.0

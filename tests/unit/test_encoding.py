@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
 import shutil
@@ -169,7 +170,14 @@ def test_words_splits_raw_english():
     )
 
 
-@given(st.text(st.sampled_from(list("aB1é_.,-'’$<>()\t\n ")), max_size=40))
+@pytest.mark.parametrize(
+    "word", ["cafe\u0301", "हिन्दी", "مُحَمَّد", "สวัสดี", "co\u00adoperate", "می\u200cخواهم", "nai\u0308ve-cafe\u0301"]
+)
+def test_marks_upon_letters_are_part_of_their_word(word):
+    assert TOKENIZERS["words"](f"({word}'s {word}.)") == ["(", word, "'s", word, ".", ")"]
+
+
+@given(st.text(st.sampled_from(list("aB1é\u0301\u00ad_.,-'’$<>()\t\n ")), max_size=40))
 def test_words_loses_nothing_but_white_space_and_does_not_look_across_it(text):
     tokens = TOKENIZERS["words"](text)
     assert "".join(tokens) == "".join(text.split())
@@ -185,6 +193,7 @@ def test_words_loses_nothing_but_white_space_and_does_not_look_across_it(text):
         (b"", "is empty"),
         (b" \n\t\n\n", "has no words"),
         (b"one\ntwo caf\xe9 au lait\n", r"line 2: byte 0xe9 \(byte 11 of the file\) is not UTF-8"),
+        (gzip.compress(b"some words"), "is compressed, and no text; unpack it"),
         (b"\xef\xbb\xbfone\n\xff", r"line 2: byte 0xff \(byte 7 of the file\) is not UTF-8"),
         ("naïve\n".encode("utf-16"), "line 1: byte 0xff"),
     ],
