@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -29,13 +27,11 @@ from .heartbeat import beat
 if TYPE_CHECKING:
     import numpy as np
 
-LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
-# What file systems answer, those of clusters above all, that cannot synchronise a folder, or have no locks.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+# What file systems answer, those of clusters above all, that cannot synchronise a folder.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LONG_AGO_S = 24 * 3600  # longer than anything takes to be written
-_TRIES, _PAUSE = 20, 0.05  # seconds between two tries of a lock
-_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
@@ -194,10 +190,9 @@ def _is_credible(error: MemoryError, path: Path) -> bool:
 
 def exchange(one: Path, other: Path) -> None:
     """Swap the names of two folders, in one step where the system can."""
-    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
-        if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+        if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
             return
     except (AttributeError, OSError):
         pass  # an older C library; some network file systems refuse the call
@@ -279,81 +274,3 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
             text = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
             yield text
             text.detach()
-
-
-@contextlib.contextmanager
-def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock file `path`, which is made if need be and stays; raise `refusal` where another process holds it.
-
-    The kernel frees it when its holder dies. Where the file system has no locks, that is said, and nobody is refused.
-    """
-    with open(path, "ab") as file:
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                _lock(file.fileno(), is_needed=False)
-                break
-            except BlockingIOError:
-                if not tries_left:
-                    raise refusal from None
-                time.sleep(_PAUSE)  # `is_in_use` holds it for a moment as well
-        yield
-
-
-def _lock(descriptor: int, is_needed: bool) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if is_needed or error.errno not in _HAS_NO_LOCKS:
-            raise
-        LOGGER.warning(
-            "this file system has no locks (%s), so nothing keeps a second process from writing the same files",
-            error.strerror,
-        )
-
-
-def is_in_use(path: Path) -> bool | None:
-    """Whether a process, which is alive, has the `sole_use` of `path`; None where the file system has no locks."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno not in _HAS_NO_LOCKS:
-            raise
-        return None
-    return False
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, is_needed: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for whoever holds it. Its folder is made if need be.
-
-    The kernel frees it when its holder dies. The holder removes the file in the end, so one that was opened
-    before that is no longer the lock, and is opened again. Where the file system has no locks and one `is_needed`, that
-    is an `OSError`; else it is only said.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                _lock(descriptor, is_needed)
-            except BlockingIOError:
-                LOGGER.info("waiting for another process, which holds %s", path)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)

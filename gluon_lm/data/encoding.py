@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from ..files import BLOCK_BYTES, digest_of, exclusive_lock, file_hash, file_hashes, synchronise
+from ..files import BLOCK_BYTES, digest_of, file_hash, file_hashes, synchronise
 from ..heartbeat import beat
+from ..locks import exclusive_lock
 from ..logs import LOGGER
 from ..progress import progress_bar
 from .tokenizers import words_of

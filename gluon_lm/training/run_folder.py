@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, beside, exchange, is_in_use, sole_use
+from ..files import atomic_write, beside, exchange
+from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
 CHECKPOINT_PREFIX = "step-"
