@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command, train_parser
+from .cli import CommandParser, DebugOptions, normalise_argv, run_command
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
 from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
 from .logs import log_to_terminal
-from .train import settle
+from .train import parse_train, settle, train_parser
+from .training.command import TrainCommand
 from .training.run_folder import RunFolder, strip_model_suffix
 
 _KVSTORES = ("dist_sync", "dist_device_sync")

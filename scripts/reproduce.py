@@ -35,13 +35,13 @@ sys.path.insert(1, str(ROOT))  # gluon_lm of this source tree, installed or not
 
 from benchmarks.machine import version_of  # noqa: E402
 
-from gluon_lm.cli import parse_train  # noqa: E402
 from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
 from gluon_lm.files import atomic_write  # noqa: E402
 from gluon_lm.history import RunHistory, duration  # noqa: E402
 from gluon_lm.locks import exclusive_lock  # noqa: E402
 from gluon_lm.runtime import cpu_model  # noqa: E402
+from gluon_lm.train import parse_train  # noqa: E402
 from gluon_lm.training.run_folder import RunFolder  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"

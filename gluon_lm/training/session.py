@@ -14,7 +14,6 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..cli import TrainCommand
 from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
@@ -29,6 +28,7 @@ from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import CONFIG, STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
+from .command import TrainCommand
 from .run_folder import RunFolder, point
 from .trainer import Trainer
 

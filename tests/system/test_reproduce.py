@@ -16,8 +16,8 @@ import pytest
 import reproduce
 import yaml
 
-from gluon_lm.cli import parse_train
 from gluon_lm.finetune import parse_finetune
+from gluon_lm.train import parse_train
 
 pytestmark = pytest.mark.timeout(300)
 ROWS = reproduce.read_rows(reproduce.ROWS)

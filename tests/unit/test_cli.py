@@ -21,10 +21,12 @@ import gluon_lm
 from gluon_lm import launch
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
-from gluon_lm.cli import FIXED, FIXED_ON_RESUME, CommandParser, normalise_argv, parse_train, run_command, train_parser
+from gluon_lm.cli import CommandParser, normalise_argv, run_command
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError
 from gluon_lm.finetune import parse_finetune
+from gluon_lm.train import parse_train, train_parser
+from gluon_lm.training.command import FIXED, FIXED_ON_RESUME
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
 
@@ -904,7 +906,8 @@ def test_an_unknown_command_is_refused_by_the_process():
 def test_bad_flags_are_refused_by_the_process_without_mxnet():
     program = (
         "import sys; sys.modules['mxnet'] = None\n"
-        "from gluon_lm.cli import parse_train, run_command\n"
+        "from gluon_lm.cli import run_command\n"
+        "from gluon_lm.train import parse_train\n"
         "sys.exit(run_command(lambda argv: print(parse_train(argv).describe()) or 0))\n"
     )
     done = run_python("-c", program, "--nhid", "0", "--batch_sise", "3")
