@@ -14,7 +14,7 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
+from ..config import Config, DataConfig, DeviceConfig, OptimConfig, device_count, read_config, show, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator
 from ..errors import ConfigError, DistributedError
@@ -27,7 +27,16 @@ from ..memory import Need, check_need, explained, free_host_memory, training_nee
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
-from .checkpoint import CONFIG, STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
+from .checkpoint import (
+    CONFIG,
+    STATE,
+    VOCABULARY,
+    TrainingState,
+    load_checkpoint,
+    mend_links,
+    newest_checkpoint,
+    set_aside_after,
+)
 from .command import TrainCommand
 from .run_folder import RunFolder, point
 from .trainer import Trainer
@@ -106,7 +115,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
-        for idle in trainer.too_late(command.settings, optim_of_checkpoint):
+        for idle in _too_late(command, optim_of_checkpoint, trainer.state):
             LOGGER.log(NOTICE, "%s", idle)
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -205,6 +214,20 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
             )
     if problems:
         raise ConfigError(problems)
+
+
+def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) -> list[str]:
+    """What of the flags given to a resumed run is new to it and has no effect any more, a line each."""
+    settings, optim, lines = command.settings, command.config.optim, []
+    is_new = optim.when is not None and optim.when != before.when
+    if "when" in settings and is_new and max(optim.when or ()) <= state.epoch:
+        flag = f"{settings['when'].flag} {show(optim.when)}"
+        lines.append(f"{flag}: has no effect any more, {state.epoch} epochs are done; --lr sets the learning rate")
+    is_new = optim.nonmono != before.nonmono
+    if "nonmono" in settings and is_new and optim.ntasgd and state.averaging_since is not None:
+        flag = f"{settings['nonmono'].flag} {optim.nonmono}"
+        lines.append(f"{flag}: has no effect any more, the weights are averaged already")
+    return lines
 
 
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
