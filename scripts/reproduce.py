@@ -40,7 +40,7 @@ from gluon_lm.errors import GluonLMError  # noqa: E402
 from gluon_lm.files import atomic_write  # noqa: E402
 from gluon_lm.history import RunHistory, duration  # noqa: E402
 from gluon_lm.locks import exclusive_lock  # noqa: E402
-from gluon_lm.runtime import cpu_model  # noqa: E402
+from gluon_lm.processors import cpu_model  # noqa: E402
 from gluon_lm.train import parse_train  # noqa: E402
 from gluon_lm.training.run_folder import RunFolder  # noqa: E402
 

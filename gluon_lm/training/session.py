@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import math
 import reprlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import mxnet as mx
@@ -16,14 +15,14 @@ import numpy as np
 from .. import __version__
 from ..config import Config, DataConfig, DeviceConfig, OptimConfig, device_count, read_config, show, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
-from ..distributed import Communicator, create_communicator
+from ..distributed import Communicator, create_communicator, free_memory, merged_elements
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
 from ..logs import LOGGER, NOTICE, RESULT, fall_silent, log_to_file
 from ..losses import row_chunks
-from ..memory import Need, check_need, explained, free_host_memory, training_need
+from ..memory import Need, check_need, explained, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
@@ -151,7 +150,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     config = command.config
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
-    warning = check_need(need, _free_memory(communicator))
+    warning = check_need(need, free_memory(communicator.devices))
     if warning:
         LOGGER.warning("%s", warning)
     with explained(need):
@@ -254,26 +253,8 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,
-        merged=0 if on_cpu else _merged(list(sizes.values()), len(devices), config.devices),
+        merged=merged_elements(list(sizes.values()), devices, config.devices),
     )
-
-
-def _merged(sizes: Sequence[int], num_gpus: int, config: DeviceConfig) -> int:
-    """Elements that a KVStore which adds up on GPUs holds on one of them: a parameter's gradients of all, and the sum.
-
-    It deals the parameters out to the GPUs, and the largest one weighs most. Compressed, there is one more of it, and
-    what each GPU has not sent yet of all parameters.
-    """
-    if num_gpus == 1 or config.kvstore not in (None, "device", "dist_device_sync"):
-        return 0
-    return (num_gpus + 1) * max(sizes) + sum(sizes) if config.gctype == "2bit" else num_gpus * max(sizes)
-
-
-def _free_memory(communicator: Communicator) -> int | None:
-    """Of the device that has least; None: not known."""
-    if communicator.devices[0].device_type == "cpu":
-        return free_host_memory()
-    return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in communicator.devices))
 
 
 def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[str, object]:
