@@ -86,9 +86,9 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         corpus.train,
         eos,
         device,
-        options.bptt,
-        options.batch_size,
-        options.max_batches,
+        bptt=options.bptt,
+        batch_size=options.batch_size,
+        max_batches=options.max_batches,
         progress="squared gradients",
     )
     result = dynamic_evaluate(
@@ -97,11 +97,11 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         eos,
         device,
         statistics,
-        options.lamb,
-        options.epsilon,
-        options.lr,
-        options.bptt,
-        options.ms,
+        lamb=options.lamb,
+        epsilon=options.epsilon,
+        lr=options.lr,
+        bptt=options.bptt,
+        of_mean=options.ms,
         progress=split,
     )
     LOGGER.log(RESULT, "%s %s", split, result)

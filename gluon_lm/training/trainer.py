@@ -115,7 +115,7 @@ class Trainer:
             model,
             create_optimizer(optim),
             communicator,
-            optim.clip_norm,
+            clip_norm=optim.clip_norm,
             alpha=optim.alpha,
             beta=optim.beta,
             small_batch_size=optim.small_batch_size,

@@ -92,7 +92,7 @@ def train(communicator, name, spoil=False):
         for parameter in model.named_parameters().values():
             parameter.set_data(parameter.data() + communicator.rank)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    step = TrainingStep(model, optimizer, communicator, 0.3, alpha, beta)
+    step = TrainingStep(model, optimizer, communicator, clip_norm=0.3, alpha=alpha, beta=beta)
     # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
     ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
     windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []
