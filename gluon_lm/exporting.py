@@ -29,10 +29,10 @@ from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .progress import progress_bar
-from .training.checkpoint import CONFIG, Checkpoint, best_checkpoint, load_checkpoint, set_parameters
-from .training.run_folder import find_run
+from .training.checkpoint import Checkpoint, best_checkpoint, load_checkpoint, set_parameters
+from .training.run_folder import CONFIG, VOCABULARY, find_run
 
-SYMBOL, PARAMETERS, VOCABULARY, MANIFEST = "model-symbol.json", "model-0000.params", "vocab.txt", "manifest.json"
+SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 _FORMAT = 1
 _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 

@@ -33,11 +33,20 @@ from ..files import digest_of, file_hash, file_hashes, read_arrays, replaced_fol
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..models import LanguageModel
-from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, free_name, point
+from .run_folder import (
+    CHECKPOINT_PREFIX,
+    CONFIG,
+    PARAMETERS,
+    STATE,
+    VOCABULARY,
+    RunFolder,
+    checkpoint_step,
+    find_run,
+    free_name,
+    point,
+)
 
-PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
-OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
-STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
+UNAVERAGED, RESIDUALS, OPTIMIZER, CARRIED = "unaveraged.npz", "residuals.npz", "optimizer.npz", "carried.npz"
 TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}

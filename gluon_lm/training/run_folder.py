@@ -18,6 +18,10 @@ from ..files import atomic_write, beside, exchange
 from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
+# In a run; the first two are in each of its checkpoints as well.
+CONFIG, VOCABULARY = "config.yaml", "vocab.txt"
+METRICS, CHECKPOINTS, BEST, LATEST = "metrics.jsonl", "checkpoints", "best", "latest"
+STATE, PARAMETERS = "state.json", "parameters.npz"  # in a checkpoint
 CHECKPOINT_PREFIX = "step-"
 FINETUNED = "finetune_model"  # a run in a run
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
@@ -40,15 +44,15 @@ class RunFolder:
 
     def _lie_at(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.vocabulary = path / "vocab.txt"
+        self.config = path / CONFIG
+        self.vocabulary = path / VOCABULARY
         self.log = path / "log.txt"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.status = path / "status.json"
         self.tensorboard = path / "tensorboard"
-        self.checkpoints = path / "checkpoints"
-        self.best = path / "best"
-        self.latest = path / "latest"
+        self.checkpoints = path / CHECKPOINTS
+        self.best = path / BEST
+        self.latest = path / LATEST
         self._lock = path / ".lock"
 
     @classmethod
@@ -268,7 +272,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if not path.is_dir() and path != Path(name) and path.name == "model":
         path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
-        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/config.yaml"))  # as a mixture's are
+        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/{CONFIG}"))  # as a mixture's are
         hint = f"; did you mean {stamped[-1].parent}?" if stamped else ""
         raise CheckpointError(
             f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
@@ -277,8 +281,8 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
-    is_copy = checkpoint.name in ("best", "latest")  # of a run that was copied without its links
+    is_copy = checkpoint.name in (BEST, LATEST)  # of a run that was copied without its links
     folder = checkpoint.parent if is_copy else checkpoint.parent.parent
-    if (is_copy or checkpoint.parent.name == "checkpoints") and (folder / "config.yaml").is_file():
+    if (is_copy or checkpoint.parent.name == CHECKPOINTS) and (folder / CONFIG).is_file():
         return RunFolder(folder), checkpoint
     raise CheckpointError(f"{name}: is neither a run folder (config.yaml and checkpoints/) nor a checkpoint in one")

@@ -27,9 +27,6 @@ from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import (
-    CONFIG,
-    STATE,
-    VOCABULARY,
     TrainingState,
     load_checkpoint,
     mend_links,
@@ -37,7 +34,7 @@ from .checkpoint import (
     set_aside_after,
 )
 from .command import TrainCommand
-from .run_folder import RunFolder, point
+from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, point
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
@@ -298,7 +295,7 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
         if run.path.parent.name == "runs":
-            newest = run.path.parent / "latest"
+            newest = run.path.parent / LATEST
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
             elif newest != run.path:  # which is that link itself where --overwrite named it
