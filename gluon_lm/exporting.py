@@ -23,7 +23,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import digest_of, file_hash, file_hashes, replaced_folder
+from .files import digest_of, file_hash, replaced_folder, sealed
 from .memory import is_allocation_failure
 from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
@@ -102,16 +102,15 @@ def write_export(
                 interface = write_model(trained, fresh)
                 bar.update(1)
                 trained.vocabulary.save(fresh / VOCABULARY)
-                manifest = {
+                content = {
                     "format": _FORMAT,
                     "kind": kind,
                     "gluon_lm": __version__,
                     "mxnet": mx.__version__,
                     **interface,
                     **_describe(trained),
-                    "sha256": file_hashes(fresh),
                 }
-                manifest["digest"] = digest_of(manifest)
+                manifest = sealed(content, fresh)
                 written = json.dumps(manifest, indent=1, ensure_ascii=False)
                 (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8", errors="backslashreplace")
         except OSError as error:

@@ -228,15 +228,16 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """`file_hash` of each file of a folder, by name."""
-    return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-
-
 def digest_of(content: Mapping[str, Any]) -> str:
     """Hash of all that JSON says of `content` but its ``digest``, which an edit by hand does not fit."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What JSON is to say beside the files of a folder: `content`, their hashes, and the `digest_of` it all."""
+    whole = {**content, "sha256": {path.name: file_hash(path) for path in sorted(folder.iterdir())}}
+    return {**whole, "digest": digest_of(json.loads(json.dumps(whole)))}  # keys come back as strings, sorted as such
 
 
 def output_file(flag: str, name: str) -> Path:

@@ -29,7 +29,7 @@ from .. import __version__
 from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..errors import CheckpointError, reason
-from ..files import digest_of, file_hash, file_hashes, read_arrays, replaced_folder, synchronise, write_arrays
+from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..models import LanguageModel
@@ -173,7 +173,7 @@ def save_checkpoint(
             _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
             (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
             vocabulary.save(fresh / VOCABULARY)
-            state = {
+            content = {
                 "format": _FORMAT,
                 "gluon_lm": __version__,
                 "training": dataclasses.asdict(checkpoint.training),
@@ -182,10 +182,8 @@ def save_checkpoint(
                 "corpus": checkpoint.corpus,
                 "text": dict(checkpoint.text),
                 "num_devices": checkpoint.num_devices,
-                "sha256": file_hashes(fresh),
             }
-            state["digest"] = digest_of(json.loads(json.dumps(state)))
-            (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
         if is_best:
             _link(run.best, final)
         _link(run.latest, final)
