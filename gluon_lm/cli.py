@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 from gluon_lm.config import (
     SECTIONS,
+    DataConfig,
     DeviceConfig,
     Kind,
     Layer,
@@ -97,6 +98,11 @@ class Parsed:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
         return build(section, self.settings)
 
+    def over(self, section: _Section) -> _Section:
+        """A section of a run's configuration, with what was given in place of its values."""
+        own = {field.name for field in dataclasses.fields(section)}
+        return dataclasses.replace(section, **{n: s.value for n, s in self.settings.items() if n in own})
+
     @property
     def verbosity(self) -> Verbosity:
         """How much the command is to say."""
@@ -168,6 +174,10 @@ class CommandParser(argparse.ArgumentParser):
         self.add_section(DeviceConfig, title, only=choosing)
         joining = [field.name for field in dataclasses.fields(DeviceConfig) if field.name not in choosing]
         self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
+
+    def add_data(self) -> None:
+        """Add the flags that name another text than the run's; `Parsed.over` lays them over its `DataConfig`."""
+        self.add_section(DataConfig, "data", only=("data", "data_dir", "tokenizer"), default="the run's")
 
     def add_run(self, *flags: str, or_export: bool = False) -> None:
         """Add RUN, the newest one where it is not named, and flags that name it where it is not named first."""
