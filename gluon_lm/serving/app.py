@@ -23,6 +23,7 @@ from starlette.routing import Match
 
 from .. import __version__
 from ..data.tokenizers import TOKENIZERS, words_of
+from ..generation import WORDS_PER_LINE, lines_of
 from ..generation.detokenize import detokenize
 from ..generation.sampling import Sampling
 from ..prediction import Predictor
@@ -32,7 +33,6 @@ from .guard import WORK, Guard
 from .limits import Limits
 from .metrics import RequestMetrics
 
-WORDS_PER_LINE = 20
 _HERE = Path(__file__).parent
 _ONLY_THIS_SERVER = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -49,7 +49,7 @@ _PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
 _FORM_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
     status: {"description": what, "content": {"text/plain": {"schema": {"type": "string"}}}}
     for status, what in [
-        (200, "The text, 20 words a line."),
+        (200, f"The text, {WORDS_PER_LINE} words a line."),
         (400, "Something is wrong with the form."),
         (408, "The request came too slowly."),
         (413, "The request is too long."),
@@ -140,8 +140,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         seed = _seed_of(asked)
         request.scope[WORK] += engine.generate(text_requests(asked, prompt_of(asked), seed, 1))
         (words,) = await result(request.scope[WORK])
-        lines = (words[start : start + WORDS_PER_LINE] for start in range(0, len(words), WORDS_PER_LINE))
-        text = "".join(f"{' '.join(line)}\n" for line in lines)
+        text = "".join(f"{line}\n" for line in lines_of(words))
         return PlainTextResponse(text, headers={"X-Seed": str(seed), "X-Content-Type-Options": "nosniff"})
 
     @app.post(
