@@ -47,10 +47,9 @@ class PlainProgress:
             done = f"{100 * self.n / self.total:.0f} % ({self.n:,.0f} of {self.total:,.0f} {self._units})"
         tell_aside(f"{self._desc}: {done}")
 
-    def reset(self, total: float | None = None) -> None:
+    def reset(self) -> None:
         """Start again from nothing."""
         self.n = 0.0
-        self.total = self.total if total is None else total
 
     def close(self) -> None:
         """Nothing to clear away."""
