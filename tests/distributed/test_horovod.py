@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 from mxnet import gluon
-from processes import Found, Notes, wait_for, with_horovod
+from processes import Found, Notes, events, wait_for, with_horovod
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -549,12 +549,9 @@ def test_averaging_and_an_early_end_are_decided_for_all(tmp_path, uninterrupted,
     assert code == 0, printed
     alone = [str(word) for word in flags[2:] if word != "--horovod"]
     assert train_alone([*alone, "--save", str(tmp_path / "alone")]) == 0
-    together, alone = (
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("together", "alone")
-    )
+    together, alone = (events(tmp_path / run) for run in ("together", "alone"))
     assert [event["step"] for event in together] == [event["step"] for event in alone]
-    losses = [[event["loss"] for event in events] for events in (together, alone)]
+    losses = [[event["loss"] for event in run] for run in (together, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert (tmp_path / "together/latest/unaveraged.npz").exists()
     assert "--patience 3 is reached" in printed and "averaging the weights from step" in printed

@@ -11,6 +11,7 @@ import sys
 import mxnet as mx
 import pytest
 from control_groups import memory_group
+from processes import figures
 
 from gluon_lm.errors import OutOfMemory
 from gluon_lm.memory import Need, check_need, explained
@@ -18,24 +19,20 @@ from gluon_lm.memory import Need, check_need, explained
 HEADS = {"sampled": ("--num-sampled", 5), "sampled-tied": ("--num-sampled", 5, "--tied"), "adaptive": ("--cutoffs", 6)}
 
 
-def perplexity(output):
-    return float(re.findall(r"(?:perplexity|test ppl) +([\d.]+)", output)[-1])
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_a_resumed_run_ends_as_one_that_never_stopped_and_every_command_takes_it(project, name):
     flags = (*HEADS[name], "--cpus", 2, "--lr", 5)
-    output = project.train("whole", *flags, "--checkpoint-every", 33, "--keep-checkpoints", 9)
+    project.train("whole", *flags, "--checkpoint-every", 33, "--keep-checkpoints", 9)
     shutil.copytree(project.path / "whole", project.path / "again", symlinks=True)
     project.run("train", "--resume", "again/checkpoints/step-33")
     assert project.parameters("again") == project.parameters("whole")
     # The whole vocabulary, however it was trained: what training says is what the commands say.
-    exact = perplexity(project.run("evaluate", "whole", "--eval-batch-size", 10))
-    assert exact == pytest.approx(perplexity(output), rel=1e-3)
+    exact, _ = figures(project.run("evaluate", "whole", "--eval-batch-size", 10), "test")
+    assert exact == pytest.approx(project.events("whole")[-1]["perplexity"], rel=1e-3)
     assert exact < 0.7 * 17
     assert len(project.run("generate", "whole", "--words", 30).split()) >= 30
     project.run("score", "whole", "text/test.txt", "--outf", "scores.tsv")
-    assert perplexity(project.run("dynamiceval", "whole")) != exact
+    assert figures(project.run("dynamiceval", "whole"), "test")[0] != exact
     project.run("finetune", "whole", "--max-steps", 5)
 
 
