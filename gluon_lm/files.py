@@ -44,7 +44,7 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def beside(path: Path) -> Path:
+def temporary_sibling(path: Path) -> Path:
     """A hidden name in the same folder for what will take the place of `path`; no other process has the same.
 
     Their numbers would not do: on several machines, and in containers, they repeat. What killed processes left behind
@@ -95,7 +95,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     target = Path(os.path.realpath(path))
-    fresh = beside(target)
+    fresh = temporary_sibling(target)
     try:
         with open(fresh, "wb") as file:
             yield file
@@ -213,7 +213,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
     It does so in one step where the system can. Otherwise `target` is as it was, and nothing is left of the new one.
     """
-    fresh = beside(target)
+    fresh = temporary_sibling(target)
     try:
         fresh.mkdir()
         yield fresh

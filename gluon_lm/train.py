@@ -129,7 +129,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     )
 
 
-def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
+def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
     """A command, once the run folder that it names has been looked at.
 
     Returns
@@ -165,7 +165,7 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
 
 
 def _train(argv: Sequence[str]) -> int:
-    command, run, checkpoint = settle(parse_train(argv))
+    command, run, checkpoint = resolve_run(parse_train(argv))
     if command.print_config:
         print(command.describe(), end="")
         return 0

@@ -43,7 +43,7 @@ from .run_folder import (
     checkpoint_step,
     find_run,
     free_name,
-    point,
+    replace_symlink,
 )
 
 UNAVERAGED, RESIDUALS, OPTIMIZER, CARRIED = "unaveraged.npz", "residuals.npz", "optimizer.npz", "carried.npz"
@@ -310,7 +310,7 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
     return [(path.name, new.name) for path, new in zip(newer, aside)]
 
 
-def mend_links(run: RunFolder, training: TrainingState) -> None:
+def repair_links(run: RunFolder, training: TrainingState) -> None:
     """Let ``best`` and ``latest`` name what a run goes on with: a kill may have come before they did."""
     for link, step in ((run.best, training.best_step), (run.latest, training.step)):
         checkpoint = run.checkpoint(step)
@@ -323,7 +323,7 @@ def mend_links(run: RunFolder, training: TrainingState) -> None:
 def _link(link: Path, checkpoint: Path) -> None:
     if link.is_dir() and not link.is_symlink():
         shutil.rmtree(link)  # a copy of a checkpoint, as `scp -r` puts it in the place of a link
-    point(link, checkpoint)
+    replace_symlink(link, checkpoint)
 
 
 def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:

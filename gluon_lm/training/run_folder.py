@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, beside, exchange
+from ..files import atomic_write, exchange, temporary_sibling
 from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
@@ -39,10 +39,10 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._lie_at(Path(path))
+        self._set_path(Path(path))
         self._stem: Path | None = None
 
-    def _lie_at(self, path: Path) -> None:
+    def _set_path(self, path: Path) -> None:
         self.path = path
         self.config = path / CONFIG
         self.vocabulary = path / VOCABULARY
@@ -104,9 +104,9 @@ class RunFolder:
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
         if self._stem is not None and self.path.exists():
-            self._lie_at(_stamped(self._stem))
+            self._set_path(_stamped(self._stem))
         self.check_free(overwrite)
-        fresh = RunFolder(beside(self._place))
+        fresh = RunFolder(temporary_sibling(self._place))
         with contextlib.ExitStack() as stack:
             try:
                 fresh.checkpoints.mkdir(parents=True)
@@ -147,7 +147,7 @@ class RunFolder:
             if self._stem is None:
                 self.check_free(overwrite=False)  # another process has made it in the meantime
                 raise
-            self._lie_at(_stamped(self._stem))
+            self._set_path(_stamped(self._stem))
             self._move_in(fresh, overwrite)
 
     @contextlib.contextmanager
@@ -218,9 +218,9 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def point(link: Path, target: Path) -> None:
+def replace_symlink(link: Path, target: Path) -> None:
     """Make `link` name `target`, which lies beside or below it, in one rename, where the file system has links."""
-    fresh = beside(link)
+    fresh = temporary_sibling(link)
     try:
         fresh.symlink_to(os.path.relpath(target, link.parent))
     except OSError as error:

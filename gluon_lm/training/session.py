@@ -20,21 +20,21 @@ from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
-from ..logs import LOGGER, NOTICE, RESULT, fall_silent, log_to_file
+from ..logs import LOGGER, NOTICE, RESULT, log_to_file, log_warnings_only
 from ..losses import row_chunks
-from ..memory import Need, check_need, explained, training_need
+from ..memory import Need, check_need, explaining_memory_errors, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
 from .checkpoint import (
     TrainingState,
     load_checkpoint,
-    mend_links,
     newest_checkpoint,
+    repair_links,
     set_aside_after,
 )
 from .command import TrainCommand
-from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, point
+from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
@@ -120,7 +120,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
             LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
-        mend_links(run, checkpoint.training)
+        repair_links(run, checkpoint.training)
         run.update_config(command.describe())
         return _fit_and_tell(trainer, run)
 
@@ -135,7 +135,7 @@ def _join(command: TrainCommand) -> Communicator:
             "--tf32 where the run's configuration says so"
         )
     if not communicator.is_primary:
-        fall_silent()
+        log_warnings_only()
     elif config.training.tensorboard:
         require_tensorboard()
     LOGGER.info("recipe %s", command.recipe or "none")
@@ -150,7 +150,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     warning = check_need(need, free_memory(communicator.devices))
     if warning:
         LOGGER.warning("%s", warning)
-    with explained(need):
+    with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
@@ -300,7 +300,7 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
                 LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
             elif newest != run.path:  # which is that link itself where --overwrite named it
                 try:
-                    point(newest, run.path)
+                    replace_symlink(newest, run.path)
                 except PermissionError as error:
                     LOGGER.info("%s does not name this run (%s)", newest, error.strerror)
         code = trainer.fit()

@@ -22,7 +22,7 @@ from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, NOTICE, RESULT
-from ..memory import Need, explained, peak_memory
+from ..memory import Need, explaining_memory_errors, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
@@ -173,7 +173,7 @@ class Trainer:
             if self._communicator.is_primary:
                 self._open_trackers()
             self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
-            with explained(self._need), StopRequest() as stop:
+            with explaining_memory_errors(self._need), StopRequest() as stop:
                 longest = self._windows.longest()
                 if longest is not None:
                     self._step.rehearse(longest)

@@ -14,7 +14,7 @@ from control_groups import memory_group
 from processes import figures
 
 from gluon_lm.errors import OutOfMemory
-from gluon_lm.memory import Need, check_need, explained
+from gluon_lm.memory import Need, check_need, explaining_memory_errors
 
 HEADS = {"sampled": ("--num-sampled", 5), "sampled-tied": ("--num-sampled", 5, "--tied"), "adaptive": ("--cutoffs", 6)}
 
@@ -105,9 +105,9 @@ def test_what_fails_in_training_says_what_training_takes():
     need = Need(parameters=3 * 10**9, logits=10**9, window=2 * 10**9)
     for failure in (MemoryError("x"), mx.MXNetError("cudaMalloc retry failed: out of memory")):
         with pytest.raises(OutOfMemory, match=r"out of memory: training takes about 6\.3 GB .*--batch-size"):
-            with explained(need):
+            with explaining_memory_errors(need):
                 raise failure
-    with pytest.raises(mx.MXNetError, match="other"), explained(need):
+    with pytest.raises(mx.MXNetError, match="other"), explaining_memory_errors(need):
         raise mx.MXNetError("other")
 
 
