@@ -15,32 +15,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gluon_lm.config import (
     SECTIONS,
-    Config,
+    DataConfig,
     DeviceConfig,
     Kind,
     Layer,
-    RunOptions,
     Section,
     Setting,
     build,
     flag_of,
-    get,
     nearest,
     option,
-    origins_in,
     pathname,
     read_value,
-    resolve,
     show,
     switch,
-    validate,
 )
 from gluon_lm.errors import ConfigError, GluonLMError, OutOfMemory, reason
 from gluon_lm.logs import LOGGER, Verbosity
@@ -65,34 +59,6 @@ class DebugOptions(Section):
     def verbosity(self) -> Verbosity:
         """`quiet` and `verbose` as one."""
         return Verbosity.QUIET if self.quiet else Verbosity.VERBOSE if self.verbose else Verbosity.NORMAL
-
-
-# Flags of the systems that these commands replace.
-_ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
-_INSTEAD_OF_TRAINING = {
-    "--checkpoint": "to continue a run, use --resume RUN; to begin a new one with its weights, --init-from RUN",
-    "--from-epoch": "to continue a run, use --resume RUN",
-    "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
-    "--test-mode": "for a short trial, use --max-steps 20",
-    **dict.fromkeys(("--model-dir", "--model-name"), "name the run folder with --save"),
-    "--export-model": "to write symbol and parameters, use python -m gluon_lm.export RUN --output DIR",
-    "--onnx-export": "to write ONNX, use python -m gluon_lm.export RUN --output DIR --format onnx",
-    "--use-optimizer": "name the optimiser with --optimizer adam",
-    **dict.fromkeys(
-        ("--lr-update-interval", "--lr-update-factor"),
-        "--decay divides the learning rate where validation is no new best",
-    ),
-    "--num-gpus": "name them, as in --gpus 0,1,2,3",
-    "--batch-size-per-gpu": "--batch-size is that of all devices together",
-    **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
-    "--logdir": "name the run folder with --save",
-    "--early-stopping": "--patience N stops after N evaluations with no new best",
-    "--momentum": "SGD is plain here; leave it out, or use --optimizer adam",
-    "--warmup": "the learning rate is not warmed up",
-    "--nhead": "there is no transformer here",
-    "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
-    "--k": "the words of a sampled softmax are --num-sampled",
-}
 
 
 class _Store(argparse.Action):
@@ -131,6 +97,11 @@ class Parsed:
     def build(self, section: type[_Section]) -> _Section:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
         return build(section, self.settings)
+
+    def over(self, section: _Section) -> _Section:
+        """A section of a run's configuration, with what was given in place of its values."""
+        own = {field.name for field in dataclasses.fields(section)}
+        return dataclasses.replace(section, **{n: s.value for n, s in self.settings.items() if n in own})
 
     @property
     def verbosity(self) -> Verbosity:
@@ -203,6 +174,10 @@ class CommandParser(argparse.ArgumentParser):
         self.add_section(DeviceConfig, title, only=choosing)
         joining = [field.name for field in dataclasses.fields(DeviceConfig) if field.name not in choosing]
         self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
+
+    def add_data(self) -> None:
+        """Add the flags that name another text than the run's; `Parsed.over` lays them over its `DataConfig`."""
+        self.add_section(DataConfig, "data", only=("data", "data_dir", "tokenizer"), default="the run's")
 
     def add_run(self, *flags: str, or_export: bool = False) -> None:
         """Add RUN, the newest one where it is not named, and flags that name it where it is not named first."""
@@ -303,211 +278,6 @@ def normalise_argv(argv: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
-
-
-# ---------------------------------------------------------------- train
-
-
-# What a run that begins with the model of another has from that one: the architecture, and how text becomes ids.
-FIXED = frozenset(
-    {
-        *("tokenizer", "min_freq", "max_vocab", "vocab"),
-        *("model", "embed_size", "hidden_size", "num_layers", "tied", "init"),
-        *("num_experts", "last_hidden_size", "layer_norm", "cutoffs"),
-    }
-)
-# What stays while a run goes on: besides, what is trained, and on which windows in which order. The rest (the place of
-# the text, devices, how long, how often, and how hard it is regularised) may change.
-FIXED_ON_RESUME = FIXED | {
-    *("num_sampled", "locked", "optimizer", "asgd"),
-    *("max_seq_len_delta", "random_start", "shuffle", "batch_size", "bptt", "seed"),
-}
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """A `train` command line, resolved.
-
-    Attributes
-    ----------
-    config : Config
-    sources : dict of str to str
-        Where each value comes from, by field name; the recipe's source as ``recipe``.
-    recipe : str or None
-        Name of the recipe.
-    save, resume, init_from : str or None
-        The run folder to write, the run to continue, and the one to begin with, as the user named them. With one of
-        the last two, `config` holds the command line alone, unchecked: `over` lays it over that run's configuration.
-    overwrite, print_config, dry_run : bool
-    verbosity : Verbosity
-    settings : Layer
-        The flags that were given.
-    stem : str or None
-        What the name of a new run begins with, where `save` does not name it: the time follows.
-    kept_origins : mapping of str to str
-        Where the values came from, when the run began, that are now those of the run that is gone on with.
-    """
-
-    config: Config
-    sources: dict[str, str]
-    recipe: str | None
-    save: str | None
-    resume: str | None
-    init_from: str | None
-    overwrite: bool
-    print_config: bool
-    dry_run: bool
-    verbosity: Verbosity
-    settings: Layer
-    stem: str | None = None
-    kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def base(self) -> str | None:
-        """The run over whose configuration the flags are laid."""
-        return self.init_from if self.resume is None else self.resume
-
-    def describe(self) -> str:
-        """The answer to ``--print-config``: YAML with the source of each value behind it."""
-        return self.config.to_yaml({**self.sources, **self.kept_origins}, self.recipe)
-
-    def with_tokenizer(self, tokenizer: str, corpus: str) -> TrainCommand:
-        """With the tokenizer that the corpus was read with, so that other text is read alike later."""
-        if self.config.data.tokenizer == tokenizer:
-            return self
-        data = dataclasses.replace(self.config.data, tokenizer=tokenizer)
-        config = dataclasses.replace(self.config, data=data)
-        return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
-
-    def with_lr(self, lr: float) -> TrainCommand:
-        """With the learning rate that a checkpoint was written under."""
-        config = dataclasses.replace(self.config, optim=dataclasses.replace(self.config.optim, lr=lr))
-        kept_origins = {name: origin for name, origin in self.kept_origins.items() if name != "lr"}
-        sources = {**self.sources, "lr": "checkpoint"}
-        return dataclasses.replace(self, config=config, sources=sources, kept_origins=kept_origins)
-
-    def over(self, config_file: Path, fixed: Set[str], is_same_run: bool = True) -> TrainCommand:
-        """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
-
-        Parameters
-        ----------
-        config_file : Path
-        fixed : set of str
-            Fields that may not differ from the run's.
-        is_same_run : bool
-            Whether the run itself goes on, and its values keep their origin; another one has them from this run.
-
-        Raises
-        ------
-        ConfigError
-            As `parse_train`, and for every fixed field that differs.
-        """
-        before = resolve(config_file=config_file, default_recipe=None).config
-        resolved = resolve(self.settings, config_file, default_recipe=None)
-        was_locked = before.model.has_locked_dropout
-        if "locked" in fixed and "locked" not in self.settings:  # which by default follows rates that may change
-            model = dataclasses.replace(resolved.config.model, locked=was_locked)
-            if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
-                resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
-        run = f"run {config_file.parent}"
-        own = {setting.source for setting in self.settings.values()}
-        sources = {name: source if source in own else run for name, source in resolved.sources.items()}
-        problems = []
-        for name, setting in self.settings.items():
-            value, old = get(resolved.config, name), was_locked if name == "locked" else get(before, name)
-            if value != old and name in fixed:
-                flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
-                was = f"{config_file.parent} was trained with {show(old)}"
-                problems.append(f"{flag}: {was}; leave the flag out, or train anew")
-        problems += validate(resolved.config, sources)
-        if problems:
-            raise ConfigError(problems)
-        origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}
-        kept = {name: origins[name] for name, source in sources.items() if source == run and name in origins}
-        if get(resolved.config, "locked") != get(before, "locked"):
-            kept["locked"] = "as the run began"
-        return dataclasses.replace(self, **{**vars(resolved), "sources": sources}, kept_origins=kept)
-
-
-def train_parser() -> CommandParser:
-    """The parser of `python -m gluon_lm.train`."""
-    parser = CommandParser(
-        "train",
-        "Train a word-level language model, keep its best checkpoint, and evaluate it on the test text.",
-        "python -m gluon_lm.train --data wikitext-2 --tied --nhid 200 --emsize 200 --epochs 20 --dropout 0.2",
-        instead=_INSTEAD_OF_TRAINING,
-    )
-    parser.add_section(RunOptions, "run")
-    for name, section in SECTIONS.items():
-        parser.add_section(section, name)
-    return parser
-
-
-def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
-    """Read the command line of `train`: flags over ``--config`` over the recipe over the defaults.
-
-    Raises
-    ------
-    ConfigError
-        With every problem found.
-    """
-    words = normalise_argv(sys.argv[1:] if argv is None else argv)
-    superfluous = [word for word in words if word in _ALWAYS_SO]
-    if superfluous:
-        print(f"warning: {' '.join(superfluous)}: always so here; leave it out", file=sys.stderr)
-    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
-    problems: list[str] = []
-    run = parsed.build(RunOptions)
-    own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
-    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
-
-    resume = run.resume
-    if run.continue_train:
-        if run.save is None:
-            problems.append("--continue-train: needs the run to continue; add --save RUN, or use --resume RUN")
-        elif resume is not None:
-            problems.append("--continue-train with --resume: both name the run to continue; leave one of them out")
-        resume = run.save
-    elif resume is not None and run.save not in (None, resume):
-        both = f"--save {show(run.save)} with --resume {show(resume)}"
-        problems.append(f"{both}: a run continues in its own folder; leave --save out")
-    continued = "--continue-train" if run.continue_train else "--resume"
-    if resume is not None and run.overwrite:
-        problems.append(f"--overwrite with {continued}: a run is either continued or replaced; leave one of them out")
-    if run.overwrite and run.save is None and resume is None:
-        problems.append(
-            "--overwrite: has no effect without --save RUN, for a run gets a new name; add it, or leave it out"
-        )
-    if resume is not None and run.init_from is not None:
-        problems.append(f"--init-from with {continued}: a run begins once; leave one of them out")
-    if run.init_from is not None:  # the other run's own bound is on its own steps
-        settings.setdefault("max_steps", Setting(None, "flag --init-from"))
-    is_based = resume is not None or run.init_from is not None
-    base = continued if resume is not None else "--init-from"
-    for flag, named in (("--config", run.config), ("--recipe", run.recipe)):
-        if is_based and named is not None:
-            problems.append(f"{flag} with {base}: the configuration is that run's config.yaml; leave {flag} out")
-
-    config_file = None if run.config is None or is_based else Path(run.config)
-    try:
-        resolved = resolve(settings, config_file, None if is_based else run.recipe)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if not is_based:
-        problems += validate(resolved.config, resolved.sources)
-    if problems:
-        raise ConfigError(problems)
-    return TrainCommand(
-        **vars(resolved),
-        save=run.save,
-        resume=resume,
-        init_from=run.init_from,
-        overwrite=run.overwrite,
-        print_config=run.print_config,
-        dry_run=run.dry_run,
-        verbosity=parsed.verbosity,
-        settings=settings,
-    )
 
 
 # ---------------------------------------------------------------- how a command ends

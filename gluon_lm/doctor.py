@@ -28,7 +28,8 @@ from .control_groups import processor_share
 from .gpus import has_machine_code, lacks_machine_code, query_driver
 from .libraries import how_to_bring, mxnet_distributions, mxnet_library, resolve, wheel_folders
 from .logs import LOGGER, log_to_terminal
-from .runtime import cpu_flags, cpu_model, keep_freed_memory, usable_cores
+from .processors import cpu_flags, cpu_model, usable_cores
+from .runtime import keep_freed_memory
 
 _IMPORT_SECONDS = 120
 _SAMPLE_BYTES = 64 << 20

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from .cli import CommandParser, Section, run_command
-from .config import DataConfig, DeviceConfig, integer, option, optional, real, switch
+from .config import DeviceConfig, integer, option, optional, real, switch
 from .errors import DataError
 from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 
 FOLDER = "dynamiceval"
-_DATA_FLAGS = ("data", "data_dir", "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +45,11 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         "python -m gluon_lm.dynamiceval runs/latest --lamb 0.075",
     )
     parser.add_section(DynamicOptions, "dynamic evaluation")
-    parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
+    parser.add_data()
     parser.add_run("--model", "--checkpoint", "--save")
     parser.add_device()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(DynamicOptions), parsed.build(DeviceConfig)
-    given = {flag: parsed.settings[flag].value for flag in _DATA_FLAGS if flag in parsed.settings}
     split = "valid" if options.val else "test"
     log_to_terminal(parsed.verbosity)
     prepare_process()
@@ -64,7 +62,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     run, _ = find_run(parsed.run)
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.run, device)
-    data = dataclasses.replace(config.data, **given)
+    data = parsed.over(config.data)
     try:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
     except DataError as error:
@@ -88,9 +86,9 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         corpus.train,
         eos,
         device,
-        options.bptt,
-        options.batch_size,
-        options.max_batches,
+        bptt=options.bptt,
+        batch_size=options.batch_size,
+        max_batches=options.max_batches,
         progress="squared gradients",
     )
     result = dynamic_evaluate(
@@ -99,11 +97,11 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         eos,
         device,
         statistics,
-        options.lamb,
-        options.epsilon,
-        options.lr,
-        options.bptt,
-        options.ms,
+        lamb=options.lamb,
+        epsilon=options.epsilon,
+        lr=options.lr,
+        bptt=options.bptt,
+        of_mean=options.ms,
         progress=split,
     )
     LOGGER.log(RESULT, "%s %s", split, result)

@@ -14,7 +14,6 @@ from .errors import ConfigError
 from .logs import LOGGER, RESULT, log_to_terminal
 from .runtime import prepare_process
 
-_DATA_FLAGS = ("data", "data_dir", "tokenizer")
 _CACHE_FLAGS = ("window", "theta", "cache_weight")
 
 
@@ -57,14 +56,13 @@ def _evaluate(argv: Sequence[str]) -> int:
         },
     )
     parser.add_section(EvaluateOptions, "evaluation")
-    parser.add_section(DataConfig, "data", only=_DATA_FLAGS, default="the run's")
+    parser.add_data()
     parser.add_run("--checkpoint", "--save")
     parser.add_device()
     parsed = parser.parse(argv)
     options, device_config = parsed.build(EvaluateOptions), parsed.build(DeviceConfig)
     _check_cache(options, parsed)
-    given = {name: parsed.settings[name].value for name in _DATA_FLAGS if name in parsed.settings}
-    named = given.get("data", ())
+    named = parsed.build(DataConfig).data if "data" in parsed.settings else ()
     is_file = len(named) == 1 and find_spec(named[0]) is None and Path(named[0]).is_file()
     split = options.split or ("all" if is_file else "test")
     if split == "all" and not is_file:
@@ -80,8 +78,8 @@ def _evaluate(argv: Sequence[str]) -> int:
 
     device = resolve_single_device(device_config)
     model, vocabulary, config, checkpoint = load_model(parsed.run, device)
-    data = dataclasses.replace(config.data, **given)
-    corpus = load_corpus(data, vocabulary=vocabulary, splits=(split,), of_run="data" not in given)
+    of_run = "data" not in parsed.settings
+    corpus = load_corpus(parsed.over(config.data), vocabulary=vocabulary, splits=(split,), of_run=of_run)
     window_losses = target_losses
     if options.cache:
         window_losses = NeuralCache(options.window, options.theta, options.cache_weight).losses

@@ -23,16 +23,16 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import digest_of, file_hash, file_hashes, replaced_folder
+from .files import digest_of, file_hash, replaced_folder, sealed
 from .memory import is_allocation_failure
 from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
 from .prediction import Predictor
 from .progress import progress_bar
-from .training.checkpoint import CONFIG, Checkpoint, best_checkpoint, load_checkpoint, set_parameters
-from .training.run_folder import find_run
+from .training.checkpoint import Checkpoint, best_checkpoint, load_checkpoint, set_parameters
+from .training.run_folder import CONFIG, VOCABULARY, find_run
 
-SYMBOL, PARAMETERS, VOCABULARY, MANIFEST = "model-symbol.json", "model-0000.params", "vocab.txt", "manifest.json"
+SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 _FORMAT = 1
 _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 
@@ -102,16 +102,15 @@ def write_export(
                 interface = write_model(trained, fresh)
                 bar.update(1)
                 trained.vocabulary.save(fresh / VOCABULARY)
-                manifest = {
+                content = {
                     "format": _FORMAT,
                     "kind": kind,
                     "gluon_lm": __version__,
                     "mxnet": mx.__version__,
                     **interface,
                     **_describe(trained),
-                    "sha256": file_hashes(fresh),
                 }
-                manifest["digest"] = digest_of(manifest)
+                manifest = sealed(content, fresh)
                 written = json.dumps(manifest, indent=1, ensure_ascii=False)
                 (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8", errors="backslashreplace")
         except OSError as error:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -29,13 +27,11 @@ from .heartbeat import beat
 if TYPE_CHECKING:
     import numpy as np
 
-LOGGER = logging.getLogger(__package__)
 BLOCK_BYTES = 1 << 20
-# What file systems answer, those of clusters above all, that cannot synchronise a folder, or have no locks.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
+# What file systems answer, those of clusters above all, that cannot synchronise a folder.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _LONG_AGO_S = 24 * 3600  # longer than anything takes to be written
-_TRIES, _PAUSE = 20, 0.05  # seconds between two tries of a lock
-_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
@@ -48,7 +44,7 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def beside(path: Path) -> Path:
+def temporary_sibling(path: Path) -> Path:
     """A hidden name in the same folder for what will take the place of `path`; no other process has the same.
 
     Their numbers would not do: on several machines, and in containers, they repeat. What killed processes left behind
@@ -99,7 +95,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     target = Path(os.path.realpath(path))
-    fresh = beside(target)
+    fresh = temporary_sibling(target)
     try:
         with open(fresh, "wb") as file:
             yield file
@@ -194,10 +190,9 @@ def _is_credible(error: MemoryError, path: Path) -> bool:
 
 def exchange(one: Path, other: Path) -> None:
     """Swap the names of two folders, in one step where the system can."""
-    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
-        if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0:
+        if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
             return
     except (AttributeError, OSError):
         pass  # an older C library; some network file systems refuse the call
@@ -218,7 +213,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
     It does so in one step where the system can. Otherwise `target` is as it was, and nothing is left of the new one.
     """
-    fresh = beside(target)
+    fresh = temporary_sibling(target)
     try:
         fresh.mkdir()
         yield fresh
@@ -233,15 +228,16 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """`file_hash` of each file of a folder, by name."""
-    return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
-
-
 def digest_of(content: Mapping[str, Any]) -> str:
     """Hash of all that JSON says of `content` but its ``digest``, which an edit by hand does not fit."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What JSON is to say beside the files of a folder: `content`, their hashes, and the `digest_of` it all."""
+    whole = {**content, "sha256": {path.name: file_hash(path) for path in sorted(folder.iterdir())}}
+    return {**whole, "digest": digest_of(json.loads(json.dumps(whole)))}  # keys come back as strings, sorted as such
 
 
 def output_file(flag: str, name: str) -> Path:
@@ -279,81 +275,3 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
             text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
             yield text
             text.detach()
-
-
-@contextlib.contextmanager
-def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock file `path`, which is made if need be and stays; raise `refusal` where another process holds it.
-
-    The kernel frees it when its holder dies. Where the file system has no locks, that is said, and nobody is refused.
-    """
-    with open(path, "ab") as file:
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                _lock(file.fileno(), is_needed=False)
-                break
-            except BlockingIOError:
-                if not tries_left:
-                    raise refusal from None
-                time.sleep(_PAUSE)  # `is_in_use` holds it for a moment as well
-        yield
-
-
-def _lock(descriptor: int, is_needed: bool) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if is_needed or error.errno not in _HAS_NO_LOCKS:
-            raise
-        LOGGER.warning(
-            "this file system has no locks (%s), so nothing keeps a second process from writing the same files",
-            error.strerror,
-        )
-
-
-def is_in_use(path: Path) -> bool | None:
-    """Whether a process, which is alive, has the `sole_use` of `path`; None where the file system has no locks."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno not in _HAS_NO_LOCKS:
-            raise
-        return None
-    return False
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, is_needed: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for whoever holds it. Its folder is made if need be.
-
-    The kernel frees it when its holder dies. The holder removes the file in the end, so one that was opened
-    before that is no longer the lock, and is opened again. Where the file system has no locks and one `is_needed`, that
-    is an `OSError`; else it is only said.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                _lock(descriptor, is_needed)
-            except BlockingIOError:
-                LOGGER.info("waiting for another process, which holds %s", path)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cli import FIXED, FIXED_ON_RESUME, CommandParser, DebugOptions, Section, TrainCommand, run_command
-from .config import SECTIONS, Setting, TrainingConfig, option, resolve, switch
+from .cli import CommandParser, DebugOptions, run_command
+from .config import SECTIONS, Section, Setting, TrainingConfig, option, resolve, switch
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
+from .training.command import FIXED, FIXED_ON_RESUME, TrainCommand
 from .training.run_folder import FINETUNED, RunFolder, find_run
 
 

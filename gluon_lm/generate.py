@@ -13,12 +13,10 @@ from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, show, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
-from .generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from .generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, WORDS_PER_LINE, lines_of
 from .logs import DETAIL, LOGGER, NOTICE, has_bars, is_terminal, log_to_terminal
 from .progress import counted
 from .runtime import prepare_process
-
-WORDS_PER_LINE = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "generate",
-        "Write text with a run or an exported model, 20 words a line.",
+        f"Write text with a run or an exported model, {WORDS_PER_LINE} words a line.",
         "python -m gluon_lm.generate runs/latest --words 100 --temperature 0.8 --prompt 'the war'",
         instead={"--model": "a run knows its own model; leave it out"},
     )
@@ -158,7 +156,7 @@ def _write(words: Iterable[list[str | None]], prompt: list[str], options: Genera
 
     if _comes_word_by_word(options):
         only = (word for (word,) in arriving() if word is not None)
-        for line in _lines(itertools.chain(prompt, only)):
+        for line in lines_of(itertools.chain(prompt, only)):
             put(line)
         return num_words
     for step in arriving():
@@ -168,15 +166,9 @@ def _write(words: Iterable[list[str | None]], prompt: list[str], options: Genera
     for n, sample in enumerate(written):
         if n:
             put("")
-        for line in [detokenize(sample).rstrip("\n")] if options.detokenize else _lines(sample):
+        for line in [detokenize(sample).rstrip("\n")] if options.detokenize else lines_of(sample):
             put(line)
     return num_words
-
-
-def _lines(words: Iterable[str]) -> Iterator[str]:
-    words = iter(words)
-    while line := list(itertools.islice(words, WORDS_PER_LINE)):
-        yield " ".join(line)
 
 
 if __name__ == "__main__":

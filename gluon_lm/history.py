@@ -19,7 +19,16 @@ from .config import read_config
 from .errors import CheckpointError, ConfigError, reason
 from .metrics import finite_or_none, perplexity
 from .tracking import read_events
-from .training.run_folder import RunFolder, checkpoint_step, finetunings
+from .training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PARAMETERS,
+    STATE,
+    RunFolder,
+    checkpoint_step,
+    finetunings,
+)
 
 STATES = ("running", "finished", "stopped", "failed")
 UNTOLD = "or killed: no locks to tell by"  # the reason of one that runs, as far as is known
@@ -43,7 +52,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
 def looks_like_a_run(path: Path) -> bool:
     """A folder that cannot be looked into may be one."""
     may_look = os.access(path, os.X_OK)
-    return not may_look or any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    return not may_look or any((path / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class RunHistory:
         self.folder = folder = RunFolder(path)
         try:
             if not folder.config.is_file():
-                raise CheckpointError(f"{path}: has no config.yaml, so it is not a run folder; name one")
+                raise CheckpointError(f"{path}: has no {CONFIG}, so it is not a run folder; name one")
             self.config = read_config(folder.config)
             lines = read_events(folder.metrics) if folder.metrics.exists() else ()
             self.events = [_checked(event) for _, event in lines]
@@ -138,7 +147,7 @@ class RunHistory:
         """None for one that has just been taken away, as a run does that keeps the newest alone."""
         step = checkpoint_step(path)
         try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
             num_bytes = sum(file.stat().st_size for file in path.iterdir())
         except FileNotFoundError:
             if path.exists():
@@ -224,7 +233,7 @@ class RunHistory:
     def num_parameters(self) -> int | None:
         """Of the model, where a checkpoint is there to count them in."""
         saved = self.folder.saved_checkpoints()
-        return _count_numbers(saved[-1] / "parameters.npz") if saved else None
+        return _count_numbers(saved[-1] / PARAMETERS) if saved else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -268,9 +277,9 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: value for name, value in event.items() if name != "event"}
     for name, value in numbers.items():
         if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
-            raise ValueError(f"metrics.jsonl step {event['step']}: {name} {value!r} is not a finite number")
+            raise ValueError(f"{METRICS} step {event['step']}: {name} {value!r} is not a finite number")
     if event["event"] in ("valid", "test") and "loss" not in event:
-        raise ValueError(f"metrics.jsonl step {event['step']}: {event['event']} has no loss")
+        raise ValueError(f"{METRICS} step {event['step']}: {event['event']} has no loss")
     return event
 
 

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, TrainCommand, normalise_argv, parse_train, run_command, train_parser
+from .cli import CommandParser, DebugOptions, normalise_argv, run_command
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
 from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
 from .logs import log_to_terminal
-from .train import settle
+from .train import parse_train, resolve_run, train_parser
+from .training.command import TrainCommand
 from .training.run_folder import RunFolder, strip_model_suffix
 
 _KVSTORES = ("dist_sync", "dist_device_sync")
@@ -88,7 +89,7 @@ def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], Trai
     def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
         command = parse_train(flags)
         is_seen = is_here or (command.base is not None and strip_model_suffix(command.base).exists())
-        return settle(command)[:2] if is_seen else (command, None)
+        return resolve_run(command)[:2] if is_seen else (command, None)
 
     flags = normalise_argv(words)
     with contextlib.suppress(ConfigError):  # which may be that a single device has nothing to add up

@@ -18,7 +18,7 @@ from .errors import reason
 from .files import AppendedText
 
 LOGGER = logging.getLogger("gluon_lm")
-_outlives_readers = False
+_tolerates_closed_pipes = False
 
 # Between logging's own levels of 10, 20 and 30.
 DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
@@ -50,7 +50,7 @@ class _Terminal(_Handler):
 
     def handleError(self, record):
         error = sys.exc_info()[1]
-        if not (isinstance(error, OSError) and leave_unread(error, self.stream)):
+        if not (isinstance(error, OSError) and detach_if_unread(error, self.stream)):
             raise
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -78,8 +78,8 @@ def log_to_terminal(
     has_other_output : bool
         Send them to standard error, because what the command was asked for goes to standard output.
     """
-    global _outlives_readers
-    _outlives_readers = False
+    global _tolerates_closed_pipes
+    _tolerates_closed_pipes = False
     terminal = _Terminal(has_other_output)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     course = logging.INFO if has_bars() else DETAIL
@@ -91,42 +91,42 @@ def log_to_terminal(
     LOGGER.propagate = False
 
 
-def fall_silent() -> None:
+def log_warnings_only() -> None:
     """Say warnings alone from here on: for a process that is not the first of several."""
     LOGGER.setLevel(logging.WARNING)
 
 
-def outlive_readers() -> None:
+def tolerate_closed_pipes() -> None:
     """From here on a pipe that nobody reads any more ends nothing: Ctrl-C ends ``tee``, too, in ``train | tee log``."""
-    global _outlives_readers
-    _outlives_readers = True  # one assignment, which a signal cannot find half done
+    global _tolerates_closed_pipes
+    _tolerates_closed_pipes = True  # one assignment, which a signal cannot find half done
 
 
-def leave_unread(error: OSError, stream: IO[str]) -> bool:
+def detach_if_unread(error: OSError, stream: IO[str]) -> bool:
     """Whether a stream could not be written to because nobody is left to read it, and goes without it from here on.
 
-    So it is with a terminal that is gone, and after `outlive_readers` with a pipe.
+    So it is with a terminal that is gone, and after `tolerate_closed_pipes` with a pipe.
     """
     dead = os.fstat(stream.fileno())
     if error.errno == errno.EIO and stat.S_ISCHR(dead.st_mode):
-        leave_terminal()
+        detach_terminal()
         return True
-    if isinstance(error, BrokenPipeError) and _outlives_readers:
+    if isinstance(error, BrokenPipeError) and _tolerates_closed_pipes:
         _send_nowhere(lambda found: os.path.samestat(found, dead))
         return True
     return False
 
 
-def tell_aside(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Write a line to standard error."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError as error:
-        if not leave_unread(error, sys.stderr):
+        if not detach_if_unread(error, sys.stderr):
             raise
 
 
-def leave_terminal(and_pipes: bool = False) -> None:
+def detach_terminal(and_pipes: bool = False) -> None:
     """Write nothing more to a terminal that is gone, nor to pipes, if their readers may have gone with it."""
     _send_nowhere(lambda found: stat.S_ISCHR(found.st_mode) or (and_pipes and not stat.S_ISREG(found.st_mode)))
 

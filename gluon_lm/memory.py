@@ -123,7 +123,7 @@ def check_need(need: Need, available: int | None) -> str | None:
 
 
 @contextlib.contextmanager
-def explained(need: Need) -> Iterator[None]:
+def explaining_memory_errors(need: Need) -> Iterator[None]:
     """A block in which memory that is not to be had is an `OutOfMemory` that says what training takes."""
     try:
         yield

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from .heartbeat import beat
-from .logs import has_bars, is_quiet, is_terminal, tell_aside
+from .logs import has_bars, is_quiet, is_terminal, print_to_stderr
 from .metrics import perplexity
 
 if TYPE_CHECKING:
@@ -45,12 +45,11 @@ class PlainProgress:
         done = f"{self.n:,.0f} {self._units}"
         if self.total:
             done = f"{100 * self.n / self.total:.0f} % ({self.n:,.0f} of {self.total:,.0f} {self._units})"
-        tell_aside(f"{self._desc}: {done}")
+        print_to_stderr(f"{self._desc}: {done}")
 
-    def reset(self, total: float | None = None) -> None:
+    def reset(self) -> None:
         """Start again from nothing."""
         self.n = 0.0
-        self.total = self.total if total is None else total
 
     def close(self) -> None:
         """Nothing to clear away."""

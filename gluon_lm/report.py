@@ -19,7 +19,7 @@ from .runtime import prepare_process
 from .training.run_folder import find_run
 
 if TYPE_CHECKING:
-    from .reporting.page import Writing
+    from .reporting.page import GeneratedTexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,13 @@ def _report(argv: Sequence[str]) -> int:
     folders = [run.folder.path for run in runs]
     names = _names(folders)
     output = _output(options.output, folders)
-    writings = _write_texts(runs, options, device_config) if options.words else []
+    generated = _write_texts(runs, options, device_config) if options.words else []
     from .reporting.curves import panels_of
     from .reporting.page import render_page
     from .reporting.plots import can_plot, write_plots
 
     panels = panels_of(runs)
-    page = render_page(runs, names, panels, writings)
+    page = render_page(runs, names, panels, generated)
     with atomic_write(output) as file:
         file.write(page.encode("utf-8", "backslashreplace"))
     LOGGER.log(RESULT, "%s", output)
@@ -130,27 +130,31 @@ def _output(name: str | None, folders: Sequence[Path]) -> Path:
     return path
 
 
-def _write_texts(runs: Sequence[RunHistory], options: ReportOptions, device_config: DeviceConfig) -> list[Writing]:
+def _write_texts(
+    runs: Sequence[RunHistory], options: ReportOptions, device_config: DeviceConfig
+) -> list[GeneratedTexts]:
     prepare_process(own_layers=True)
     from .data.vocabulary import EOS
     from .distributed import resolve_single_device
     from .generation.generator import generate
     from .prediction import load_predictor
-    from .reporting.page import Writing
+    from .reporting.page import GeneratedTexts
 
     device = resolve_single_device(device_config)
-    writings = []
+    generated = []
     for run in counted(runs, len(runs), "writing texts", "run"):
         try:
             predictor = load_predictor(run.folder.path, device)
         except CheckpointError as error:
-            writings.append(Writing([], f"No text: {error}"))
+            generated.append(GeneratedTexts([], f"No text: {error}"))
             continue
         steps = generate(predictor, options.words, num_samples=options.samples, seed=options.seed)
         texts = [" ".join("\n" if word == EOS else str(word) for word in words) for words in zip(*steps)]
         which = "newest" if run.best is None else "best"
-        writings.append(Writing(texts, f"Written by the {which} checkpoint, seed {options.seed}, temperature 1."))
-    return writings
+        generated.append(
+            GeneratedTexts(texts, f"Written by the {which} checkpoint, seed {options.seed}, temperature 1.")
+        )
+    return generated
 
 
 if __name__ == "__main__":

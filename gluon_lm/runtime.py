@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 import resource
 import sys
-from pathlib import Path
 
 from . import __version__
 from .config import Config
-from .control_groups import processor_share
-from .distributed.control import LOCAL_WORKERS_VARIABLE
+from .distributed.control import processes_here
 from .errors import ConfigError
 from .logs import LOGGER
 from .memory import recurrent_bytes
+from .processors import usable_cores
 
 # Parameter numbers of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -30,7 +28,7 @@ def prepare_training(config: Config) -> None:
     """`prepare_process` for a training run, in the way that suits its size."""
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
     is_large, varies = recurrent_bytes(config, tokens) > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
-    num_contexts = (config.devices.cpus or 1) * (_processes_here() if config.devices.has_workers else 1)
+    num_contexts = (config.devices.cpus or 1) * (processes_here() if config.devices.has_workers else 1)
     if not config.training.tf32:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if varies:  # a pool that looks for the very size would keep a block for each length of a window
@@ -95,65 +93,6 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None),
         "kept" if keeps_memory else "given back",
     )
-
-
-def _processes_here() -> int:
-    """How many processes our launcher, horovodrun, Open MPI, MPICH or Slurm started on this machine."""
-    for name in (
-        LOCAL_WORKERS_VARIABLE,
-        "HOROVOD_LOCAL_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "MPI_LOCALNRANKS",
-        "SLURM_STEP_TASKS_PER_NODE",
-        "SLURM_NTASKS_PER_NODE",
-    ):
-        number = re.match("[1-9][0-9]*", os.environ.get(name, ""))  # Slurm writes 4(x2) for 4 on each of 2 machines
-        if number:
-            return int(number[0])
-    return 1
-
-
-def usable_cores() -> int:
-    """Cores that this process may keep busy; two hardware threads of one core count once.
-
-    More threads than a container's share of the processors' time would use it up at the beginning of each period, and
-    stand still until its end.
-    """
-    share = processor_share()
-    return _cores() if share is None else max(1, min(_cores(), int(share)))
-
-
-def _cores() -> int:
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        try:
-            cores.add((topology / "thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system says it."""
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words, such as ``avx512_bf16``; nothing elsewhere."""
-    return frozenset(_cpu_info("flags").split())
-
-
-def _cpu_info(field: str) -> str:
-    """What /proc/cpuinfo says of the first processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
-    return next(values, "")
 
 
 def keep_freed_memory(up_to: int | None = None) -> bool:

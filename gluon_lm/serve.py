@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import ConfigError, MissingDependency, reason
-from .logs import log_to_terminal, outlive_readers
+from .logs import log_to_terminal, tolerate_closed_pipes
 from .runtime import prepare_process
 from .serving.limits import Limits
 
@@ -58,7 +58,7 @@ def _serve(argv: Sequence[str]) -> int:
         raise ConfigError(problems)
     _require_packages()
     log_to_terminal(parsed.verbosity)
-    outlive_readers()
+    tolerate_closed_pipes()
     # The address is taken first: loading a model takes longer than finding out that it is not free.
     with _bind(options.host, options.port) as listener:
         prepare_process(own_layers=True)

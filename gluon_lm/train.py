@@ -7,12 +7,40 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import FIXED, FIXED_ON_RESUME, TrainCommand, parse_train, run_command
-from .config import show
+from .cli import CommandParser, DebugOptions, normalise_argv, run_command
+from .config import SECTIONS, RunOptions, Setting, resolve, show, validate
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
+from .training.command import FIXED, FIXED_ON_RESUME, TrainCommand
 from .training.run_folder import RunFolder, find_run, strip_model_suffix
+
+# Flags of the systems that these commands replace.
+_ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
+_INSTEAD_OF_TRAINING = {
+    "--checkpoint": "to continue a run, use --resume RUN; to begin a new one with its weights, --init-from RUN",
+    "--from-epoch": "to continue a run, use --resume RUN",
+    "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
+    "--test-mode": "for a short trial, use --max-steps 20",
+    **dict.fromkeys(("--model-dir", "--model-name"), "name the run folder with --save"),
+    "--export-model": "to write symbol and parameters, use python -m gluon_lm.export RUN --output DIR",
+    "--onnx-export": "to write ONNX, use python -m gluon_lm.export RUN --output DIR --format onnx",
+    "--use-optimizer": "name the optimiser with --optimizer adam",
+    **dict.fromkeys(
+        ("--lr-update-interval", "--lr-update-factor"),
+        "--decay divides the learning rate where validation is no new best",
+    ),
+    "--num-gpus": "name them, as in --gpus 0,1,2,3",
+    "--batch-size-per-gpu": "--batch-size is that of all devices together",
+    **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
+    "--logdir": "name the run folder with --save",
+    "--early-stopping": "--patience N stops after N evaluations with no new best",
+    "--momentum": "SGD is plain here; leave it out, or use --optimizer adam",
+    "--warmup": "the learning rate is not warmed up",
+    "--nhead": "there is no transformer here",
+    "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
+    "--k": "the words of a sampled softmax are --num-sampled",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +48,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_train, argv)
 
 
-def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
+def train_parser() -> CommandParser:
+    """The parser of `python -m gluon_lm.train`."""
+    parser = CommandParser(
+        "train",
+        "Train a word-level language model, keep its best checkpoint, and evaluate it on the test text.",
+        "python -m gluon_lm.train --data wikitext-2 --tied --nhid 200 --emsize 200 --epochs 20 --dropout 0.2",
+        instead=_INSTEAD_OF_TRAINING,
+    )
+    parser.add_section(RunOptions, "run")
+    for name, section in SECTIONS.items():
+        parser.add_section(section, name)
+    return parser
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
+    """Read the command line of `train`: flags over ``--config`` over the recipe over the defaults.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found.
+    """
+    words = normalise_argv(sys.argv[1:] if argv is None else argv)
+    superfluous = [word for word in words if word in _ALWAYS_SO]
+    if superfluous:
+        print(f"warning: {' '.join(superfluous)}: always so here; leave it out", file=sys.stderr)
+    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
+    problems: list[str] = []
+    run = parsed.build(RunOptions)
+    own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
+    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
+
+    resume = run.resume
+    if run.continue_train:
+        if run.save is None:
+            problems.append("--continue-train: needs the run to continue; add --save RUN, or use --resume RUN")
+        elif resume is not None:
+            problems.append("--continue-train with --resume: both name the run to continue; leave one of them out")
+        resume = run.save
+    elif resume is not None and run.save not in (None, resume):
+        both = f"--save {show(run.save)} with --resume {show(resume)}"
+        problems.append(f"{both}: a run continues in its own folder; leave --save out")
+    continued = "--continue-train" if run.continue_train else "--resume"
+    if resume is not None and run.overwrite:
+        problems.append(f"--overwrite with {continued}: a run is either continued or replaced; leave one of them out")
+    if run.overwrite and run.save is None and resume is None:
+        problems.append(
+            "--overwrite: has no effect without --save RUN, for a run gets a new name; add it, or leave it out"
+        )
+    if resume is not None and run.init_from is not None:
+        problems.append(f"--init-from with {continued}: a run begins once; leave one of them out")
+    if run.init_from is not None:  # the other run's own bound is on its own steps
+        settings.setdefault("max_steps", Setting(None, "flag --init-from"))
+    is_based = resume is not None or run.init_from is not None
+    base = continued if resume is not None else "--init-from"
+    for flag, named in (("--config", run.config), ("--recipe", run.recipe)):
+        if is_based and named is not None:
+            problems.append(f"{flag} with {base}: the configuration is that run's config.yaml; leave {flag} out")
+
+    config_file = None if run.config is None or is_based else Path(run.config)
+    try:
+        resolved = resolve(settings, config_file, None if is_based else run.recipe)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if not is_based:
+        problems += validate(resolved.config, resolved.sources)
+    if problems:
+        raise ConfigError(problems)
+    return TrainCommand(
+        **vars(resolved),
+        save=run.save,
+        resume=resume,
+        init_from=run.init_from,
+        overwrite=run.overwrite,
+        print_config=run.print_config,
+        dry_run=run.dry_run,
+        verbosity=parsed.verbosity,
+        settings=settings,
+    )
+
+
+def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
     """A command, once the run folder that it names has been looked at.
 
     Returns
@@ -56,7 +165,7 @@ def settle(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path 
 
 
 def _train(argv: Sequence[str]) -> int:
-    command, run, checkpoint = settle(parse_train(argv))
+    command, run, checkpoint = resolve_run(parse_train(argv))
     if command.print_config:
         print(command.describe(), end="")
         return 0

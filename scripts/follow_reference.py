@@ -68,7 +68,14 @@ def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -
     model = new_model(config, vocab_size, mx.cpu())
     model.hybridize_for_use()
     communicator = SingleDevice([mx.cpu()])
-    step = TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
+    step = TrainingStep(
+        model,
+        create_optimizer(optim),
+        communicator,
+        clip_norm=optim.clip_norm,
+        alpha=optim.alpha,
+        beta=optim.beta,
+    )
     losses = []
     with progress_bar(total=len(windows), desc=what, unit="step") as bar:
         for number, (window, relative_length) in enumerate(windows):

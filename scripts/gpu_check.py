@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gluon_lm import doctor  # noqa: E402
-from gluon_lm.config import ModelConfig, recipe_names, resolve  # noqa: E402
+from gluon_lm.config import CELLS, ModelConfig, recipe_names, resolve  # noqa: E402
 from gluon_lm.runtime import prepare_process  # noqa: E402
 
 RECIPES = ("lm", "mxnet", "awd", "mos")
@@ -50,7 +50,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "layer-norm": {"layer_norm": True},
 }
 TOLERANCE = 1e-3  # of an update, in relative L2 distance: float32, summed in another order
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 Row = dict[str, Any]
 
 
@@ -283,7 +282,7 @@ def training_operations(model: ModelConfig, vocab_size: int) -> int:
     """Floating-point operations of all matrix products for one word: two a product, once forwards, twice backwards."""
     products, inputs, experts = 0, model.embed_size, model.num_experts or 1
     for width in model.layer_sizes:
-        products += GATES[model.cell] * width * (inputs + width)
+        products += CELLS[model.cell].gates * width * (inputs + width)
         inputs = width
     if model.num_experts:
         products += inputs * experts * (model.embed_size + 1)

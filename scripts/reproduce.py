@@ -35,13 +35,14 @@ sys.path.insert(1, str(ROOT))  # gluon_lm of this source tree, installed or not
 
 from benchmarks.machine import version_of  # noqa: E402
 
-from gluon_lm.cli import parse_train  # noqa: E402
 from gluon_lm.config import resolve  # noqa: E402
 from gluon_lm.errors import GluonLMError  # noqa: E402
-from gluon_lm.files import atomic_write, exclusive_lock  # noqa: E402
+from gluon_lm.files import atomic_write  # noqa: E402
 from gluon_lm.history import RunHistory, duration  # noqa: E402
-from gluon_lm.runtime import cpu_model  # noqa: E402
-from gluon_lm.training.run_folder import RunFolder  # noqa: E402
+from gluon_lm.locks import exclusive_lock  # noqa: E402
+from gluon_lm.processors import cpu_model  # noqa: E402
+from gluon_lm.train import parse_train  # noqa: E402
+from gluon_lm.training.run_folder import FINETUNED, RunFolder  # noqa: E402
 
 ROWS = ROOT / "scripts" / "reproduce.yaml"
 RESULTS = ROOT / "scripts" / "reproduced.json"
@@ -140,7 +141,7 @@ def run_folder(row: Row, rows: dict[str, Row], runs: Path) -> Path:
     if row.after is None:
         return runs / row.name
     before = run_folder(rows[row.after], rows, runs)
-    return before / "finetune_model" if row.finetune is not None else before
+    return before / FINETUNED if row.finetune is not None else before
 
 
 def progress(row: Row, rows: dict[str, Row], runs: Path) -> Results:
@@ -277,7 +278,7 @@ def reproduce(row: Row, rows: dict[str, Row], options: argparse.Namespace, runne
                     results.note(row, seconds=results.of(row).get("seconds", 0.0) + time.monotonic() - started)
     results.note(
         row,
-        vocabulary=sum(1 for _ in open(folder / "vocab.txt", encoding="utf-8")),
+        vocabulary=sum(1 for _ in open(RunFolder(folder).vocabulary, encoding="utf-8")),
         machine=f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         version=f"gluon_lm {version_of('gluon_lm')}{commit()}, mxnet {version_of('mxnet')}",
         finished=time.strftime("%Y-%m-%d"),
@@ -306,7 +307,7 @@ def check_is_of_row(row: Row, rows: dict[str, Row], folder: Path) -> None:
         Naming what differs.
     """
     wanted = parse_train(training_flags(row, rows)).config
-    found = resolve(config_file=folder / "config.yaml", default_recipe=None).config
+    found = resolve(config_file=RunFolder(folder).config, default_recipe=None).config
     if row.after is not None and found.training.epochs < wanted.training.epochs:  # about to go on
         found = replace(found, training=replace(found.training, epochs=wanted.training.epochs))
     differing = [
@@ -390,7 +391,7 @@ def shown_command(row: Row, rows: dict[str, Row]) -> str:
         return f"python -m gluon_lm.finetune RUN {row.finetune}".rstrip()
     name, *flags = shlex.split(row.evaluate)
     is_finetuned = row.after is not None and rows[row.after].finetune is not None
-    return f"python -m gluon_lm.{shlex.join([name, 'RUN/finetune_model' if is_finetuned else 'RUN', *flags])}"
+    return f"python -m gluon_lm.{shlex.join([name, f'RUN/{FINETUNED}' if is_finetuned else 'RUN', *flags])}"
 
 
 def tables(rows: dict[str, Row], results: Results, only_done: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def wait_for(condition, process, seconds=60):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def figures(output: str, split: str) -> tuple[float, int]:
+    """Perplexity of a text and its number of tokens, as a command printed them."""
+    found = re.search(rf"^{split} loss \S+ \| perplexity (\S+) \| bits per word \S+ \| tokens (\d+)$", output, re.M)
+    assert found, output
+    return float(found[1]), int(found[2])
+
+
+def events(run: Path) -> list[dict]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 class Notes:

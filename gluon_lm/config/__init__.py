@@ -7,6 +7,7 @@ from .kinds import Kind, choice, integer, option, optional, pathname, pathnames,
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
 from .rules import device_count, share_problems, validate, vocabulary_problems
 from .sections import (
+    CELLS,
     OPTIMIZER_STATES,
     SECTIONS,
     TAIL_FACTOR,
@@ -24,6 +25,7 @@ from .sections import (
 )
 
 __all__ = [
+    "CELLS",
     "Config",
     "DataConfig",
     "DeviceConfig",

@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import ConfigError
 from .kinds import keep_probability, key_of, read_value, show
-from .rules import device_problems, named_setting
+from .rules import device_problems, flag_within, named_setting
 from .sections import (
     OPTIMIZER_LR,
     REGULARISED_CELLS,
@@ -44,7 +44,7 @@ class Setting:
     @property
     def flag(self) -> str:
         """The flag that gave it, as it was spelled; of another source that."""
-        return self.source.removeprefix("flag ")
+        return flag_within(self.source) or self.source
 
 
 Layer = dict[str, Setting]
@@ -87,24 +87,28 @@ class _File(NamedTuple):
     kept: frozenset[str] = frozenset()
 
 
-def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
-    layer: Layer = {}
-    recipe: str | None = None
-    kept: set[str] = set()
+def _yaml_lines(source: str | Path, origin: str) -> list[tuple[Any, Any, int]]:
+    """Key, value and number of each line of YAML text, or of a file (a `Path`), that `origin` names in messages.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or is something else than such lines.
+    """
     try:
         content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
         loader = _FlatLoader(content)
         node = loader.get_single_node()
         if node is None:
-            return _File(layer, recipe)
+            return []
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{origin}: must be lines of the form name: value, for example hidden_size: 200")
         read = partial(loader.construct_object, deep=True)
-        pairs = [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
+        return [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
     except OSError as error:
         raise ConfigError(f"{origin}: cannot be read ({error.strerror}); name a YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ConfigError(f"{origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML's constructors raise all of these for explicit tags that do not fit their value.
         mark = getattr(error, "problem_mark", None)
@@ -112,31 +116,47 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
         what = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ConfigError(f"{origin}{where}: is not YAML that can be read ({what}); write name: value lines") from None
 
+
+def _field_of(key: Any) -> tuple[str | None, bool]:
+    """The field that a key of a file names, and whether it does so as what is kept; None: no such field."""
+    if not isinstance(key, str):
+        return None, False
+    keep = keep_names().get(key_of(key))
+    return keep or names_by_key().get(key_of(key)), keep is not None
+
+
+def _unknown_key(key: Any) -> str:
+    """What is wrong with a key that names no field."""
+    key_of_field = key_of(str(key))
+    if key_of_field.replace("-", "_") in RunOptions.__dataclass_fields__:
+        return f"{key}: is not a value of the configuration; give {flag_of(key_of_field)} as a flag"
+    known = [name.replace("-", "_") for name in (*names_by_key(), *keep_names())]
+    hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
+    return f"unknown key {show(key)}{hint}"
+
+
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
+    layer: Layer = {}
+    recipe: str | None = None
+    kept: set[str] = set()
     seen: dict[str, int] = {}
-    for key, raw, line in pairs:
+    for key, raw, line in _yaml_lines(source, origin):
         where = f"{origin} line {line}:"
-        keep = keep_names().get(key_of(key)) if isinstance(key, str) else None
-        name = (
-            "recipe" if key == "recipe" else keep or names_by_key().get(key_of(key)) if isinstance(key, str) else None
-        )
-        if name is None and key_of(str(key)).replace("-", "_") in RunOptions.__dataclass_fields__:
-            flag = flag_of(key_of(str(key)))
-            problems.append(f"{where} {key}: is not a value of the configuration; give {flag} as a flag")
-        elif name is None:
-            known = [n.replace("-", "_") for n in (*names_by_key(), *keep_names())]
-            hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
-            problems.append(f"{where} unknown key {show(key)}{hint}")
-        elif name in seen:
+        name, is_kept = ("recipe", False) if key == "recipe" else _field_of(key)
+        if name is None:
+            problems.append(f"{where} {_unknown_key(key)}")
+            continue
+        if name in seen:
             problems.append(f"{where} {key}: given a second time, first in line {seen[name]}; keep one of them")
-        elif name == "recipe":
+            continue
+        seen[name] = line
+        if name == "recipe":
             recipe = str(raw)
-        else:
-            kind = keep_probability(name) if keep else None
-            if keep:
-                kept.add(name)
-            layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
-        if name is not None:
-            seen.setdefault(name, line)
+            continue
+        kind = keep_probability(name) if is_kept else None
+        if is_kept:
+            kept.add(name)
+        layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
     return _File(layer, recipe, frozenset(kept))
 
 

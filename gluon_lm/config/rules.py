@@ -213,19 +213,25 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
 def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
     """Whether a flag, or a file that differs from the default, sets a value; a recipe's or a run's nobody asked for."""
     source = sources.get(name, "")
-    is_own = (
-        value != fields_by_name()[name].default and source != "default" and not source.startswith(("recipe ", "run "))
-    )
-    return source.startswith("flag ") or is_own
+    if flag_within(source):
+        return True
+    if source == "default" or source.startswith(("recipe ", "run ")):
+        return False
+    return bool(value != fields_by_name()[name].default)
+
+
+def flag_within(source: str) -> str | None:
+    """The flag of a source such as ``flag --nhid``, as it was spelled; None for another source."""
+    return source.removeprefix("flag ") if source.startswith("flag ") else None
 
 
 def named_setting(name: str, value: Any, sources: Mapping[str, str]) -> str:
     """A flag with its value, as the user gave it, and its source where that was no flag."""
     source = sources.get(name, "")
-    is_flag = source.startswith("flag ")
-    flag = source[len("flag ") :] if is_flag else flag_of(name)
+    given = flag_within(source)
+    flag = given or flag_of(name)
     if isinstance(value, bool):
         shown = flag if value else flag_of(f"no_{name}")
     else:
         shown = f"{flag} {show(value)}"
-    return shown if is_flag or source in ("", "default") else f"{shown} ({source})"
+    return shown if given or source in ("", "default") else f"{shown} ({source})"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -34,10 +34,24 @@ KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_as
 COMPRESSIONS = ("none", "2bit", "fp16")
 OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
 OPTIMIZER_STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that it keeps
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
-MODELS = CELLS + tuple(REGULARISED_CELLS)
 TAIL_FACTOR = 4  # by which the vectors of each group of rarer words are narrower (Grave et al. 2017)
+
+
+class Cell(NamedTuple):
+    """What sets the recurrent cells apart: gates a unit has, and arrays of state a layer carries."""
+
+    gates: int
+    num_states: int
+
+
+CELLS = {
+    "lstm": Cell(gates=4, num_states=2),
+    "gru": Cell(gates=3, num_states=1),
+    "rnn_tanh": Cell(gates=1, num_states=1),
+    "rnn_relu": Cell(gates=1, num_states=1),
+}
+REGULARISED_CELLS = {"awd-lstm": "lstm", "awd-gru": "gru", "awd-rnn": "rnn_tanh"}
+MODELS = (*CELLS, *REGULARISED_CELLS)
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,7 @@ class ModelConfig(Section):
 
     @property
     def cell(self) -> str:
-        """The recurrent cell: one of `CELLS`."""
+        """The recurrent cell: a key of `CELLS`."""
         return REGULARISED_CELLS.get(self.model, self.model)
 
     @property

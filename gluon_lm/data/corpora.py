@@ -449,7 +449,6 @@ def load_corpus(
     splits: Sequence[str] = SPLITS,
     of_run: bool = False,
     corpora: Mapping[str, CorpusSpec] = CORPORA,
-    cache_dir: Path | None = None,
 ) -> Corpus:
     """Find a text, downloading it if need be, and turn it into token ids, or find those in the cache.
 
@@ -466,8 +465,6 @@ def load_corpus(
         Whether a run names the text, and not the user, who is then told how to where it is not found.
     corpora : mapping of str to CorpusSpec
         The registry.
-    cache_dir : Path, optional
-        Where encoded text is kept; see `encoding.default_cache_dir`.
 
     Returns
     -------
@@ -496,7 +493,7 @@ def load_corpus(
     if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
         LOGGER.info("--data %s: nothing of it is looked for in %s (--data-dir)", " ".join(config.data), config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer
-    with Cache(cache_dir) as cache:
+    with Cache() as cache:
         if vocabulary is None:
             vocabulary = build_vocabulary(
                 cache, source.texts["train"], tokenizer, config.min_freq or 1, config.max_vocab

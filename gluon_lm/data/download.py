@@ -20,7 +20,8 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DataError, MissingDependency
-from ..files import BLOCK_BYTES, exclusive_lock, file_hash, synchronise
+from ..files import BLOCK_BYTES, file_hash, synchronise
+from ..locks import exclusive_lock
 from ..logs import LOGGER
 from ..progress import progress_bar
 

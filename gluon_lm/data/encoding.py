@@ -21,8 +21,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from ..files import BLOCK_BYTES, digest_of, exclusive_lock, file_hash, file_hashes, synchronise
+from ..files import BLOCK_BYTES, digest_of, file_hash, sealed, synchronise
 from ..heartbeat import beat
+from ..locks import exclusive_lock
 from ..logs import LOGGER
 from ..progress import progress_bar
 from .tokenizers import words_of
@@ -266,8 +267,7 @@ class Cache:
             try:
                 fresh.mkdir()
                 values = dict(build(fresh))
-                index: dict[str, Any] = {"sha256": file_hashes(fresh), "values": values}
-                index["digest"] = digest_of(index)
+                index = sealed({"values": values}, fresh)
                 (fresh / self._INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
                 for path in [*fresh.iterdir(), fresh]:
                     synchronise(path)

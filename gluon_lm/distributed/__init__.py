@@ -14,7 +14,9 @@ _HOME = {
     "KVStoreCommunicator": "kvstore",
     "SingleDevice": "communicator",
     "create_communicator": "devices",
+    "free_memory": "devices",
     "memory_in_use": "devices",
+    "merged_elements": "devices",
     "resolve_devices": "devices",
     "resolve_single_device": "devices",
 }

@@ -3,7 +3,7 @@
 Seide et al. 2014, "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of
 Speech DNNs"; Strom 2015, "Scalable Distributed DNN Training Using Commodity GPU Cloud Computing".
 
-Shapes: R ranks, B bytes of one rank.
+Shapes: W workers, B bytes of one worker.
 """
 
 from __future__ import annotations
@@ -121,17 +121,17 @@ class TwoBitCodec:
         mx.nd.cast(mark, dtype="uint8", out=bytes_B[self._num_bytes - 1 :])
         return bytes_B
 
-    def decode(self, bytes_RB: mx.nd.NDArray, gradients: Sequence[mx.nd.NDArray]) -> None:
+    def decode(self, bytes_WB: mx.nd.NDArray, gradients: Sequence[mx.nd.NDArray]) -> None:
         """Set the gradients, in place, to the sum of what all ranks sent; not finite where one of them was not.
 
         Parameters
         ----------
-        bytes_RB : NDArray
+        bytes_WB : NDArray
             What `encode` gave on each rank, in the same order on all.
         gradients : sequence of NDArray
         """
         flat = [gradient.reshape((-1,)) for gradient in gradients]
-        ranks = [bytes_RB[rank] for rank in range(len(bytes_RB))]
+        ranks = [bytes_WB[rank] for rank in range(len(bytes_WB))]
         for parameter, start, stop, offset, padded_stop in self._pieces:
             first, last = offset // CODES_PER_BYTE, padded_stop // CODES_PER_BYTE
             sent = [mx.nd.take(self._tables[parameter], rank[first:last]).reshape((-1,)) for rank in ranks]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from typing import Any, BinaryIO
 
@@ -20,6 +21,22 @@ WORKER_VARIABLE = "GLUON_LM_WORKER"  # the worker's number in the launcher's ord
 LOCAL_WORKER_VARIABLE = "GLUON_LM_LOCAL_WORKER"  # its number among the workers on its machine
 LOCAL_WORKERS_VARIABLE = "GLUON_LM_LOCAL_WORKERS"  # how many these are
 _ALIVE_INTERVAL_S = 0.25
+
+
+def processes_here() -> int:
+    """How many processes our launcher, horovodrun, Open MPI, MPICH or Slurm started on this machine."""
+    for name in (
+        LOCAL_WORKERS_VARIABLE,
+        "HOROVOD_LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "MPI_LOCALNRANKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NTASKS_PER_NODE",
+    ):
+        number = re.match("[1-9][0-9]*", os.environ.get(name, ""))  # Slurm writes 4(x2) for 4 on each of 2 machines
+        if number:
+            return int(number[0])
+    return 1
 
 
 def encode(*message: Any) -> bytes:

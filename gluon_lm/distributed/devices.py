@@ -13,9 +13,12 @@ from ..config import DeviceConfig
 from ..errors import DistributedError
 from ..gpus import query_driver, reasons_against_gpus, too_old_for_mxnet
 from ..logs import LOGGER
+from ..memory import free_host_memory
 from .communicator import Communicator, SingleDevice
 from .control import LOCAL_WORKER_VARIABLE
 from .kvstore import KVStoreCommunicator
+
+_MERGING_ON_GPUS = (None, "device", "dist_device_sync")  # of --kvstore
 
 
 def resolve_devices(config: DeviceConfig, streams: int | None = None, number: int = 0) -> list[mx.Context]:
@@ -87,6 +90,25 @@ def memory_in_use(devices: Sequence[mx.Context]) -> int | None:
     """Bytes in use, by any process, on the fullest of the GPUs among `devices`; None where there is none."""
     memories = [mx.context.gpu_memory_info(device.device_id) for device in devices if device.device_type == "gpu"]
     return max((total - free for free, total in memories), default=None)
+
+
+def free_memory(devices: Sequence[mx.Context]) -> int | None:
+    """Bytes that are free on the one of `devices` that has least; None where that is not known."""
+    if devices[0].device_type == "cpu":
+        return free_host_memory()
+    return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in devices))
+
+
+def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config: DeviceConfig) -> int:
+    """Elements that a KVStore which adds up on GPUs holds on one of them, for parameters of these sizes.
+
+    These are a parameter's gradients of all GPUs, and the sum. It deals the parameters out to the GPUs, and the largest
+    one weighs most. Compressed, there is one more of it, and what each GPU has not sent yet of all parameters.
+    """
+    if devices[0].device_type == "cpu" or len(devices) == 1 or config.kvstore not in _MERGING_ON_GPUS:
+        return 0
+    largest = max(sizes)
+    return (len(devices) + 1) * largest + sum(sizes) if config.gctype == "2bit" else len(devices) * largest
 
 
 def _number_on_machine(config: DeviceConfig) -> int:

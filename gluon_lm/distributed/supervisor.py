@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from .. import __version__
 from ..errors import DistributedError
-from ..logs import leave_terminal, leave_unread, outlive_readers
+from ..logs import detach_if_unread, detach_terminal, tolerate_closed_pipes
 from .agent import GRACE_S
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
@@ -415,8 +415,8 @@ class Supervisor(EventLoop):
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            leave_terminal(and_pipes=True)
-        outlive_readers()
+            detach_terminal(and_pipes=True)
+        tolerate_closed_pipes()
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
@@ -463,7 +463,7 @@ class _Printer:
             try:
                 print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
             except OSError as error:
-                if not leave_unread(error, stream):
+                if not detach_if_unread(error, stream):
                     self._supervisor.post("unread", error)
                     return
 

@@ -57,6 +57,7 @@ def gradient_statistics(
     ids: np.ndarray,
     eos: int,
     device: mx.Context,
+    *,
     bptt: int = 5,
     batch_size: int = 100,
     max_batches: int | None = None,
@@ -119,6 +120,7 @@ def cached_statistics(
     ids: np.ndarray,
     eos: int,
     device: mx.Context,
+    *,
     bptt: int = 5,
     batch_size: int = 100,
     max_batches: int | None = None,
@@ -131,7 +133,9 @@ def cached_statistics(
     path = folder / f"gradients-{_key(model, ids, eos, bptt, batch_size, max_batches)[:24]}.npz"
     statistics = _load(path, model)
     if statistics is None:
-        statistics = gradient_statistics(model, ids, eos, device, bptt, batch_size, max_batches, progress)
+        statistics = gradient_statistics(
+            model, ids, eos, device, bptt=bptt, batch_size=batch_size, max_batches=max_batches, progress=progress
+        )
         _save(path, statistics)
     return statistics
 
@@ -142,6 +146,7 @@ def dynamic_evaluate(
     eos: int,
     device: mx.Context,
     statistics: GradientStatistics,
+    *,
     lamb: float = 0.02,
     epsilon: float = 0.001,
     lr: float = 0.002,

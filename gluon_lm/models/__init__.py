@@ -1,8 +1,9 @@
 """Models: recurrent layers, heads, and the language model made of them."""
 
+from ..config import CELLS
 from .heads import HEADS, AdaptiveHead, Head, MixtureHead, SampledHead, SampledSoftmax, SoftmaxHead
 from .language_model import Encoder, LanguageModel, State
-from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
+from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
 __all__ = [
     "CELLS",

@@ -24,6 +24,7 @@ from mxnet import gluon
 from mxnet.gluon import nn
 
 from ..config import TAIL_FACTOR, ModelConfig
+from ..indexing import set_elements, set_rows
 from .dropout import Dropout
 from .precision import Affine, Products
 
@@ -314,7 +315,7 @@ class SampledSoftmax:
         drawn = np.flatnonzero(self.ids_S[np.minimum(columns_R, len(self.ids_S) - 1)] == ids_R)
         if len(drawn):
             places_2P = mx.nd.array(np.stack([drawn, columns_R[drawn] + 1]), ctx=device, dtype="int32")
-            _set(logits_RC, places_2P, mx.nd.full(len(drawn), _NEVER, ctx=device))
+            set_elements(logits_RC, places_2P, mx.nd.full(len(drawn), _NEVER, ctx=device))
         probs_RC = mx.nd.softmax(logits_RC, axis=-1, out=logits_RC)
         target_probs_R1 = probs_RC[:, :1].copy()
         probs_RC[:, :1] = 0
@@ -477,7 +478,7 @@ class _Softmax:
         """
         grad_SV, targets_S = self._probs_SV, self._targets_S
         numbers_S = mx.nd.arange(targets_S.shape[0], ctx=targets_S.context, dtype="int32")
-        _set(grad_SV, mx.nd.stack(numbers_S, targets_S), self._target_probs_S - 1)
+        set_elements(grad_SV, mx.nd.stack(numbers_S, targets_S), self._target_probs_S - 1)
         if not isinstance(weights, float):
             mx.nd.broadcast_mul(grad_SV, weights, out=grad_SV)
         elif weights != 1:
@@ -496,14 +497,9 @@ def _corner(room, num_rows, width):
     return room.reshape((-1,))[: num_rows * width].reshape((num_rows, width))
 
 
-def _set(array, places, values):
-    """Set the elements, or rows, at `places`: an index for each, or below one another one for each axis."""
-    mx.nd._internal._scatter_set_nd(array, values, places, shape=array.shape, out=array)
-
-
 def _add_to_rows(array, rows_P, values):
     """Add to different rows of an array."""
-    _set(array, rows_P.reshape((1, -1)), mx.nd.take(array, rows_P) + values)
+    set_rows(array, rows_P, mx.nd.take(array, rows_P) + values)
 
 
 def _log_sum_exp(values_RK):

@@ -10,13 +10,13 @@ import numpy as np
 from mxnet import gluon
 from mxnet.gluon import nn
 
-from ..config import ModelConfig
+from ..config import CELLS, ModelConfig
 from ..data.windows import Window
 from ..heartbeat import beat
 from .dropout import Dropout, drop
 from .heads import HEADS, SampledSoftmax
 from .precision import HalfProducts, check_half_precision, in_float16
-from .recurrent import CELLS, RecurrentLayer, UnrolledLSTMLayer
+from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
 _BLOCK = 1 << 22
 State = list  # of NDArrays (1, N, H), layer after layer; an LSTM layer has hidden and cell

@@ -22,7 +22,7 @@ from mxnet.contrib import amp
 from mxnet.gluon import nn
 
 from ..errors import ConfigError
-from ..runtime import cpu_flags
+from ..processors import cpu_flags
 
 DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
 # Elements that are cast at a time where the whole would have to be kept; on a GPU each piece takes a launch more.

@@ -5,26 +5,10 @@ Shapes: T time, N batch, I input width, H hidden width, G gates (LSTM 4, GRU 3, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from mxnet import gluon
 
+from ..config import CELLS
 from .dropout import drop
-
-
-class Cell(NamedTuple):
-    """What sets the recurrent cells apart: gates a unit has, and arrays of state a layer carries."""
-
-    gates: int
-    num_states: int
-
-
-CELLS = {
-    "rnn_tanh": Cell(gates=1, num_states=1),
-    "rnn_relu": Cell(gates=1, num_states=1),
-    "gru": Cell(gates=3, num_states=1),
-    "lstm": Cell(gates=4, num_states=2),
-}
 
 
 class WeightDropLayer(gluon.HybridBlock):

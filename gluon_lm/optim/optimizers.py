@@ -13,7 +13,7 @@ from mxnet import gluon
 
 from ..config import OptimConfig
 from ..errors import CheckpointError
-from .rows import set_rows
+from ..indexing import set_rows
 
 
 class SGD(mx.optimizer.Optimizer):

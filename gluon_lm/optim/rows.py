@@ -17,6 +17,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from ..indexing import set_rows
+
 _WORTH_IT = 4  # times as many rows as are filled: below that, picking them out takes as long as taking all
 
 
@@ -66,8 +68,3 @@ class FilledRows:
         """The first device's gradients; where few rows are filled, these alone."""
         grads = [parameter.list_grad()[0] for parameter in self._parameters]
         return [mx.nd.take(grad, self.by_index[i]) if i in self.by_index else grad for i, grad in enumerate(grads)]
-
-
-def set_rows(array: mx.nd.NDArray, rows: mx.nd.NDArray, values: mx.nd.NDArray) -> None:
-    """Set different rows (int32) of an array, in place."""
-    mx.nd._internal._scatter_set_nd(array, values, rows.reshape((1, -1)), shape=array.shape, out=array)

@@ -13,6 +13,7 @@ from ..history import RunHistory
 _MOST_POINTS = 800  # of one curve: more than a screen shows
 _SMOOTHED = 0.01  # standard deviation of the smoothing, as a share of the points
 _FEWEST_SMOOTHED = 20
+_MOST_LOG_TICKS = 7
 _LOG_FROM = 5.0  # a scale is logarithmic where the largest value is so many times the smallest
 
 # Colours that can be told apart, of contrast 4.5 and more on the page's ground, and dashes to tell neighbours apart
@@ -185,17 +186,17 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [number * size for number in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """At most so many round numbers from `low` to `high`: as many digits of each power of ten as there is room for."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """A few round numbers from `low` to `high`: as many digits of each power of ten as there is room for."""
     if high / low < 4:
-        return linear_ticks(low, high, most)
+        return linear_ticks(low, high, _MOST_LOG_TICKS)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = 1
     while True:
         for digits in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
             ticks = [digit * 10.0**power for power in powers if power % every == 0 for digit in digits]
             ticks = [tick for tick in ticks if low <= tick <= high]
-            if len(ticks) <= most:
+            if len(ticks) <= _MOST_LOG_TICKS:
                 return ticks
         every += 1
 

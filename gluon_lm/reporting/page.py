@@ -25,7 +25,7 @@ _EMPTY = "–"
 
 
 @dataclass(frozen=True)
-class Writing:
+class GeneratedTexts:
     """Texts that a run's best checkpoint wrote.
 
     Attributes
@@ -40,7 +40,7 @@ class Writing:
 
 
 def render_page(
-    runs: Sequence[RunHistory], names: Sequence[str], panels: Sequence[Panel], writings: Sequence[Writing] = ()
+    runs: Sequence[RunHistory], names: Sequence[str], panels: Sequence[Panel], generated: Sequence[GeneratedTexts] = ()
 ) -> str:
     """The whole page.
 
@@ -50,14 +50,14 @@ def render_page(
     names : sequence of str
         How each run is called, all different.
     panels : sequence of Panel
-    writings : sequence of Writing, optional
+    generated : sequence of GeneratedTexts, optional
         One for each run.
     """
     title = f"Report on {names[0]}" if len(runs) == 1 else f"Report on {len(runs)} runs"
     sections = {
         "Results": _results(runs, names),
         "Curves": _curves(panels, names),
-        "Texts": _texts(names, writings),
+        "Texts": _texts(names, generated),
         "Configuration": _configuration(runs, names),
         "Checkpoints": _checkpoints(runs, names),
     }
@@ -350,10 +350,10 @@ def _data(panel: Panel) -> str:
 # ---------------------------------------------------------------- texts
 
 
-def _texts(names: Sequence[str], writings: Sequence[Writing]) -> str:
+def _texts(names: Sequence[str], generated: Sequence[GeneratedTexts]) -> str:
     articles = []
-    for name, writing in zip(names, writings):
-        quotes = "".join(f"<blockquote>{escape(text)}</blockquote>" for text in writing.texts)
-        head = f'<h3>{escape(name)}</h3><p class="quiet">{escape(writing.how)}</p>'
+    for name, written in zip(names, generated):
+        quotes = "".join(f"<blockquote>{escape(text)}</blockquote>" for text in written.texts)
+        head = f'<h3>{escape(name)}</h3><p class="quiet">{escape(written.how)}</p>'
         articles.append(f'<article class="sheet">{head}{quotes}</article>')
     return f'<div class="texts">{"".join(articles)}</div>' if articles else ""

@@ -23,6 +23,7 @@ from starlette.routing import Match
 
 from .. import __version__
 from ..data.tokenizers import TOKENIZERS, words_of
+from ..generation import WORDS_PER_LINE, lines_of
 from ..generation.detokenize import detokenize
 from ..generation.sampling import Sampling
 from ..prediction import Predictor
@@ -32,30 +33,30 @@ from .guard import WORK, Guard
 from .limits import Limits
 from .metrics import RequestMetrics
 
-WORDS_PER_LINE = 20
 _HERE = Path(__file__).parent
 _ONLY_THIS_SERVER = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self'; form-action 'self'; base-uri 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
-_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
-    408: {"model": schemas.Problem, "description": "The request came too slowly."},
-    413: {"model": schemas.Problem, "description": "The request is too long."},
-    422: {"model": schemas.FieldProblems, "description": "Something is wrong with the request."},
-    429: {"model": schemas.Problem, "description": "Too much is waiting already; try again later."},
-    503: {"model": schemas.Problem, "description": "The server is stopping, or the time was up."},
+_Responses = dict[Union[int, str], dict[str, Any]]
+_REFUSALS = {
+    408: "The request came too slowly.",
+    413: "The request is too long.",
+    429: "Too much is waiting already; try again later.",
+    503: "The server is stopping, or the time was up.",
 }
-_FORM_PROBLEMS: dict[Union[int, str], dict[str, Any]] = {
+_PROBLEMS: _Responses = {
+    **{status: {"model": schemas.Problem, "description": what} for status, what in _REFUSALS.items()},
+    422: {"model": schemas.FieldProblems, "description": "Something is wrong with the request."},
+}
+_FORM_ANSWERS: _Responses = {
     status: {"description": what, "content": {"text/plain": {"schema": {"type": "string"}}}}
-    for status, what in [
-        (200, "The text, 20 words a line."),
-        (400, "Something is wrong with the form."),
-        (408, "The request came too slowly."),
-        (413, "The request is too long."),
-        (429, "Too much is waiting already; try again later."),
-        (503, "The server is stopping, or the time was up."),
-    ]
+    for status, what in {
+        200: f"The text, {WORDS_PER_LINE} words a line.",
+        400: "Something is wrong with the form.",
+        **_REFUSALS,
+    }.items()
 }
 _EVENT = {
     "type": "object",
@@ -129,7 +130,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         "/",
         summary="Write text, asked for with a form",
         response_class=PlainTextResponse,
-        responses=_FORM_PROBLEMS,
+        responses=_FORM_ANSWERS,
         openapi_extra={"requestBody": {"required": True, "content": _form_content(models.Form)}},
     )
     async def write_for_form(request: Request) -> PlainTextResponse:
@@ -140,8 +141,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         seed = _seed_of(asked)
         request.scope[WORK] += engine.generate(text_requests(asked, prompt_of(asked), seed, 1))
         (words,) = await result(request.scope[WORK])
-        lines = (words[start : start + WORDS_PER_LINE] for start in range(0, len(words), WORDS_PER_LINE))
-        text = "".join(f"{' '.join(line)}\n" for line in lines)
+        text = "".join(f"{line}\n" for line in lines_of(words))
         return PlainTextResponse(text, headers={"X-Seed": str(seed), "X-Content-Type-Options": "nosniff"})
 
     @app.post(
@@ -210,6 +210,15 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         (scores,) = await result(request.scope[WORK])
         return {"lines": [score.as_json() for score in scores]}
 
+    _add_status(app, engine, metrics, predictor, limits)
+    _add_page(app, "/", "page.html", "A page to write text with", root_path)
+    _add_page(app, "/docs", "docs.html", "This description, to read", root_path)
+    return app
+
+
+def _add_status(app: FastAPI, engine: Engine, metrics: RequestMetrics, predictor: Predictor, limits: Limits) -> None:
+    """What is served, whether it works, and its figures."""
+
     @app.get("/v1/model", summary="What is served", response_model=schemas.ModelAnswer)
     async def model() -> Any:
         return {
@@ -242,17 +251,15 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         }
         return PlainTextResponse(metrics.render(figures), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def add_page(path: str, file: str, summary: str) -> None:
-        base = f'<base href="{escape(root_path or "")}/">'
-        page = (_HERE / file).read_text(encoding="utf-8").replace('<base href="/">', base)
 
-        @app.get(path, summary=summary, response_class=HTMLResponse, name=file)
-        async def show_page() -> HTMLResponse:
-            return HTMLResponse(page, headers=_ONLY_THIS_SERVER)
+def _add_page(app: FastAPI, path: str, file: str, summary: str, root_path: Optional[str]) -> None:
+    """A page that lies here as a file, with its links below `root_path`."""
+    base = f'<base href="{escape(root_path or "")}/">'
+    page = (_HERE / file).read_text(encoding="utf-8").replace('<base href="/">', base)
 
-    add_page("/", "page.html", "A page to write text with")
-    add_page("/docs", "docs.html", "This description, to read")
-    return app
+    @app.get(path, summary=summary, response_class=HTMLResponse, name=file)
+    async def show_page() -> HTMLResponse:
+        return HTMLResponse(page, headers=_ONLY_THIS_SERVER)
 
 
 # ---------------------------------------------------------------- what is asked for

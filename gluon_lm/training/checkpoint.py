@@ -29,15 +29,24 @@ from .. import __version__
 from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..errors import CheckpointError, reason
-from ..files import digest_of, file_hash, file_hashes, read_arrays, replaced_folder, synchronise, write_arrays
+from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..models import LanguageModel
-from .run_folder import CHECKPOINT_PREFIX, RunFolder, checkpoint_step, find_run, free_name, point
+from .run_folder import (
+    CHECKPOINT_PREFIX,
+    CONFIG,
+    PARAMETERS,
+    STATE,
+    VOCABULARY,
+    RunFolder,
+    checkpoint_step,
+    find_run,
+    free_name,
+    replace_symlink,
+)
 
-PARAMETERS, UNAVERAGED, RESIDUALS = "parameters.npz", "unaveraged.npz", "residuals.npz"
-OPTIMIZER, CARRIED = "optimizer.npz", "carried.npz"
-STATE, CONFIG, VOCABULARY = "state.json", "config.yaml", "vocab.txt"
+UNAVERAGED, RESIDUALS, OPTIMIZER, CARRIED = "unaveraged.npz", "residuals.npz", "optimizer.npz", "carried.npz"
 TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
@@ -164,7 +173,7 @@ def save_checkpoint(
             _save_arrays(fresh / CARRIED, {str(i): array for i, array in enumerate(checkpoint.carried)})
             (fresh / CONFIG).write_text(config_yaml, encoding="utf-8")
             vocabulary.save(fresh / VOCABULARY)
-            state = {
+            content = {
                 "format": _FORMAT,
                 "gluon_lm": __version__,
                 "training": dataclasses.asdict(checkpoint.training),
@@ -173,10 +182,8 @@ def save_checkpoint(
                 "corpus": checkpoint.corpus,
                 "text": dict(checkpoint.text),
                 "num_devices": checkpoint.num_devices,
-                "sha256": file_hashes(fresh),
             }
-            state["digest"] = digest_of(json.loads(json.dumps(state)))
-            (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
         if is_best:
             _link(run.best, final)
         _link(run.latest, final)
@@ -304,7 +311,7 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
     return [(path.name, new.name) for path, new in zip(newer, aside)]
 
 
-def mend_links(run: RunFolder, training: TrainingState) -> None:
+def repair_links(run: RunFolder, training: TrainingState) -> None:
     """Let ``best`` and ``latest`` name what a run goes on with: a kill may have come before they did."""
     for link, step in ((run.best, training.best_step), (run.latest, training.step)):
         checkpoint = run.checkpoint(step)
@@ -317,7 +324,7 @@ def mend_links(run: RunFolder, training: TrainingState) -> None:
 def _link(link: Path, checkpoint: Path) -> None:
     if link.is_dir() and not link.is_symlink():
         shutil.rmtree(link)  # a copy of a checkpoint, as `scp -r` puts it in the place of a link
-    point(link, checkpoint)
+    replace_symlink(link, checkpoint)
 
 
 def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:

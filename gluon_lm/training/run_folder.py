@@ -14,9 +14,14 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, beside, exchange, is_in_use, sole_use
+from ..files import atomic_write, exchange, temporary_sibling
+from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
+# In a run; the first two are in each of its checkpoints as well.
+CONFIG, VOCABULARY = "config.yaml", "vocab.txt"
+METRICS, CHECKPOINTS, BEST, LATEST = "metrics.jsonl", "checkpoints", "best", "latest"
+STATE, PARAMETERS = "state.json", "parameters.npz"  # in a checkpoint
 CHECKPOINT_PREFIX = "step-"
 FINETUNED = "finetune_model"  # a run in a run
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
@@ -34,20 +39,20 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._lie_at(Path(path))
+        self._set_path(Path(path))
         self._stem: Path | None = None
 
-    def _lie_at(self, path: Path) -> None:
+    def _set_path(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.vocabulary = path / "vocab.txt"
+        self.config = path / CONFIG
+        self.vocabulary = path / VOCABULARY
         self.log = path / "log.txt"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.status = path / "status.json"
         self.tensorboard = path / "tensorboard"
-        self.checkpoints = path / "checkpoints"
-        self.best = path / "best"
-        self.latest = path / "latest"
+        self.checkpoints = path / CHECKPOINTS
+        self.best = path / BEST
+        self.latest = path / LATEST
         self._lock = path / ".lock"
 
     @classmethod
@@ -99,9 +104,9 @@ class RunFolder:
             If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
         """
         if self._stem is not None and self.path.exists():
-            self._lie_at(_stamped(self._stem))
+            self._set_path(_stamped(self._stem))
         self.check_free(overwrite)
-        fresh = RunFolder(beside(self._place))
+        fresh = RunFolder(temporary_sibling(self._place))
         with contextlib.ExitStack() as stack:
             try:
                 fresh.checkpoints.mkdir(parents=True)
@@ -142,7 +147,7 @@ class RunFolder:
             if self._stem is None:
                 self.check_free(overwrite=False)  # another process has made it in the meantime
                 raise
-            self._lie_at(_stamped(self._stem))
+            self._set_path(_stamped(self._stem))
             self._move_in(fresh, overwrite)
 
     @contextlib.contextmanager
@@ -213,9 +218,9 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def point(link: Path, target: Path) -> None:
+def replace_symlink(link: Path, target: Path) -> None:
     """Make `link` name `target`, which lies beside or below it, in one rename, where the file system has links."""
-    fresh = beside(link)
+    fresh = temporary_sibling(link)
     try:
         fresh.symlink_to(os.path.relpath(target, link.parent))
     except OSError as error:
@@ -267,7 +272,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if not path.is_dir() and path != Path(name) and path.name == "model":
         path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
-        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/config.yaml"))  # as a mixture's are
+        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/{CONFIG}"))  # as a mixture's are
         hint = f"; did you mean {stamped[-1].parent}?" if stamped else ""
         raise CheckpointError(
             f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
@@ -276,8 +281,8 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
-    is_copy = checkpoint.name in ("best", "latest")  # of a run that was copied without its links
+    is_copy = checkpoint.name in (BEST, LATEST)  # of a run that was copied without its links
     folder = checkpoint.parent if is_copy else checkpoint.parent.parent
-    if (is_copy or checkpoint.parent.name == "checkpoints") and (folder / "config.yaml").is_file():
+    if (is_copy or checkpoint.parent.name == CHECKPOINTS) and (folder / CONFIG).is_file():
         return RunFolder(folder), checkpoint
     raise CheckpointError(f"{name}: is neither a run folder (config.yaml and checkpoints/) nor a checkpoint in one")

@@ -7,29 +7,34 @@ import dataclasses
 import hashlib
 import math
 import reprlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..cli import TrainCommand
-from ..config import Config, DataConfig, DeviceConfig, device_count, read_config, vocabulary_problems
+from ..config import Config, DataConfig, DeviceConfig, OptimConfig, device_count, read_config, show, vocabulary_problems
 from ..data import Corpus, Vocabulary, load_corpus
-from ..distributed import Communicator, create_communicator
+from ..distributed import Communicator, create_communicator, free_memory, merged_elements
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
-from ..logs import LOGGER, NOTICE, RESULT, fall_silent, log_to_file
+from ..logs import LOGGER, NOTICE, RESULT, log_to_file, log_warnings_only
 from ..losses import row_chunks
-from ..memory import Need, check_need, explained, free_host_memory, training_need
+from ..memory import Need, check_need, explaining_memory_errors, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
-from .checkpoint import CONFIG, STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
-from .run_folder import RunFolder, point
+from .checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    newest_checkpoint,
+    repair_links,
+    set_aside_after,
+)
+from .command import TrainCommand
+from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
@@ -108,7 +113,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
-        for idle in trainer.too_late(command.settings, optim_of_checkpoint):
+        for idle in _too_late(command, optim_of_checkpoint, trainer.state):
             LOGGER.log(NOTICE, "%s", idle)
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -117,7 +122,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
             LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
-        mend_links(run, checkpoint.training)
+        repair_links(run, checkpoint.training)
         run.update_config(command.describe())
         return _fit_and_tell(trainer, run)
 
@@ -133,7 +138,7 @@ def _join(command: TrainCommand) -> Communicator:
             "--tf32 where the run's configuration says so"
         )
     if not communicator.is_primary:
-        fall_silent()
+        log_warnings_only()
     elif config.training.tensorboard:
         require_tensorboard()
     LOGGER.info("recipe %s", command.recipe or "none")
@@ -160,10 +165,10 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     config = command.config
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
-    warning = check_need(need, _free_memory(communicator))
+    warning = check_need(need, free_memory(communicator.devices))
     if warning:
         LOGGER.warning("%s", warning)
-    with explained(need):
+    with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
@@ -225,6 +230,20 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
         raise ConfigError(problems)
 
 
+def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) -> list[str]:
+    """What of the flags given to a resumed run is new to it and has no effect any more, a line each."""
+    settings, optim, lines = command.settings, command.config.optim, []
+    is_new = optim.when is not None and optim.when != before.when
+    if "when" in settings and is_new and max(optim.when or ()) <= state.epoch:
+        flag = f"{settings['when'].flag} {show(optim.when)}"
+        lines.append(f"{flag}: has no effect any more, {state.epoch} epochs are done; --lr sets the learning rate")
+    is_new = optim.nonmono != before.nonmono
+    if "nonmono" in settings and is_new and optim.ntasgd and state.averaging_since is not None:
+        flag = f"{settings['nonmono'].flag} {optim.nonmono}"
+        lines.append(f"{flag}: has no effect any more, the weights are averaged already")
+    return lines
+
+
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
     """The memory that a run takes, before any of it is taken."""
     head, training, devices = model.head, config.training, communicator.devices
@@ -249,26 +268,8 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,
-        merged=0 if on_cpu else _merged(list(sizes.values()), len(devices), config.devices),
+        merged=merged_elements(list(sizes.values()), devices, config.devices),
     )
-
-
-def _merged(sizes: Sequence[int], num_gpus: int, config: DeviceConfig) -> int:
-    """Elements that a KVStore which adds up on GPUs holds on one of them: a parameter's gradients of all, and the sum.
-
-    It deals the parameters out to the GPUs, and the largest one weighs most. Compressed, there is one more of it, and
-    what each GPU has not sent yet of all parameters.
-    """
-    if num_gpus == 1 or config.kvstore not in (None, "device", "dist_device_sync"):
-        return 0
-    return (num_gpus + 1) * max(sizes) + sum(sizes) if config.gctype == "2bit" else num_gpus * max(sizes)
-
-
-def _free_memory(communicator: Communicator) -> int | None:
-    """Of the device that has least; None: not known."""
-    if communicator.devices[0].device_type == "cpu":
-        return free_host_memory()
-    return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in communicator.devices))
 
 
 def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[str, object]:
@@ -312,12 +313,12 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
         if run.path.parent.name == "runs":
-            newest = run.path.parent / "latest"
+            newest = run.path.parent / LATEST
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
             elif newest != run.path:  # which is that link itself where --overwrite named it
                 try:
-                    point(newest, run.path)
+                    replace_symlink(newest, run.path)
                 except PermissionError as error:
                     LOGGER.info("%s does not name this run (%s)", newest, error.strerror)
         code = trainer.fit()

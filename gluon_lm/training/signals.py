@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ..logs import LOGGER, leave_terminal, outlive_readers
+from ..logs import LOGGER, detach_terminal, tolerate_closed_pipes
 
 
 class Stopped(Exception):
@@ -56,8 +56,8 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            leave_terminal(and_pipes=True)
-        outlive_readers()
+            detach_terminal(and_pipes=True)
+        tolerate_closed_pipes()
         self.signal = signal.Signals(number)
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "the run can go on from there"
         with contextlib.suppress(RuntimeError):  # the signal came in the midst of a line that waits to be read

@@ -88,6 +88,7 @@ class TrainingStep:
         model: LanguageModel,
         optimizer: mx.optimizer.Optimizer,
         communicator: Communicator,
+        *,
         clip_norm: float | None,
         alpha: float = 0.0,
         beta: float = 0.0,

@@ -15,14 +15,14 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ..config import Config, Layer, OptimConfig, share_problems, show
+from ..config import Config, share_problems
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows, Window
 from ..distributed import Communicator, memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, NOTICE, RESULT
-from ..memory import Need, explained, peak_memory
+from ..memory import Need, explaining_memory_errors, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
@@ -116,7 +116,7 @@ class Trainer:
             model,
             create_optimizer(optim),
             communicator,
-            optim.clip_norm,
+            clip_norm=optim.clip_norm,
             alpha=optim.alpha,
             beta=optim.beta,
             small_batch_size=optim.small_batch_size,
@@ -183,7 +183,7 @@ class Trainer:
             if self._communicator.is_primary:
                 self._open_trackers()
             self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
-            with explained(self._need), StopRequest() as stop:
+            with explaining_memory_errors(self._need), StopRequest() as stop:
                 longest = self._windows.longest()
                 if longest is not None:
                     self._step.rehearse(longest)
@@ -674,19 +674,6 @@ class Trainer:
         if checkpoint.carried:
             self._restore_carried_state(checkpoint.carried)
         self._restore_communication(checkpoint)
-
-    def too_late(self, settings: Layer, before: OptimConfig) -> list[str]:
-        """What of the settings given to a resumed run is new to it and has no effect any more, a line each."""
-        state, optim, lines = self.state, self.config.optim, []
-        is_new = optim.when is not None and optim.when != before.when
-        if "when" in settings and is_new and max(optim.when or ()) <= state.epoch:
-            flag = f"{settings['when'].flag} {show(optim.when)}"
-            lines.append(f"{flag}: has no effect any more, {state.epoch} epochs are done; --lr sets the learning rate")
-        is_new = optim.nonmono != before.nonmono
-        if "nonmono" in settings and is_new and optim.ntasgd and state.averaging_since is not None:
-            flag = f"{settings['nonmono'].flag} {optim.nonmono}"
-            lines.append(f"{flag}: has no effect any more, the weights are averaged already")
-        return lines
 
     def _restore_carried_state(self, carried: list[mx.nd.NDArray]) -> None:
         batch_size, communicator = self.config.training.batch_size, self._communicator

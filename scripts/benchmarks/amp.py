@@ -15,7 +15,7 @@ def train_in_bfloat16(size: Size, warmup: int, steps: int) -> dict[str, float]:
 @benchmark("amp", "A", "B", "D")
 def run_amp(options: argparse.Namespace) -> list[Table]:
     """Training speed in mixed precision, beside that in float32; where this processor has AVX512-BF16."""
-    from gluon_lm.runtime import cpu_flags
+    from gluon_lm.processors import cpu_flags
 
     if "avx512_bf16" not in cpu_flags():
         note("amp: this processor lacks AVX512-BF16 (avx512_bf16 in /proc/cpuinfo), so it is left out")

@@ -8,7 +8,7 @@ import time
 from importlib import metadata
 from typing import Any
 
-from gluon_lm.runtime import cpu_model
+from gluon_lm.processors import cpu_model
 
 PACKAGES = ("gluon_lm", "mxnet", "numpy", "gluonnlp", "torch")
 

@@ -47,7 +47,14 @@ def ours_step(
 
     optim = size.optim
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    return TrainingStep(model, create_optimizer(optim), communicator, optim.clip_norm, optim.alpha, optim.beta)
+    return TrainingStep(
+        model,
+        create_optimizer(optim),
+        communicator,
+        clip_norm=optim.clip_norm,
+        alpha=optim.alpha,
+        beta=optim.beta,
+    )
 
 
 def train_ours(

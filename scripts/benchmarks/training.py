@@ -103,7 +103,7 @@ def memory_in_bfloat16(size: Size, warmup: int, steps: int) -> dict[str, Any]:
 @benchmark("memory", "A70")
 def run_memory(options: argparse.Namespace) -> list[Table]:
     """Resident memory in the course of training on windows of random length; in bfloat16 too, where it can be."""
-    from gluon_lm.runtime import cpu_flags
+    from gluon_lm.processors import cpu_flags
 
     cases = [Case("float32", memory_of_ours)]
     if "avx512_bf16" in cpu_flags():

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 from mxnet import gluon
-from processes import Found, Notes, wait_for, with_horovod
+from processes import Found, Notes, events, wait_for, with_horovod
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -92,7 +92,7 @@ def train(communicator, name, spoil=False):
         for parameter in model.named_parameters().values():
             parameter.set_data(parameter.data() + communicator.rank)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    step = TrainingStep(model, optimizer, communicator, 0.3, alpha, beta)
+    step = TrainingStep(model, optimizer, communicator, clip_norm=0.3, alpha=alpha, beta=beta)
     # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
     ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
     windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []
@@ -549,12 +549,9 @@ def test_averaging_and_an_early_end_are_decided_for_all(tmp_path, uninterrupted,
     assert code == 0, printed
     alone = [str(word) for word in flags[2:] if word != "--horovod"]
     assert train_alone([*alone, "--save", str(tmp_path / "alone")]) == 0
-    together, alone = (
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("together", "alone")
-    )
+    together, alone = (events(tmp_path / run) for run in ("together", "alone"))
     assert [event["step"] for event in together] == [event["step"] for event in alone]
-    losses = [[event["loss"] for event in events] for events in (together, alone)]
+    losses = [[event["loss"] for event in run] for run in (together, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert (tmp_path / "together/latest/unaveraged.npz").exists()
     assert "--patience 3 is reached" in printed and "averaging the weights from step" in printed

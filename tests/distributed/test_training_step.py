@@ -59,7 +59,17 @@ def build_step(
 ):
     model = build_model(communicator.devices, **config)
     rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    return model, TrainingStep(model, rule, communicator, clip_norm, alpha, beta, small_batch_size, loss_scale)
+    step = TrainingStep(
+        model,
+        rule,
+        communicator,
+        clip_norm=clip_norm,
+        alpha=alpha,
+        beta=beta,
+        small_batch_size=small_batch_size,
+        loss_scale=loss_scale,
+    )
+    return model, step
 
 
 def train(step, num_steps=10, ids=None, seed=3):

@@ -74,7 +74,8 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "data" / "tiny"
 
 
@@ -233,7 +234,7 @@ def registry(*mirrors) -> dict[str, PublishedCorpus]:
 
 def load(folder: Path, *mirrors, name: str = "tiny-1"):
     config = DataConfig(data=(name,), data_dir=str(folder.parent))
-    return load_corpus(config, corpora=registry(*mirrors), cache_dir=folder.parent.parent / "cache")
+    return load_corpus(config, corpora=registry(*mirrors))
 
 
 def test_files_in_place_need_no_network(server, folder):

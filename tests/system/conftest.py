@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib
 import io
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import events
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,7 +113,7 @@ class Project:
         return self.start("train", *SMALL, "--save", run, *flags)
 
     def events(self, run: str) -> list[dict]:
-        return [json.loads(line) for line in (self.path / run / "metrics.jsonl").read_text().splitlines()]
+        return events(self.path / run)
 
     def results(self, run: str) -> list[tuple]:
         """What a run found out: every validation and test result."""

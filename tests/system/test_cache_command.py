@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import pytest
+from processes import figures
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def run(project):
 
 
 def perplexity_of(output):
-    return float(re.search(r"^all loss .* \| perplexity ([\d.]+) \|", output, re.MULTILINE).group(1))
+    return figures(output, "all")[0]
 
 
 def test_every_spelling_of_the_flags_mixes_the_cache_in(run):

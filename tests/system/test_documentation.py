@@ -33,8 +33,9 @@ import serving
 from pages import ROOT, Block
 
 from gluon_lm.__main__ import COMMANDS
-from gluon_lm.cli import normalise_argv, parse_train
+from gluon_lm.cli import normalise_argv
 from gluon_lm.config import resolve, validate
+from gluon_lm.train import parse_train
 
 # Flags behind those of a command. They keep what it is about, and leave out what takes long.
 _SIZES = ("--embed-size", "8", "--hidden-size", "8", "--last-hidden-size", "8")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 
 import pytest
+from processes import figures
 
 RULE = ("--lamb", 0.075, "--epsilon", 0.002, "--lr", 0.002, "--bptt", 5)
 
@@ -15,12 +15,6 @@ RULE = ("--lamb", 0.075, "--epsilon", 0.002, "--lr", 0.002, "--bptt", 5)
 def run(project):
     project.have_trained("run", "--epochs", 3, "--lr", 5, "--dropout", 0.4)
     return project
-
-
-def perplexity(output, split):
-    found = re.search(rf"^{split} loss \S+ \| perplexity (\S+) \| bits per word \S+ \| tokens (\d+)$", output, re.M)
-    assert found, output
-    return float(found[1]), int(found[2])
 
 
 def hashes(folder):
@@ -36,14 +30,14 @@ def test_both_spellings_on_both_texts_leave_the_run_as_it_was(run):
         "dynamiceval", "--model", "run.pt", *RULE, "--batch-size", 20, "--max_batches", -1, "--gpu", -1
     )
     assert "squared gradients of the training text (windows: 9) from run/dynamiceval/" in as_the_reference
-    static, num_tokens = perplexity(run.run("evaluate", "run"), "test")
-    assert perplexity(as_the_reference, "test") == perplexity(output, "test")
-    assert perplexity(output, "test")[1] == num_tokens == 140
-    assert perplexity(output, "test")[0] != static
+    static, num_tokens = figures(run.run("evaluate", "run"), "test")
+    assert figures(as_the_reference, "test") == figures(output, "test")
+    assert figures(output, "test")[1] == num_tokens == 140
+    assert figures(output, "test")[0] != static
 
     tuned = run.run("dynamiceval", "run", *RULE, "--batch_size", 20, "--val", "--ms")
     assert "(windows: 9) from run/dynamiceval/" in tuned
-    assert perplexity(tuned, "valid")[1] == 140
+    assert figures(tuned, "valid")[1] == 140
     assert hashes(run.path) == before
 
 
@@ -51,7 +45,7 @@ def test_a_finetuned_run_by_the_name_that_the_reference_gives_it(run):
     run.run("finetune", "run", "--epochs", 1)
     output = run.run("dynamiceval", "--model", "run/finetune_model.pt", "--max_batches", 1)
     assert "squared gradients of the training text (windows: 1) kept in run/finetune_model/dynamiceval/" in output
-    perplexity(output, "test")
+    figures(output, "test")
 
 
 def test_a_learning_rate_too_high_says_so(run):
@@ -64,7 +58,7 @@ def test_a_run_whose_training_text_is_gone_needs_another_place_for_it(run):
     refused = run.run("dynamiceval", "run", code=2)
     assert refused.startswith("error: --data text: ") and len(refused.splitlines()) == 1
     assert "needs the training text of the run" in refused and "--data" in refused
-    perplexity(run.run("dynamiceval", "run", "--data", "moved"), "test")
+    figures(run.run("dynamiceval", "run", "--data", "moved"), "test")
 
     (run.path / "moved" / "train.txt").write_text("the zebra sees a cat .\n" * 120)
     refused = run.run("dynamiceval", "run", "--data", "moved", code=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 import mxnet as mx
 import numpy as np
 import pytest
+from processes import events
 
 import gluon_lm.export
 import gluon_lm.train
@@ -155,8 +156,8 @@ def test_the_c_predict_api_gives_the_trained_models_numbers(exports, predict, na
 def test_the_manifest_has_the_result_of_the_best_checkpoint(exports):
     for name in RUNS:
         manifest = json.loads((exports / f"{name}-exported/manifest.json").read_text())
-        events = [json.loads(line) for line in (exports / name / "metrics.jsonl").read_text().splitlines()]
-        best = min((event for event in events if event["event"] == "valid"), key=lambda event: event["loss"])
+        evaluated = [event for event in events(exports / name) if event["event"] == "valid"]
+        best = min(evaluated, key=lambda event: event["loss"])
         assert os.readlink(exports / name / "best").endswith(manifest["training"]["checkpoint"])
         assert manifest["training"]["steps"] == best["step"]
         assert manifest["training"]["validation_loss"] == pytest.approx(best["loss"], rel=1e-9)

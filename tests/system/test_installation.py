@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -77,7 +78,7 @@ def test_a_clean_environment_trains_evaluates_writes_and_exports(version, tmp_pa
     flags = ["--emsize", 16, "--nhid", 16, "--batch-size", 4, "--bptt", 5, "--epochs", 3, "--lr", 5]
     environment.run("gluon-lm", "train", "--data", "text", "--save", "run", *flags)
     assert "perplexity" in environment.run("gluon-lm", "evaluate", "run")
-    (tested,) = [e for e in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()) if e["event"] == "test"]
+    (tested,) = [event for event in events(tmp_path / "run") if event["event"] == "test"]
     assert 1 < tested["perplexity"] < 3  # of eleven words, in two sentences
     assert len(environment.run("gluon-lm", "generate", "run", "--words", 20).split()) >= 20
     environment.run("gluon-lm", "export", "run", "--output", "exported")
@@ -105,8 +106,7 @@ def test_every_numpy_that_is_promised_trains_the_same(tmp_path):
             run = f"run-{version}-{i}"
             command = ["train", "--data", "text", "--save", run, *flags, *head]
             environment.run("gluon-lm", *command, PYTHONPATH=str(folder))
-            events = map(json.loads, (tmp_path / run / "metrics.jsonl").open())
-            losses.setdefault(i, []).append([e["loss"] for e in events if e["event"] != "train"])
+            losses.setdefault(i, []).append([e["loss"] for e in events(tmp_path / run) if e["event"] != "train"])
     for found in losses.values():
         assert len(found) == 5 and all(loss == pytest.approx(found[0], rel=1e-6) for loss in found)
 

@@ -173,8 +173,8 @@ def test_encoding_begins_again_and_comes_to_the_same_ids(project, num_kills):
     text.write_text(text.read_text() * 200)
     work = Work(
         project.path,
-        "from pathlib import Path; from gluon_lm.config import DataConfig; from gluon_lm.data import load_corpus",
-        "load_corpus(DataConfig(data=('text',)), cache_dir=Path(words[0])) and 0",
+        "import os; from gluon_lm.config import DataConfig; from gluon_lm.data import load_corpus",
+        "os.environ.update(GLUON_LM_CACHE=words[0]) or load_corpus(DataConfig(data=('text',))) and 0",
     )
     calls, seconds = work.measure("whole")
     expected = contents(project.path / "whole")

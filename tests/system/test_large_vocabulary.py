@@ -11,31 +11,28 @@ import sys
 import mxnet as mx
 import pytest
 from control_groups import memory_group
+from processes import figures
 
 from gluon_lm.errors import OutOfMemory
-from gluon_lm.memory import Need, check_need, explained
+from gluon_lm.memory import Need, check_need, explaining_memory_errors
 
 HEADS = {"sampled": ("--num-sampled", 5), "sampled-tied": ("--num-sampled", 5, "--tied"), "adaptive": ("--cutoffs", 6)}
-
-
-def perplexity(output):
-    return float(re.findall(r"(?:perplexity|test ppl) +([\d.]+)", output)[-1])
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_resumed_run_ends_as_one_that_never_stopped_and_every_command_takes_it(project, name):
     flags = (*HEADS[name], "--cpus", 2, "--lr", 5)
-    output = project.train("whole", *flags, "--checkpoint-every", 33, "--keep-checkpoints", 9)
+    project.train("whole", *flags, "--checkpoint-every", 33, "--keep-checkpoints", 9)
     shutil.copytree(project.path / "whole", project.path / "again", symlinks=True)
     project.run("train", "--resume", "again/checkpoints/step-33")
     assert project.parameters("again") == project.parameters("whole")
     # The whole vocabulary, however it was trained: what training says is what the commands say.
-    exact = perplexity(project.run("evaluate", "whole", "--eval-batch-size", 10))
-    assert exact == pytest.approx(perplexity(output), rel=1e-3)
+    exact, _ = figures(project.run("evaluate", "whole", "--eval-batch-size", 10), "test")
+    assert exact == pytest.approx(project.events("whole")[-1]["perplexity"], rel=1e-3)
     assert exact < 0.7 * 17
     assert len(project.run("generate", "whole", "--words", 30).split()) >= 30
     project.run("score", "whole", "text/test.txt", "--outf", "scores.tsv")
-    assert perplexity(project.run("dynamiceval", "whole")) != exact
+    assert figures(project.run("dynamiceval", "whole"), "test")[0] != exact
     project.run("finetune", "whole", "--max-steps", 5)
 
 
@@ -108,9 +105,9 @@ def test_what_fails_in_training_says_what_training_takes():
     need = Need(parameters=3 * 10**9, logits=10**9, window=2 * 10**9)
     for failure in (MemoryError("x"), mx.MXNetError("cudaMalloc retry failed: out of memory")):
         with pytest.raises(OutOfMemory, match=r"out of memory: training takes about 6\.3 GB .*--batch-size"):
-            with explained(need):
+            with explaining_memory_errors(need):
                 raise failure
-    with pytest.raises(mx.MXNetError, match="other"), explained(need):
+    with pytest.raises(mx.MXNetError, match="other"), explaining_memory_errors(need):
         raise mx.MXNetError("other")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from processes import figures
 
 SMALL = (
     "--data",
@@ -24,10 +25,6 @@ SMALL = (
 )
 
 
-def perplexity(output):
-    return float(re.findall(r"perplexity ([\d.]+)", output)[-1])
-
-
 def test_the_reference_page_from_training_to_dynamic_evaluation(project):
     """Its three steps for Penn Treebank, and a generated and a scored text."""
     flags = ("--dropouti", 0.4, "--dropoutl", 0.29, "--dropouth", 0.225, "--seed", 28, "--lr", 20.0, "--single_gpu")
@@ -38,9 +35,9 @@ def test_the_reference_page_from_training_to_dynamic_evaluation(project):
     flags = ("--dropouti", 0.4, "--dropoutl", 0.29, "--dropouth", 0.225, "--seed", 28, "--lr", 25.0)
     output = project.run("finetune", *SMALL, *flags, *devices, "--epoch", 1, "--save", name)
     assert (project.path / name / "finetune_model/best").exists()
-    static = perplexity(project.run("evaluate", f"{name}/finetune_model"))
+    static, _ = figures(project.run("evaluate", f"{name}/finetune_model"), "test")
     output = project.run("dynamiceval", "--model", f"{name}/finetune_model.pt", "--lamb", 0.075, "--batch_size", 10)
-    assert perplexity(output) != static
+    assert figures(output, "test")[0] != static
     assert len(project.run("generate", name, "--words", 30).split()) >= 30
     project.run("score", name, "text/test.txt", "--outf", "scores.tsv")
     assert (project.path / "scores.tsv").read_text().strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -15,9 +14,10 @@ from pathlib import Path
 import pytest
 import reproduce
 import yaml
+from processes import figures
 
-from gluon_lm.cli import parse_train
 from gluon_lm.finetune import parse_finetune
+from gluon_lm.train import parse_train
 
 pytestmark = pytest.mark.timeout(300)
 ROWS = reproduce.read_rows(reproduce.ROWS)
@@ -89,10 +89,6 @@ def wait_until(condition, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def perplexity(printed: str) -> float:
-    return float(re.search(r"perplexity ([\d.]+)", printed)[1])
-
-
 def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_into_the_readme(project, arguments):
     run = project.path / "runs" / "short"
 
@@ -114,20 +110,18 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     project.run("finetune", "whole", "--epochs", 2)
     dynamic = ("dynamiceval", "whole/finetune_model", "--lamb", 0.1, "--batch-size", 4)
     plain["tuned", "valid"], plain["tuned", "test"] = project.run(*dynamic, "--val"), project.run(*dynamic)
-    figures = json.loads(found.read_text())
+    kept = json.loads(found.read_text())
     for (row, split), expected in plain.items():
-        assert figures[row][split] == perplexity(expected), printed
+        assert kept[row][split] == figures(expected, split)[0], printed
     assert "resuming at step" in printed
-    assert (
-        f"== short: done, {figures['short']['valid']:.2f} / {figures['short']['test']:.2f}; to run it anew" in printed
-    )
-    assert figures["long"]["tokens"]["test"] == int(re.search(r"tokens (\d+)", plain["long", "test"])[1])
-    assert figures["memory"]["memory_mb"] > 50 and figures["long"]["seconds"] > 0
+    assert f"== short: done, {kept['short']['valid']:.2f} / {kept['short']['test']:.2f}; to run it anew" in printed
+    assert kept["long"]["tokens"]["test"] == figures(plain["long", "test"], "test")[1]
+    assert kept["memory"]["memory_mb"] > 50 and kept["long"]["seconds"] > 0
 
     readme, page = ((project.path / name).read_text() for name in ("README.md", "all.md"))
     for text in (readme, page):
         assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-        assert f"**{figures['tuned']['test']:.2f}**" in text
+        assert f"**{kept['tuned']['test']:.2f}**" in text
     large = next(line for line in page.splitlines() if line.startswith("| `large`"))
     assert "not run: needs a GPU" in large and "5 / 4" in large
     assert "not run" not in readme
@@ -136,7 +130,7 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     again, _ = start([*arguments, "--runs", str(project.path / "elsewhere")], "short").communicate(timeout=280)
     assert "End of training" in again
     anew = json.loads(found.read_text())
-    assert anew["short"]["test"] == figures["short"]["test"] and anew["long"] == figures["long"]
+    assert anew["short"]["test"] == kept["short"]["test"] and anew["long"] == kept["long"]
 
 
 def test_a_run_that_was_copied_without_its_links_is_gone_on_with(project, arguments):

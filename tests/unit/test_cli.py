@@ -21,10 +21,12 @@ import gluon_lm
 from gluon_lm import launch
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.__main__ import main as package_main
-from gluon_lm.cli import FIXED, FIXED_ON_RESUME, CommandParser, normalise_argv, parse_train, run_command, train_parser
+from gluon_lm.cli import CommandParser, normalise_argv, run_command
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError
 from gluon_lm.finetune import parse_finetune
+from gluon_lm.train import parse_train, train_parser
+from gluon_lm.training.command import FIXED, FIXED_ON_RESUME
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
 
@@ -186,13 +188,13 @@ REFERENCE_LINES = [
     (
         "--data data/penn/ --model LSTM --emsize 10 --nhid 11 --nlayers 4 --lr 29 --clip 0.5 --epochs 7 "
         "--batch_size 21 --bptt 71 --dropout 0.41 --dropouth 0.31 --dropouti 0.66 --dropoute 0.11 --wdrop 0.51 "
-        "--seed 3 --ntasgd --nonmono 6 --cuda --log-interval 9 --save m.pt --alpha 3 --beta 2 --wdecay 1.3e-06 "
+        "--seed 3 --ntasgd --nonmono 4 --cuda --log-interval 9 --save m.pt --alpha 3 --beta 2 --wdecay 1.3e-06 "
         "--optimizer sgd --when 3 5 --max_seq_len_delta 13",
         {
             "recipe": "lm", "data": ("data/penn/",), "model": "lstm", "embed_size": 10, "hidden_size": 11,
             "num_layers": 4, "lr": 29.0, "clip_norm": 0.5, "epochs": 7, "batch_size": 21, "bptt": 71, "dropout": 0.41,
             "dropout_hidden": 0.31, "dropout_input": 0.66, "dropout_embed": 0.11, "weight_drop": 0.51, "seed": 3,
-            "ntasgd": True, "nonmono": 6, "cuda": True, "log_interval": 9, "save": "m.pt", "alpha": 3.0, "beta": 2.0,
+            "ntasgd": True, "nonmono": 4, "cuda": True, "log_interval": 9, "save": "m.pt", "alpha": 3.0, "beta": 2.0,
             "weight_decay": 1.3e-6, "optimizer": "sgd", "when": (3, 5), "max_seq_len_delta": 13, "lr_decay": None,
         },
     ),
@@ -208,11 +210,11 @@ REFERENCE_LINES = [
     ),
     (
         "--n_experts 3 --nhidlast 12 --dropoutl 0.28 --small_batch_size 7 --batch_size 21 --max_seq_len_delta 0 "
-        "--dropouth 0.31 --dropouti 0.66 --dropoute 0.11 --wdrop 0.51 --nonmono 6 --alpha 3 --beta 2 --wdecay 1.3e-06",
+        "--dropouth 0.31 --dropouti 0.66 --dropoute 0.11 --wdrop 0.51 --nonmono 4 --alpha 3 --beta 2 --wdecay 1.3e-06",
         {
             "recipe": "mos", "num_experts": 3, "last_hidden_size": 12, "dropout_latent": 0.28, "small_batch_size": 7,
             "batch_size": 21, "max_seq_len_delta": 0, "dropout_hidden": 0.31, "dropout_input": 0.66,
-            "dropout_embed": 0.11, "weight_drop": 0.51, "nonmono": 6, "ntasgd": True, "alpha": 3.0, "beta": 2.0,
+            "dropout_embed": 0.11, "weight_drop": 0.51, "nonmono": 4, "ntasgd": True, "alpha": 3.0, "beta": 2.0,
             "weight_decay": 1.3e-6,
         },
     ),
@@ -904,7 +906,8 @@ def test_an_unknown_command_is_refused_by_the_process():
 def test_bad_flags_are_refused_by_the_process_without_mxnet():
     program = (
         "import sys; sys.modules['mxnet'] = None\n"
-        "from gluon_lm.cli import parse_train, run_command\n"
+        "from gluon_lm.cli import run_command\n"
+        "from gluon_lm.train import parse_train\n"
         "sys.exit(run_command(lambda argv: print(parse_train(argv).describe()) or 0))\n"
     )
     done = run_python("-c", program, "--nhid", "0", "--batch_sise", "3")

@@ -114,7 +114,8 @@ def test_a_real_group_bounds_the_threads():
     with control_group("cpu", version_1, {"cpu.max": f"{quota} {period}"}) as group:
         code = (
             "import os\n"
-            "from gluon_lm.runtime import prepare_process, usable_cores\n"
+            "from gluon_lm.processors import usable_cores\n"
+            "from gluon_lm.runtime import prepare_process\n"
             "os.environ.pop('OMP_NUM_THREADS', None)\n"
             "prepare_process()\n"
             "print(usable_cores(), os.environ['OMP_NUM_THREADS'])\n"

@@ -52,7 +52,7 @@ TRAINING_TEXT, TEXT = text(113), text(43, seed=9)  # 113 = 5 streams of 22 or 23
 
 
 def statistics_of(model, **how):
-    return gradient_statistics(model, TRAINING_TEXT, EOS, mx.cpu(0), BPTT, BATCH_SIZE, **how)
+    return gradient_statistics(model, TRAINING_TEXT, EOS, mx.cpu(0), bptt=BPTT, batch_size=BATCH_SIZE, **how)
 
 
 def run(model, ids, statistics, **rule):
@@ -173,7 +173,7 @@ def test_a_text_that_does_not_fit_is_refused():
     for foreign in (VOCAB_SIZE, -1):
         ids = np.append(TRAINING_TEXT, np.int32(foreign))
         with pytest.raises(DataError, match="must be from 0 to 12"):
-            gradient_statistics(model, ids, EOS, mx.cpu(0), BPTT, BATCH_SIZE)
+            gradient_statistics(model, ids, EOS, mx.cpu(0), bptt=BPTT, batch_size=BATCH_SIZE)
         with pytest.raises(DataError, match="must be from 0 to 12"):
             run(model, ids, statistics)
 
@@ -186,9 +186,9 @@ def computed(monkeypatch):
     """Counts the times that a training text is gone through."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return gradient_statistics(*args)
+    def counted(*args, **how):
+        calls.append(how)
+        return gradient_statistics(*args, **how)
 
     monkeypatch.setattr(dynamic, "gradient_statistics", counted)
     return calls
@@ -206,8 +206,8 @@ def said():
     LOGGER.setLevel(level)
 
 
-def cached(folder, model, ids=TRAINING_TEXT, bptt=BPTT, batch_size=BATCH_SIZE, max_batches=None):
-    return cached_statistics(folder, model, ids, EOS, mx.cpu(0), bptt, batch_size, max_batches)
+def cached(folder, model, ids=TRAINING_TEXT, **how):
+    return cached_statistics(folder, model, ids, EOS, mx.cpu(0), **{"bptt": BPTT, "batch_size": BATCH_SIZE, **how})
 
 
 def assert_same(found, expected):

@@ -143,7 +143,7 @@ def test_masks_follow_the_step_and_differ_between_devices(name):
     def gradients_by_device(step, settings=settings):
         """One device's training takes no sums over devices, so each device is left with its own gradients."""
         model = build_model(devices, **settings)
-        training_step = TrainingStep(model, create_optimizer(OptimConfig()), SingleDevice(devices), None)
+        training_step = TrainingStep(model, create_optimizer(OptimConfig()), SingleDevice(devices), clip_norm=None)
         training_step(window, 1, step)
         return [
             np.concatenate([p.grad(device).asnumpy().ravel() for p in model.named_parameters().values()])
@@ -281,7 +281,7 @@ def take_step(num_devices, window, alpha, beta, **settings):
     communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
     model = build_model(devices, **settings)
     rule = create_optimizer(OptimConfig(lr=1e-30))
-    return model, TrainingStep(model, rule, communicator, None, alpha, beta)(window, 3, 0)
+    return model, TrainingStep(model, rule, communicator, clip_norm=None, alpha=alpha, beta=beta)(window, 3, 0)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

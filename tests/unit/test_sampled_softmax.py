@@ -184,7 +184,7 @@ def build_step(
     communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
     model = build_model(devices, vocab_size=V, **config)
     rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    return model, TrainingStep(model, rule, communicator, clip_norm, small_batch_size=small_batch_size)
+    return model, TrainingStep(model, rule, communicator, clip_norm=clip_norm, small_batch_size=small_batch_size)
 
 
 def train(step, steps, seed=3):

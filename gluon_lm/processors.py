@@ -1,0 +1,52 @@
+"""The processors of this machine: how many cores this process may keep busy, and what they can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from .control_groups import processor_share
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy; two hardware threads of one core count once.
+
+    More threads than a container's share of the processors' time would use it up at the beginning of each period, and
+    stand still until its end.
+    """
+    share = processor_share()
+    return _cores() if share is None else max(1, min(_cores(), int(share)))
+
+
+def _cores() -> int:
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            cores.add((topology / "thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system says it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words, such as ``avx512_bf16``; nothing elsewhere."""
+    return frozenset(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field)
+    return next(values, "")

@@ -1,0 +1,132 @@
+"""A resolved command line of `train`, and what of a run may change while it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, Layer, get, origins_in, resolve, show, validate
+from ..errors import ConfigError
+from ..logs import Verbosity
+
+# What a run that begins with the model of another has from that one: the architecture, and how text becomes ids.
+FIXED = frozenset(
+    {
+        *("tokenizer", "min_freq", "max_vocab", "vocab"),
+        *("model", "embed_size", "hidden_size", "num_layers", "tied", "init"),
+        *("num_experts", "last_hidden_size", "layer_norm", "cutoffs"),
+    }
+)
+# What stays while a run goes on: besides, what is trained, and on which windows in which order. The rest (the place of
+# the text, devices, how long, how often, and how hard it is regularised) may change.
+FIXED_ON_RESUME = FIXED | {
+    *("num_sampled", "locked", "optimizer", "asgd"),
+    *("max_seq_len_delta", "random_start", "shuffle", "batch_size", "bptt", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """A `train` command line, resolved.
+
+    Attributes
+    ----------
+    config : Config
+    sources : dict of str to str
+        Where each value comes from, by field name; the recipe's source as ``recipe``.
+    recipe : str or None
+        Name of the recipe.
+    save, resume, init_from : str or None
+        The run folder to write, the run to continue, and the one to begin with, as the user named them. With one of
+        the last two, `config` holds the command line alone, unchecked: `over` lays it over that run's configuration.
+    overwrite, print_config, dry_run : bool
+    verbosity : Verbosity
+    settings : Layer
+        The flags that were given.
+    stem : str or None
+        What the name of a new run begins with, where `save` does not name it: the time follows.
+    kept_origins : mapping of str to str
+        Where the values came from, when the run began, that are now those of the run that is gone on with.
+    """
+
+    config: Config
+    sources: dict[str, str]
+    recipe: str | None
+    save: str | None
+    resume: str | None
+    init_from: str | None
+    overwrite: bool
+    print_config: bool
+    dry_run: bool
+    verbosity: Verbosity
+    settings: Layer
+    stem: str | None = None
+    kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """The run over whose configuration the flags are laid."""
+        return self.init_from if self.resume is None else self.resume
+
+    def describe(self) -> str:
+        """The answer to ``--print-config``: YAML with the source of each value behind it."""
+        return self.config.to_yaml({**self.sources, **self.kept_origins}, self.recipe)
+
+    def with_tokenizer(self, tokenizer: str, corpus: str) -> TrainCommand:
+        """With the tokenizer that the corpus was read with, so that other text is read alike later."""
+        if self.config.data.tokenizer == tokenizer:
+            return self
+        data = dataclasses.replace(self.config.data, tokenizer=tokenizer)
+        config = dataclasses.replace(self.config, data=data)
+        return dataclasses.replace(self, config=config, sources={**self.sources, "tokenizer": f"corpus {corpus}"})
+
+    def with_lr(self, lr: float) -> TrainCommand:
+        """With the learning rate that a checkpoint was written under."""
+        config = dataclasses.replace(self.config, optim=dataclasses.replace(self.config.optim, lr=lr))
+        kept_origins = {name: origin for name, origin in self.kept_origins.items() if name != "lr"}
+        sources = {**self.sources, "lr": "checkpoint"}
+        return dataclasses.replace(self, config=config, sources=sources, kept_origins=kept_origins)
+
+    def over(self, config_file: Path, fixed: Set[str], is_same_run: bool = True) -> TrainCommand:
+        """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
+
+        Parameters
+        ----------
+        config_file : Path
+        fixed : set of str
+            Fields that may not differ from the run's.
+        is_same_run : bool
+            Whether the run itself goes on, and its values keep their origin; another one has them from this run.
+
+        Raises
+        ------
+        ConfigError
+            As `parse_train`, and for every fixed field that differs.
+        """
+        before = resolve(config_file=config_file, default_recipe=None).config
+        resolved = resolve(self.settings, config_file, default_recipe=None)
+        was_locked = before.model.has_locked_dropout
+        if "locked" in fixed and "locked" not in self.settings:  # which by default follows rates that may change
+            model = dataclasses.replace(resolved.config.model, locked=was_locked)
+            if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
+                resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
+        run = f"run {config_file.parent}"
+        own = {setting.source for setting in self.settings.values()}
+        sources = {name: source if source in own else run for name, source in resolved.sources.items()}
+        problems = []
+        for name, setting in self.settings.items():
+            value, old = get(resolved.config, name), was_locked if name == "locked" else get(before, name)
+            if value != old and name in fixed:
+                flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
+                was = f"{config_file.parent} was trained with {show(old)}"
+                problems.append(f"{flag}: {was}; leave the flag out, or train anew")
+        problems += validate(resolved.config, sources)
+        if problems:
+            raise ConfigError(problems)
+        origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}
+        kept = {name: origins[name] for name, source in sources.items() if source == run and name in origins}
+        if get(resolved.config, "locked") != get(before, "locked"):
+            kept["locked"] = "as the run began"
+        return dataclasses.replace(self, **{**vars(resolved), "sources": sources}, kept_origins=kept)
