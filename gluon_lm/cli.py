@@ -180,11 +180,11 @@ class CommandParser(argparse.ArgumentParser):
         self.add_section(DataConfig, "data", only=("data", "data_dir", "tokenizer"), default="the run's")
 
     def add_run(self, *flags: str, or_export: bool = False) -> None:
-        """Add RUN, the newest one where it is not named, and flags that name it where it is not named first."""
+        """Add the optional argument RUN (default: the newest run), and flags that may name it instead."""
         what = "run folder, checkpoint or exported folder" if or_export else "run folder or checkpoint"
         self.add_argument("run", nargs="?", metavar="RUN", help=f"{what} (default: the newest run under runs/)")
         if flags:
-            named = "the run, where it is not named first (default: none)"
+            named = "the run, if it is not the first argument (default: none)"
             group = self.add_argument_group("run")
             group.add_argument(*flags, action=_Store, dest=_RUN, metavar="RUN", default=argparse.SUPPRESS, help=named)
             self._declared[_RUN] = option(None, pathname("RUN"), named)
@@ -240,7 +240,7 @@ class CommandParser(argparse.ArgumentParser):
             elif previous:
                 previous = ""  # the unknown flag's value, and no problem of its own
             else:
-                problems.append(f"{show(word)}: belongs to no flag; see {self.prog} --help")
+                problems.append(f"{show(word)}: is not the value of any flag; see {self.prog} --help")
         settings: Layer = {}
         for name, (flag, raw) in vars(namespace).pop("given", {}).items():
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
@@ -253,7 +253,9 @@ class CommandParser(argparse.ArgumentParser):
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if "print_config" in settings and "dry_run" in settings:
-            problems.append("--print-config with --dry-run: one prints and checks no more; leave one of them out")
+            problems.append(
+                "--print-config with --dry-run: the first only prints the configuration; leave one of them out"
+            )
         if problems:
             raise ConfigError(problems)
         return Parsed(namespace, settings, run if named is None else named.value)
@@ -296,7 +298,7 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     Returns
     -------
     int
-        What `work` returned; 2 for an error that the user can mend, 130 for Ctrl-C, 141 where the reader of
+        What `work` returned; 2 for an error that the user can fix, 130 for Ctrl-C, 141 where the reader of
         the output went away, unless it is to be outlived. Anything else that is raised is a bug and passes through
         with its traceback, as every error does under ``--debug``.
     """
@@ -329,14 +331,14 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
 
 def _explain(error: Exception) -> list[str]:
-    """The lines that tell a user what to mend; empty where the error is a bug of ours."""
+    """The lines that tell a user what to fix; empty where the error is a bug of ours."""
     if isinstance(error, OutOfMemory) or is_allocation_failure(error):
         with contextlib.suppress(Exception):
             sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
     if is_allocation_failure(error):
         return [
-            f"memory is short ({reason(error)}): free some, take a smaller model, lower what is worked on at once "
-            "(--batch-size, --bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"
+            f"out of memory ({reason(error)}): free some, use a smaller model, process less at once (--batch-size, "
+            "--bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"
         ]
     if isinstance(error, ConfigError):
         return [" ".join(problem.split()) for problem in error.problems]

@@ -1,4 +1,4 @@
-"""``python -m gluon_lm.doctor [RUN]``: what MXNet finds on this machine, and how to mend what is wrong.
+"""``python -m gluon_lm.doctor [RUN]``: what MXNet finds on this machine, and how to fix what is wrong.
 
 It works where MXNet is missing or cannot be loaded, since that is when it is needed: MXNet is imported in a process of
 its own, whose end, whatever it is, becomes a line of the report.

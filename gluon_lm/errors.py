@@ -18,7 +18,7 @@ class ConfigError(GluonLMError):
     Parameters
     ----------
     problems : str or sequence of str
-        Every problem found, so that all can be mended at once.
+        Every problem found, so that all can be fixed at once.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:

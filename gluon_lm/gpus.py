@@ -108,7 +108,7 @@ def has_machine_code(capability: tuple[int, int], builds: Collection[str]) -> bo
     Returns
     -------
     bool or None
-        None where MXNet is none of the published CUDA builds, for then nobody but its builder knows.
+        None where MXNet is none of the published CUDA builds, because only its builder can know.
     """
     if len(builds) != 1 or not set(builds) <= set(PUBLISHED_BUILDS):
         return None

@@ -126,7 +126,7 @@ class RunHistory:
         except ConfigError as error:
             raise CheckpointError("; ".join(error.problems)) from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({reason(error)}); mend or move what is damaged") from error
+            raise CheckpointError(f"{path}: cannot be read ({reason(error)}); fix or move what is damaged") from error
         written = [folder.config, folder.metrics, folder.log, folder.status]
         self.updated = max(file.stat().st_mtime for file in written if file.exists())
 

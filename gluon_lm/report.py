@@ -100,7 +100,7 @@ def _read_runs(names: Sequence[str]) -> list[RunHistory]:
             except CheckpointError as error:
                 LOGGER.warning("left out: %s", error)
     if not runs:
-        raise CheckpointError(f"{' '.join(names)}: has no run that can be read; mend what is left out, or name others")
+        raise CheckpointError(f"{' '.join(names)}: has no run that can be read; fix what is left out, or name others")
     return list({run.folder.path.resolve(): run for run in runs}.values())
 
 

@@ -95,7 +95,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"--host {host} --port {port}: cannot be listened on ({error.strerror}); name another port, or 0 for any"
+            f"--host {host} --port {port}: cannot listen there ({error.strerror}); name another port, or 0 for any"
         ) from error
 
 

@@ -355,7 +355,7 @@ def selected(patterns: list[str], rows: dict[str, Row]) -> list[Row]:
     for pattern in patterns:
         matching = fnmatch.filter(rows, pattern)
         if not matching:
-            raise Problem(f"{pattern}: is the name of no row; without a name, all are listed")
+            raise Problem(f"{pattern}: matches no row; without a name, all are listed")
         for name in matching:
             add(name)
     return [rows[name] for name in names]

@@ -491,7 +491,7 @@ def load_corpus(
         raise DataError(f"{error}; if the text of the run lies elsewhere now, name its place with --data") from error
     spec = find_spec(config.data[0], corpora)
     if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
-        LOGGER.info("--data %s: nothing of it is looked for in %s (--data-dir)", " ".join(config.data), config.data_dir)
+        LOGGER.info("--data %s: does not use --data-dir %s", " ".join(config.data), config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer
     with Cache() as cache:
         if vocabulary is None:

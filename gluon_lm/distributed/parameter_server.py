@@ -114,8 +114,8 @@ class ParameterServer(Communicator):
         if self._scales and self._scales.factors is not None and state.get("kvstore") != "device":  # which forgets
             LOGGER.log(
                 NOTICE,
-                "2-bit compression: what the workers had not sent yet when the run stopped is lost, so it does not go "
-                "on to the bit as if it had not stopped",
+                "2-bit compression: what the workers had not sent when the run stopped is lost, so the result will not "
+                "be identical to that of a run that never stopped",
             )
 
     def close(self):

@@ -48,7 +48,7 @@ class TrainCommand:
     stem : str or None
         What the name of a new run begins with, where `save` does not name it: the time follows.
     kept_origins : mapping of str to str
-        Where the values came from, when the run began, that are now those of the run that is gone on with.
+        Where the values came from, when the run began, that are now those of the run being continued.
     """
 
     config: Config
@@ -90,7 +90,7 @@ class TrainCommand:
         return dataclasses.replace(self, config=config, sources=sources, kept_origins=kept_origins)
 
     def over(self, config_file: Path, fixed: Set[str], is_same_run: bool = True) -> TrainCommand:
-        """The same command line over another YAML file: the ``config.yaml`` of the run that is gone on with.
+        """The same command line over another YAML file: the ``config.yaml`` of the run being continued.
 
         Parameters
         ----------

@@ -315,7 +315,7 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
         if run.path.parent.name == "runs":
             newest = run.path.parent / LATEST
             if newest.is_dir() and not newest.is_symlink():
-                LOGGER.info("%s is a run of its own, and no link to the newest one", newest)
+                LOGGER.info("%s is itself a run, so it is not made a link to the newest one", newest)
             elif newest != run.path:  # which is that link itself where --overwrite named it
                 try:
                     replace_symlink(newest, run.path)

@@ -359,7 +359,7 @@ class Trainer:
         if training.patience is not None and state.evaluations_since_best >= training.patience:
             return f"--patience {training.patience} is reached: so many evaluations gave no new best"
         if optim.asgd and has_stalled(state.valid_losses, optim.nonmono):
-            return f"validation has not improved on its best of more than {optim.nonmono} evaluations ago (--nonmono)"
+            return f"the validation loss is above the lowest of those more than {optim.nonmono} evaluations ago (--nonmono)"
         return None
 
     def _evaluation_due(self) -> bool:
@@ -413,8 +413,8 @@ class Trainer:
         if optim.ntasgd and self._average is None and has_stalled(state.valid_losses, optim.nonmono):
             self._start_averaging()
             LOGGER.info(
-                "validation has not improved on its best of more than %d evaluations ago: averaging the weights from "
-                "step %d on",
+                "the validation loss is above the lowest of those more than %d evaluations ago: averaging the weights "
+                "from step %d on",
                 optim.nonmono,
                 state.step,
             )
@@ -641,8 +641,7 @@ class Trainer:
         if self._communicator.broadcast_object(is_gone):  # each worker sees its own machine's folder
             LOGGER.log(
                 NOTICE,
-                "the best checkpoint until then, of step %d, is not kept any more: the next evaluation is taken for "
-                "the best",
+                "the best checkpoint so far, of step %d, is no longer there: the next evaluation counts as the best",
                 state.best_step,
             )
             state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
@@ -692,7 +691,7 @@ class Trainer:
     def _restore_communication(self, checkpoint: Checkpoint) -> None:
         num_devices = self._communicator.num_devices
         if checkpoint.communicator and self.config.devices.gctype != "2bit":
-            LOGGER.log(NOTICE, "the gradients were compressed, and are not any more: what had not been sent is lost")
+            LOGGER.log(NOTICE, "the gradients are no longer compressed: what had not been sent is lost")
         elif checkpoint.num_devices == num_devices:
             self._communicator.load_state_dict(checkpoint.communicator)
             self._communicator.load_residuals(checkpoint.residuals)

@@ -660,7 +660,7 @@ def test_gradients_add_up_whatever_the_model_was_initialised_for():
     found, _ = build_step(communicator_on(1), tied=True)
     for parameter in found.named_parameters().values():
         parameter.grad_req = "write"
-    step = TrainingStep(found, create_optimizer(OptimConfig(lr=0.5)), communicator_on(1), None)
+    step = TrainingStep(found, create_optimizer(OptimConfig(lr=0.5)), communicator_on(1), clip_norm=None)
     assert [result.grad_norm for result in train(step, 3)] == [result.grad_norm for result in train(expected_step, 3)]
     for name, value in values_of(expected).items():
         np.testing.assert_array_equal(values_of(found)[name], value)

@@ -256,7 +256,7 @@ def test_a_run_that_may_not_be_written_is_read_and_not_trained(project, disk):
 
 @pytest.mark.parametrize(
     ("megabytes", "size", "said"),
-    [(300, 8, "memory is short .*ulimit -v"), (900, 3000, "training takes about .* are free; lower .*--nhid")],
+    [(300, 8, "out of memory .*ulimit -v"), (900, 3000, "training takes about .* are free; lower .*--nhid")],
     ids=["too little for MXNet", "too little for the model"],
 )
 def test_short_memory_is_said_in_one_line(project, megabytes, size, said):

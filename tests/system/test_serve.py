@@ -459,7 +459,7 @@ def problem_of(capsys, *flags):
 def test_a_port_in_use_is_said_in_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"--port {port}: cannot be listened on" in problem_of(capsys, "run", "--port", port)
+        assert f"--port {port}: cannot listen there" in problem_of(capsys, "run", "--port", port)
 
 
 def test_an_address_that_is_none_is_said_in_one_line(capsys):
@@ -472,7 +472,7 @@ def test_an_engine_that_cannot_start_is_said_in_one_line(run, capsys, monkeypatc
 
     monkeypatch.setattr("gluon_lm.prediction.ModelPredictor.begin_state", fail)
     problem = problem_of(capsys, run, "--port", 0)
-    assert problem.startswith("error: memory is short (")
+    assert problem.startswith("error: out of memory (")
     assert "serving at" not in capsys.readouterr().out
 
 

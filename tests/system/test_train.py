@@ -255,7 +255,7 @@ def test_a_run_that_was_copied_without_its_links_works(project, links):
 def test_a_run_may_have_the_name_of_the_link_to_the_newest(project):
     project.train("runs/latest")
     output = project.train("runs/other")
-    assert "runs/latest is a run of its own, and no link to the newest one" in output
+    assert "runs/latest is itself a run, so it is not made a link to the newest one" in output
     assert project.run("evaluate") == project.run("evaluate", "runs/latest")
 
 
@@ -483,7 +483,7 @@ def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_f
     kept = sorted(path.name for path in (project.path / "run/checkpoints").iterdir())
     assert min(losses) == losses[3] and min(losses[:3]) != losses[2] and kept == ["step-12", "step-16"]
     output = project.run("train", "--resume", "run/checkpoints/step-12", "--lr", 1e-6, "--max-steps", 24)
-    assert "is not kept any more: the next evaluation is taken for the best" in output and "test ppl" in output
+    assert "is no longer there: the next evaluation counts as the best" in output and "test ppl" in output
     assert project.run("evaluate", "run") == project.run("evaluate", "run/best")
 
 

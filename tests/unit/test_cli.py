@@ -367,7 +367,7 @@ def test_every_problem_at_once(tmp_path):
     path.write_text("hiden_size: 5\n", encoding="utf-8")
     assert problems_of("--nhid 0 --dropout 1.5 --batch_sise 3 --model lsmt extra") == [
         "--batch-sise: unknown flag; did you mean --batch-size?",
-        "extra: belongs to no flag; see python -m gluon_lm.train --help",
+        "extra: is not the value of any flag; see python -m gluon_lm.train --help",
         "--nhid 0: must be a whole number, 1 or more; for example 200",
         "--dropout 1.5: must be a number, 0 or more and below 1; for example 0.2",
         "--model lsmt: must be one of lstm, gru, rnn_tanh, rnn_relu, awd-lstm, awd-gru, awd-rnn; did you mean lstm?",

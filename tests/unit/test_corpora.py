@@ -89,7 +89,7 @@ def test_a_folder_for_corpora_that_is_not_looked_at_is_said(tmp_path, caplog):
     (tmp_path / "notes.txt").write_text("word a b c\n" * 100)
     with caplog.at_level("INFO"):
         load(tmp_path / "notes.txt", data_dir="/corpora")
-    assert "nothing of it is looked for in /corpora (--data-dir)" in caplog.text
+    assert "does not use --data-dir /corpora" in caplog.text
 
 
 def test_one_file_of_one_line_is_cut_at_words(tmp_path):
