@@ -8,39 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, normalise_argv, run_command
-from .config import SECTIONS, RunOptions, Setting, resolve, show, validate
+from .config import INSTEAD_OF_TRAINING, SECTIONS, RunOptions, Setting, resolve, show, validate
 from .errors import ConfigError
 from .logs import log_to_terminal
 from .runtime import prepare_training
 from .training.command import FIXED, FIXED_ON_RESUME, TrainCommand
 from .training.run_folder import RunFolder, find_run, strip_model_suffix
 
-# Flags of the systems that these commands replace.
+# Flags of gluonnlp that ask for what is always done.
 _ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
-_INSTEAD_OF_TRAINING = {
-    "--checkpoint": "to continue a run, use --resume RUN; to begin a new one with its weights, --init-from RUN",
-    "--from-epoch": "to continue a run, use --resume RUN",
-    "--eval-only": "to evaluate a run, use python -m gluon_lm.evaluate RUN",
-    "--test-mode": "for a short trial, use --max-steps 20",
-    **dict.fromkeys(("--model-dir", "--model-name"), "name the run folder with --save"),
-    "--export-model": "to write symbol and parameters, use python -m gluon_lm.export RUN --output DIR",
-    "--onnx-export": "to write ONNX, use python -m gluon_lm.export RUN --output DIR --format onnx",
-    "--use-optimizer": "name the optimiser with --optimizer adam",
-    **dict.fromkeys(
-        ("--lr-update-interval", "--lr-update-factor"),
-        "--decay divides the learning rate where validation is no new best",
-    ),
-    "--num-gpus": "name them, as in --gpus 0,1,2,3",
-    "--batch-size-per-gpu": "--batch-size is that of all devices together",
-    **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
-    "--logdir": "name the run folder with --save",
-    "--early-stopping": "--patience N stops after N evaluations with no new best",
-    "--momentum": "SGD is plain here; leave it out, or use --optimizer adam",
-    "--warmup": "the learning rate is not warmed up",
-    "--nhead": "there is no transformer here",
-    "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
-    "--k": "the words of a sampled softmax are --num-sampled",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +30,7 @@ def train_parser() -> CommandParser:
         "train",
         "Train a word-level language model, keep its best checkpoint, and evaluate it on the test text.",
         "python -m gluon_lm.train --data wikitext-2 --tied --nhid 200 --emsize 200 --epochs 20 --dropout 0.2",
-        instead=_INSTEAD_OF_TRAINING,
+        instead=INSTEAD_OF_TRAINING,
     )
     parser.add_section(RunOptions, "run")
     for name, section in SECTIONS.items():

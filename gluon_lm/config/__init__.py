@@ -3,6 +3,7 @@
 Where values come from, highest first: flags, ``--config``, the recipe, the default.
 """
 
+from .elsewhere import INSTEAD_OF_TRAINING
 from .kinds import Kind, choice, integer, option, optional, pathname, pathnames, read_value, real, show, switch, text
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
 from .rules import device_count, share_problems, validate, vocabulary_problems
@@ -25,6 +26,7 @@ from .sections import (
 )
 
 __all__ = [
+    "INSTEAD_OF_TRAINING",
     "CELLS",
     "Config",
     "DataConfig",

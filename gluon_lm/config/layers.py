@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from ..errors import ConfigError
+from .elsewhere import INSTEAD_OF_TRAINING
 from .kinds import keep_probability, key_of, read_value, show
 from .rules import device_problems, flag_within, named_setting
 from .sections import (
@@ -131,6 +132,8 @@ def _unknown_key(key: Any) -> str:
     if key_of_field.replace("-", "_") in RunOptions.__dataclass_fields__:
         return f"{key}: is not a value of the configuration; give {flag_of(key_of_field)} as a flag"
     known = [name.replace("-", "_") for name in (*names_by_key(), *keep_names())]
+    if f"--{key_of_field}" in INSTEAD_OF_TRAINING:
+        return f"unknown key {key}; {INSTEAD_OF_TRAINING[f'--{key_of_field}']}"
     hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
     return f"unknown key {show(key)}{hint}"
 

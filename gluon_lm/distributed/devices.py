@@ -102,12 +102,17 @@ def free_memory(devices: Sequence[mx.Context]) -> int | None:
 def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config: DeviceConfig) -> int:
     """Elements that a KVStore which adds up on GPUs holds on one of them, for parameters of these sizes.
 
-    These are a parameter's gradients of all GPUs, and the sum. It deals the parameters out to the GPUs, and the largest
-    one weighs most. Compressed, there is one more of it, and what each GPU has not sent yet of all parameters.
+    These are a parameter's gradients of all GPUs, and the sum; over NCCL the sum alone. It deals the parameters out to
+    the GPUs, and the largest one weighs most. Compressed, there is one more of it, and what each GPU has not sent yet
+    of all parameters.
     """
-    if devices[0].device_type == "cpu" or len(devices) == 1 or config.kvstore not in _MERGING_ON_GPUS:
-        return 0
     largest = max(sizes)
+    if devices[0].device_type == "cpu" or len(devices) == 1:
+        return 0
+    if config.kvstore == "nccl":
+        return largest
+    if config.kvstore not in _MERGING_ON_GPUS:
+        return 0
     return (len(devices) + 1) * largest + sum(sizes) if config.gctype == "2bit" else len(devices) * largest
 
 

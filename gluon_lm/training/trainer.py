@@ -359,7 +359,7 @@ class Trainer:
         if training.patience is not None and state.evaluations_since_best >= training.patience:
             return f"--patience {training.patience} is reached: so many evaluations gave no new best"
         if optim.asgd and has_stalled(state.valid_losses, optim.nonmono):
-            return f"the validation loss is above the lowest of those more than {optim.nonmono} evaluations ago (--nonmono)"
+            return f"validation loss is above the lowest of those more than {optim.nonmono} evaluations ago (--nonmono)"
         return None
 
     def _evaluation_due(self) -> bool:
@@ -413,7 +413,7 @@ class Trainer:
         if optim.ntasgd and self._average is None and has_stalled(state.valid_losses, optim.nonmono):
             self._start_averaging()
             LOGGER.info(
-                "the validation loss is above the lowest of those more than %d evaluations ago: averaging the weights "
+                "validation loss is above the lowest of those more than %d evaluations ago: averaging the weights "
                 "from step %d on",
                 optim.nonmono,
                 state.step,

@@ -451,3 +451,18 @@ def test_a_command_for_one_device_refuses_several():
     assert resolve_single_device(DeviceConfig(cpus=1)) == mx.cpu(0)
     with pytest.raises(DistributedError, match="2 devices are named"):
         resolve_single_device(DeviceConfig(cpus=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_gpus", "elements"),
+    [
+        (DeviceConfig(), 1, 0),
+        (DeviceConfig(), 4, 4 * 50),
+        (DeviceConfig(gctype="2bit"), 4, 5 * 50 + 60),
+        (DeviceConfig(kvstore="nccl"), 4, 50),
+        (DeviceConfig(kvstore="local"), 4, 0),
+    ],
+)
+def test_what_a_store_holds_on_a_gpu(config, num_gpus, elements):
+    assert device_flags.merged_elements([10, 50], [mx.gpu(i) for i in range(num_gpus)], config) == elements
+    assert device_flags.merged_elements([10, 50], cpus(num_gpus), config) == 0

@@ -534,6 +534,23 @@ def test_a_probability_given_under_both_names_is_refused(key, name):
         ]
 
 
+@pytest.mark.parametrize(
+    "line, advice",
+    [
+        ("num_gpus: 2", "unknown key num_gpus; name them, as in --gpus 0,1,2,3"),
+        ("batch_size_per_gpu: 160", "unknown key batch_size_per_gpu; --batch-size is that of all devices together"),
+        ("forget_bias: 1.0", "unknown key forget_bias; it is 1 with --layer-norm, and learnt"),
+    ],
+)
+def test_a_name_of_another_system_gets_what_is_in_its_place(line, advice):
+    assert problems_of(read_config, line) == [f"config.yaml line 1: {advice}"]
+
+
+def test_openseq2seqs_steps_are_understood():
+    training = read_config("eval_steps: 80\nsave_checkpoint_steps: 40\nprint_loss_steps: 48").training
+    assert (training.eval_every, training.checkpoint_every, training.log_interval) == (80, 40, 48)
+
+
 def test_a_misspelt_openseq2seq_name_gets_the_nearest():
     assert problems_of(read_config, "recurent_keep_prob: 0.5") == [
         "config.yaml line 1: unknown key recurent_keep_prob; did you mean recurrent_keep_prob?"
