@@ -25,6 +25,7 @@ _HOME = {
     "load_corpus": "data",
     "LanguageModel": "models",
     "Trainer": "training.trainer",
+    "train_run": "training.session",
     "load_model": "training.checkpoint",
     "load_predictor": "prediction",
     "load_exported": "exporting",

@@ -67,9 +67,10 @@ class Section:
     def __post_init__(self) -> None:
         problems: list[str] = []
         for declared in dataclasses.fields(self):
-            label = f"{type(self).__name__}.{declared.name}"
-            value = read_value(declared, getattr(self, declared.name), label, problems)
-            object.__setattr__(self, declared.name, value)
+            value = getattr(self, declared.name)
+            if value is not declared.default:
+                label = f"{type(self).__name__}.{declared.name}"
+                object.__setattr__(self, declared.name, read_value(declared, value, label, problems))
         if problems:
             raise ConfigError(problems)
 

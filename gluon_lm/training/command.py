@@ -52,16 +52,16 @@ class TrainCommand:
     """
 
     config: Config
-    sources: dict[str, str]
-    recipe: str | None
-    save: str | None
-    resume: str | None
-    init_from: str | None
-    overwrite: bool
-    print_config: bool
-    dry_run: bool
-    verbosity: Verbosity
-    settings: Layer
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    recipe: str | None = None
+    save: str | None = None
+    resume: str | None = None
+    init_from: str | None = None
+    overwrite: bool = False
+    print_config: bool = False
+    dry_run: bool = False
+    verbosity: Verbosity = Verbosity.NORMAL
+    settings: Layer = dataclasses.field(default_factory=dict)
     stem: str | None = None
     kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

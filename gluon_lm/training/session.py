@@ -13,7 +13,17 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..config import Config, DataConfig, DeviceConfig, OptimConfig, device_count, read_config, show, vocabulary_problems
+from ..config import (
+    Config,
+    DataConfig,
+    DeviceConfig,
+    OptimConfig,
+    device_count,
+    read_config,
+    show,
+    validate,
+    vocabulary_problems,
+)
 from ..data import Corpus, Vocabulary, load_corpus
 from ..distributed import Communicator, create_communicator, free_memory, merged_elements
 from ..errors import ConfigError, DistributedError
@@ -38,6 +48,34 @@ from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_sy
 from .trainer import Trainer
 
 _BLOCK_TOKENS = 1 << 22
+
+
+def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
+    """Train a new run to its end from Python, as ``python -m gluon_lm.train`` does.
+
+    Parameters
+    ----------
+    config : Config
+    save : str or Path
+        The run folder to write.
+    overwrite : bool
+        Replace the run folder if it exists.
+
+    Returns
+    -------
+    int
+        The exit code of the command: 0 when the run ended by its own rules, 128 + N when signal N stopped it.
+
+    Raises
+    ------
+    GluonLMError
+        Before anything is written where the configuration, the text, the devices or the folder do not fit; later as
+        `Trainer.fit`.
+    """
+    problems = validate(config)
+    if problems:
+        raise ConfigError(problems)
+    return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
 
 
 def start_run(command: TrainCommand, initial: Path | None = None) -> int:
