@@ -6,7 +6,9 @@ Begin reading at docs/api/index.html, or FOLDER/index.html. Needs some extras: b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import pkgutil
 import sys
 import typing
@@ -18,6 +20,7 @@ import pdoc
 import pdoc.render
 
 import gluon_lm
+from gluon_lm.config.sections import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,12 +57,22 @@ def _is_listed(name: str, modules: dict[str, ModuleType]) -> bool:
 
 
 def _make_plain(module: ModuleType) -> None:
-    """Put into a module what pdoc would not find: names that are loaded at their first use, types of named tuples."""
+    """Put into a module what pdoc would not find: names that are loaded at first use, types of named tuples, knobs."""
     for name in getattr(module, "__all__", []):
         vars(module).setdefault(name, getattr(module, name))
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, "_fields"):
             value.__new__.__annotations__ = typing.get_type_hints(value)
+        if isinstance(value, type) and value.__module__ == module.__name__ and issubclass(value, Section):
+            value.__doc__ = f"{inspect.cleandoc(value.__doc__ or '')}\n\n{_knobs_of(value)}"
+
+
+def _knobs_of(section: type[Section]) -> str:
+    """The fields of a section as a docstring has them: what their flags' help says."""
+    lines = ["Attributes", "----------"]
+    for declared in dataclasses.fields(section):
+        lines += [f"{declared.name} : {declared.type}", f"    {declared.metadata['help']}"]
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def main(argv: list[str] | None = None) -> int:

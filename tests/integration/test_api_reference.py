@@ -29,6 +29,8 @@ def test_every_public_name_has_its_place_and_nothing_is_warned_of(tmp_path, caps
         places = set(re.findall(r'id="([^"]+)"', page))
         missing += [f"{name}.{public}" for public in public_names(module) if public not in places]
     assert missing == []
+    knobs = (tmp_path / "gluon_lm/config/sections.html").read_text(encoding="utf-8")
+    assert "threshold of the 2-bit compression" in knobs
 
 
 def public_names(module):
