@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 from .. import __version__
 from ..errors import DistributedError
 from ..logs import leave_terminal, leave_unread, outlive_readers
-from .agent import GRACE_S
+from .agent import GRACE_S, STOP_SIGNALS, ignore_stop_signals
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
@@ -122,7 +122,7 @@ class Supervisor(EventLoop):
         self._code: int | None = None
         self._error: Exception | None = None
         self._stop: int | None = None
-        self._is_urgent = False
+        self._was_signalled = self._is_urgent = False
         self._idle_s = self._unserved_s = 0.0
         self._printer = _Printer(self)
 
@@ -178,6 +178,7 @@ class Supervisor(EventLoop):
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C is for the supervisor to pass on
+                    preexec_fn=ignore_stop_signals,  # ssh all along, the agent while it starts
                 )
             except OSError as error:
                 self._fail(f"host {host.name}: {command[0]} cannot be started ({error.strerror})")
@@ -402,7 +403,7 @@ class Supervisor(EventLoop):
 
     @contextlib.contextmanager
     def _listening_to_signals(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         if before[signal.SIGHUP] == signal.SIG_IGN:  # as under nohup
             del before[signal.SIGHUP]
         for number in before:
@@ -421,17 +422,25 @@ class Supervisor(EventLoop):
 
     def on_interrupt(self, number: int) -> None:
         """Ask the workers to stop; the second time, end all at once."""
-        if self._members and self._stop is None and not self._is_decided():
+        is_second, self._was_signalled = self._was_signalled, True
+        if not is_second and not self._is_decided():
+            self._ask_to_stop(number)
+        elif number != signal.SIGHUP:  # both the kernel and the shell tell of a closed terminal
+            self._is_urgent = True
+            self._send_all("end", True)
+            self._finish(128 + (self._stop or number))
+
+    def _hear_interrupted(self, agent: _Agent, number: int) -> None:
+        self._ask_to_stop(number)
+
+    def _ask_to_stop(self, number: int) -> None:
+        if not self._members:
+            self._finish(128 + number)
+        elif self._stop is None and not self._is_decided():
             self._stop, self._idle_s = number, 0.0
             for agent in self._agents.values():
                 names = [worker.process.name for worker in self._workers if worker.agent is agent]
                 agent.sender.send("signal", names, number)
-            return
-        if self._stop is not None and number == signal.SIGHUP:
-            return  # both the kernel and the shell tell of a closed terminal
-        self._is_urgent = True
-        self._send_all("end", True)
-        self._finish(128 + (self._stop or number))
 
     def on_unread(self, error: OSError) -> None:
         """Nobody reads the output any more."""

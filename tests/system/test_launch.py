@@ -315,11 +315,20 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
     assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_workers_stop_by_themselves_when_the_launcher_is_asked_to(cluster, number, code):
-    cluster.supervise("train", "train")
+@pytest.mark.parametrize(
+    "whom, number, code",
+    [
+        ("launcher", signal.SIGINT, 130),
+        ("launcher", signal.SIGTERM, 143),
+        ("all", signal.SIGINT, 130),
+        ("all", signal.SIGTERM, 143),
+    ],
+)
+def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(cluster, whom, number, code):
+    cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
     cluster.wait_for("third step", times=2)
-    cluster.process.send_signal(number)
+    for pid in cluster.pids() if whom == "all" else [cluster.process.pid]:
+        os.kill(pid, number)
     lines = cluster.end(code)
     assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
 
