@@ -451,13 +451,19 @@ sys.exit(Supervisor(parameter_server([Host()], 3, 2, [sys.executable, "adding.py
 """
 
 ADDING_WORKER = """
+import pickle
 from gluon_lm.distributed.control import Control
 import mxnet as mx
+
+class Program:
+    def __reduce__(self):
+        return open, ("ran by a server", "w")
 
 control = Control.from_environment()
 store = mx.kv.create("dist_sync")
 mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(store.handle, 0))  # none waits for one that failed
 control.join(store.rank)
+store._send_command_to_servers(0, pickle.dumps(Program(), 0).decode())  # as it sends an optimiser
 store.init(0, mx.nd.zeros((3, 4)))
 total = mx.nd.zeros((3, 4))
 for step in range(3):
@@ -470,8 +476,9 @@ control.leave()
 """
 
 
-def test_mxnets_parameter_servers_start_add_up_and_end(cluster, tmp_path):
+def test_mxnets_parameter_servers_start_add_up_and_end_and_run_no_program_that_they_are_sent(cluster, tmp_path):
     (tmp_path / "adding.py").write_text(ADDING_WORKER)
     cluster.launch("-c", PARAMETER_SERVER)
     lines = cluster.end(code=0)
     assert sorted(line for line in lines if "added" in line) == [f"[worker {rank}] added up by 3" for rank in range(3)]
+    assert not (tmp_path / "ran by a server").exists()
