@@ -138,7 +138,7 @@ class Supervisor(EventLoop):
         int
             0 where all workers ended well; 130, 143 or 129 after Ctrl-C, SIGTERM or a closed terminal, which the
             workers are told.
-            A second Ctrl-C ends everything at once.
+            Ctrl-C after another signal ends everything at once.
 
         Raises
         ------
@@ -421,11 +421,11 @@ class Supervisor(EventLoop):
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
-        """Ask the workers to stop; the second time, end all at once."""
-        is_second, self._was_signalled = self._was_signalled, True
-        if not is_second and not self._is_decided():
+        """Ask the workers to stop; at Ctrl-C after another signal, end all at once."""
+        is_second, self._was_signalled = self._was_signalled or self._is_decided(), True
+        if not is_second:
             self._ask_to_stop(number)
-        elif number != signal.SIGHUP:  # both the kernel and the shell tell of a closed terminal
+        elif number == signal.SIGINT:  # others may come twice, from who stops a group of processes and from a shell
             self._is_urgent = True
             self._send_all("end", True)
             self._finish(128 + (self._stop or number))

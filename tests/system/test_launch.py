@@ -341,14 +341,17 @@ def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(clus
     assert not [line for line in cluster.end(code=130) if line.startswith("error: ")]
 
 
-def test_ctrl_c_twice_waits_for_nobody(cluster):
+@pytest.mark.parametrize("first, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_after_another_signal_waits_for_nobody_and_sigterm_is_patient(cluster, first, code):
     cluster.supervise("deaf", "deaf", timeout_s=10_000)
     cluster.wait_for("third step", times=2)
-    cluster.process.send_signal(signal.SIGINT)
+    cluster.process.send_signal(first)
     cluster.wait_for("will not stop", times=2)
+    cluster.process.send_signal(signal.SIGTERM)
+    time.sleep(1)
     assert cluster.process.poll() is None
     cluster.process.send_signal(signal.SIGINT)
-    assert "[worker 0] will not stop" in cluster.end(code=130)[-2:]
+    assert "[worker 0] will not stop" in cluster.end(code)[-2:]
 
 
 def test_workers_on_other_machines_run_over_ssh(cluster):
