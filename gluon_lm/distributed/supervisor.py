@@ -291,13 +291,14 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
-        stopped_by = self._stop or 0
-        if code not in (0, 128 + stopped_by, -stopped_by):
+        numbers = () if self._stop is None else (self._stop, _for_workers(self._stop))
+        code_when_stopped = 128 + (self._stop or 0)
+        if code and (code - 128 if code > 0 else -code) not in numbers:
             self._fail(_last_of(member))
         elif code < 0:
-            self._finish(128 + stopped_by)  # it was not ready yet to stop by itself
+            self._finish(code_when_stopped)  # it was not ready yet to stop by itself
         elif all(worker.code is not None for worker in self._workers):
-            self._finish(max(worker.code or 0 for worker in self._workers))
+            self._finish(code_when_stopped if any(worker.code for worker in self._workers) else 0)
         else:
             self._check_exchange()
 
@@ -440,7 +441,7 @@ class Supervisor(EventLoop):
             self._stop, self._idle_s = number, 0.0
             for agent in self._agents.values():
                 names = [worker.process.name for worker in self._workers if worker.agent is agent]
-                agent.sender.send("signal", names, number)
+                agent.sender.send("signal", names, _for_workers(number))
 
     def on_unread(self, error: OSError) -> None:
         """Nobody reads the output any more."""
@@ -475,6 +476,11 @@ class _Printer:
                 if not leave_unread(error, stream):
                     self._supervisor.post("unread", error)
                     return
+
+
+def _for_workers(number: int) -> int:
+    """The signal that workers get where the launcher got this one: the terminal that is gone was not theirs."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _last_of(member: _Member) -> str:

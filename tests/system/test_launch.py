@@ -16,9 +16,11 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
+from processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6
@@ -141,7 +143,7 @@ class Cluster:
         (folder / "ssh").write_text(SSH % sys.executable)
         (folder / "ssh").chmod(0o755)
 
-    def launch(self, *words: object, stdin: int = subprocess.DEVNULL) -> None:
+    def launch(self, *words: object, stdin: int = subprocess.DEVNULL, log: IO[str] | None = None) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)],
@@ -149,22 +151,28 @@ class Cluster:
             env=self._environment,
             text=True,
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=log or subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        self.lines.extend(line.rstrip("\n") for line in self.process.stdout)
+        self.lines.extend(line.rstrip("\n") for line in self.process.stdout or ())
 
-    def supervise(self, *workers: str, hosts: tuple[str, ...] = ("127.0.0.1",), timeout_s: float = 60) -> None:
+    def supervise(
+        self,
+        *workers: str,
+        hosts: tuple[str, ...] = ("127.0.0.1",),
+        timeout_s: float = 60,
+        log: IO[str] | None = None,
+    ) -> None:
         """Start workers of these kinds and a server, dealt out to the hosts in turn, the server to the last one."""
         sleep = [sys.executable, "-c", "import time; time.sleep(100_000)"]
         worker = [sys.executable, "worker.py"]
         processes = [("worker", i, [*worker, kind], hosts[i % len(hosts)]) for i, kind in enumerate(workers)]
         processes.append(("server", 0, sleep, hosts[-1]))
-        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s)
+        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s, log=log)
 
     def wait_for(self, text: str, times: int = 1) -> None:
         """Wait until some lines of output have held `text`."""
@@ -331,6 +339,16 @@ def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(clu
         os.kill(pid, number)
     lines = cluster.end(code)
     assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
+
+
+def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_terminal_is_closed(cluster, tmp_path):
+    path = tmp_path / "log"
+    with open(path, "w") as log:
+        cluster.supervise("train", "train", log=log)
+    wait_for(lambda: path.read_text().count("third step") == 2, cluster.process)
+    cluster.process.send_signal(signal.SIGHUP)
+    cluster.end(code=129)
+    assert path.read_text().count("stopped by itself") == 2
 
 
 def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster):
