@@ -373,6 +373,9 @@ class Supervisor(EventLoop):
         elif stopped:
             names = ", ".join(member.full_name for member in stopped)
             self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
+        is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
+        if self._stop is not None and is_missed and self._idle_s > GRACE_S:
+            self._finish(128 + self._stop)  # it ended before the others knew it, and MXNet may wait for it for ever
         ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
         training = [worker for worker in self._workers if not worker.is_done]
         if ended and training:

@@ -63,6 +63,9 @@ def refuse(number, _):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, refuse if what == "deaf" else lambda number, _: asked.append(number))
 control = Control.from_environment()
+if what == "connects":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)  # as within MXNet, until the others connect, too
 if what == "late":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("reads the text", flush=True)
@@ -351,10 +354,11 @@ def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_termina
     assert path.read_text().count("stopped by itself") == 2
 
 
-def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster):
-    cluster.supervise("train", "late")
+@pytest.mark.parametrize("other", ["train", "connects"])
+def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster, other):
+    cluster.supervise(other, "late", timeout_s=10_000)
     cluster.wait_for("reads the text", times=1)
-    time.sleep(1)  # worker 0 waits by now
+    time.sleep(1)  # the other one waits by now
     cluster.process.send_signal(signal.SIGINT)
     assert not [line for line in cluster.end(code=130) if line.startswith("error: ")]
 
