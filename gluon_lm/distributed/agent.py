@@ -145,7 +145,11 @@ class Agent(EventLoop):
         }
         self._supervisor.send("states", states)
         self._quiet_s += TICK_S
-        if self._quiet_s > self._timeout_s:
+        if self._quiet_s > self._timeout_s and not self._is_ending:
+            reason = f"nothing was heard from the launcher for {self._timeout_s:g} s"
+            self._supervisor.send("gave_up", reason)
+            with contextlib.suppress(OSError):
+                print(reason, file=sys.stderr, flush=True)  # where the message finds no room
             self._is_ending = True
 
     # ------------------------------------------------------------ processes

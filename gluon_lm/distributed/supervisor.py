@@ -229,6 +229,9 @@ class Supervisor(EventLoop):
         state = "cannot be used" if agent.pid is None else "is lost"
         self._fail(f"host {agent.host.name} {state}: {program} {_how_it_ended(code)}{reason}")
 
+    def _hear_gave_up(self, agent: _Agent, reason: str) -> None:
+        self._fail(f"host {agent.host.name}: its agent gave up: {reason}")
+
     def _hear_hello(self, agent: _Agent, pid: int, version: str) -> None:
         agent.pid = pid
         if version != __version__:

@@ -402,7 +402,18 @@ def test_an_agent_that_hears_nothing_ends_its_processes(cluster):
     print(json.dumps(["start", [sleep]]), file=cluster.process.stdin, flush=True)
     cluster.wait_for('["started","server 0"')
     assert cluster.pids(in_command="sleep")
-    cluster.end(code=0)  # with its input still open
+    lines = cluster.end(code=0)  # with its input still open
+    assert "nothing was heard from the launcher for 3 s" in lines
+
+
+def test_a_launcher_that_was_stopped_for_too_long_says_that_it_was_not_heard_from(cluster):
+    cluster.supervise("train", "train", timeout_s=2)
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not cluster.agents(), cluster.process)
+    cluster.process.send_signal(signal.SIGCONT)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line == "error: host 127.0.0.1: its agent gave up: nothing was heard from the launcher for 2 s"
 
 
 def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
