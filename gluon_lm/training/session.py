@@ -281,6 +281,7 @@ def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[s
         "configuration": configuration[:12],
         "text and vocabulary": corpus.digest[:12],
         "number of devices": len(communicator.devices),
+        "kind of device": communicator.devices[0].device_type,
         "how gradients travel": f"--kvstore {devices.kvstore} --gctype {devices.gctype} --gcthreshold "
         f"{devices.gcthreshold:g}",
     }

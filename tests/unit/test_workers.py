@@ -49,7 +49,7 @@ def test_workers_that_differ_do_not(what):
     assert "\n" not in message
 
 
-def test_another_setting_another_text_and_another_way_of_the_gradients_are_other_facts():
+def test_another_setting_another_text_another_way_of_the_gradients_and_another_kind_of_device_are_other_facts():
     own = session._facts(Config(), CORPUS, SingleDevice([mx.cpu()]))
     for what, config, corpus in (
         ("configuration", Config(optim=OptimConfig(clip_norm=3.0)), CORPUS),
@@ -58,6 +58,8 @@ def test_another_setting_another_text_and_another_way_of_the_gradients_are_other
     ):
         other = session._facts(config, corpus, SingleDevice([mx.cpu()]))
         assert [name for name, value in own.items() if other[name] != value] == [what]
+    on_gpu = session._facts(Config(), CORPUS, SingleDevice([mx.gpu()]))
+    assert [name for name, value in own.items() if on_gpu[name] != value] == ["kind of device"]
 
 
 def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
