@@ -27,6 +27,7 @@ from ..losses import row_chunks
 from ..memory import Need, check_need, explained, free_host_memory, training_need
 from ..models import LanguageModel
 from ..progress import counted
+from ..runtime import _processes_here
 from ..tracking import require_tensorboard
 from .checkpoint import CONFIG, STATE, VOCABULARY, load_checkpoint, mend_links, newest_checkpoint, set_aside_after
 from .run_folder import RunFolder, point
@@ -162,12 +163,12 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     warning = check_need(need, _free_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
+    _check_alike(_facts(config, corpus, communicator), communicator)  # none takes memory before all know what is free
     with explained(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
             model.train_in_half_precision(config.training.amp)
-        _check_alike(_facts(config, corpus, communicator), communicator)
         trainer = Trainer(config, corpus, model, communicator, run, command.describe(), need)
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
@@ -264,9 +265,10 @@ def _merged(sizes: Sequence[int], num_gpus: int, config: DeviceConfig) -> int:
 
 
 def _free_memory(communicator: Communicator) -> int | None:
-    """Of the device that has least; None: not known."""
+    """Of the device that has least, shared out among the workers on this machine; None: not known."""
     if communicator.devices[0].device_type == "cpu":
-        return free_host_memory()
+        free = free_host_memory()
+        return free if free is None or communicator.size == 1 else free // _processes_here()
     return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in communicator.devices))
 
 

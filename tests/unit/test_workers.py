@@ -71,6 +71,13 @@ def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
             session._check_alike(own, TwoWorkers(lambda facts, other=other: other))
 
 
+def test_workers_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(session, "free_host_memory", lambda: 9000)
+    monkeypatch.setenv("GLUON_LM_LOCAL_WORKERS", "3")
+    assert session._free_memory(TwoWorkers(dict)) == 3000
+    assert session._free_memory(SingleDevice([mx.cpu()])) == 9000
+
+
 def test_arrays_travel_as_they_are():
     arrays = [np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.array([[1e-30, np.inf]], dtype=np.float64)]
     found = TwoWorkers(lambda own: own).gather_arrays(arrays)
