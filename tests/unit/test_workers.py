@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
 import pytest
 
+from gluon_lm import logs
 from gluon_lm.config import Config, DeviceConfig, OptimConfig
 from gluon_lm.distributed import SingleDevice
 from gluon_lm.errors import DistributedError
 from gluon_lm.training import session
+from gluon_lm.training.signals import StopRequest
 from gluon_lm.training.step import step_seed
+from gluon_lm.training.trainer import Trainer
 
 
 class TwoWorkers(SingleDevice):
@@ -91,3 +96,16 @@ def test_every_worker_draws_masks_of_its_own():
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(3) for rank in range(3)}
     assert len(seeds) == 27
     assert step_seed(1, 2, 0) == step_seed(1, 2)
+
+
+def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(monkeypatch):
+    monkeypatch.setattr(logs, "_outlives_readers", False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    trainer = object.__new__(Trainer)
+    trainer._communicator, trainer._agreed_signal = TwoWorkers(dict), signal.SIGTERM
+    with os.fdopen(writing, "w") as pipe:
+        assert not logs.leave_unread(BrokenPipeError(), pipe)
+        stop = StopRequest()
+        assert trainer._must_stop(stop) and stop.exit_code == 143
+        assert logs.leave_unread(BrokenPipeError(), pipe)
