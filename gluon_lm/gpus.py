@@ -70,6 +70,18 @@ def query_driver() -> Driver | None:
         return Driver(cuda, [], str(error))
 
 
+def identity(index: int) -> str | None:
+    """What tells the GPU ``mx.gpu(index)`` from all others, by whatever number a process sees it; None if unknown."""
+    uuid = (ctypes.c_ubyte * 16)()
+    try:
+        library = ctypes.CDLL(DRIVER)
+        _call(library, "cuInit", 0)
+        _call(library, "cuDeviceGetUuid", uuid, _number(library, "cuDeviceGet", index))
+    except OSError:
+        return None
+    return bytes(uuid).hex()
+
+
 def _describe(library: ctypes.CDLL, index: int) -> Gpu:
     device = _number(library, "cuDeviceGet", index)
     name = ctypes.create_string_buffer(256)

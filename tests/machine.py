@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _DRIVER = """
 #include <stdio.h>
 #include <stddef.h>
+#include <string.h>
 static const struct { const char *name; int major, minor; } gpus[] = { %s };
 int cuda(void) { return 1; }
 int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
@@ -21,6 +22,7 @@ int cuInit(unsigned flags) { return %d; }
 int cuDeviceGetCount(int *count) { *count = sizeof gpus / sizeof gpus[0]; return 0; }
 int cuDeviceGet(int *device, int index) { *device = 70 + index; return 0; }
 int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "%%s", gpus[device - 70].name); return 0; }
+int cuDeviceGetUuid(char *uuid, int device) { strncpy(uuid, gpus[device - 70].name, 16); return 0; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t) (device - 69) << 34; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     if (attribute != 75 && attribute != 76) return 1;

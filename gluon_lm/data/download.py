@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import DataError, MissingDependency
-from ..files import BLOCK_BYTES, file_hash, synchronise
+from ..files import BLOCK_BYTES, file_hash, synchronise, temporary_sibling
 from ..locks import exclusive_lock
 from ..logs import LOGGER
 from ..progress import progress_bar
@@ -187,8 +187,7 @@ def _download_missing(corpus: str, missing: Sequence[PublishedFile], mirrors: Se
     reasons = []
     for mirror in mirrors:
         LOGGER.info("downloading %s from %s to %s", corpus, mirror.url, folder)
-        fresh = folder / ".download"
-        shutil.rmtree(fresh, ignore_errors=True)  # what a killed process left behind
+        fresh = temporary_sibling(folder / "download")
         fresh.mkdir()
         try:
             mirror.fetch([file.name for file in missing], fresh)

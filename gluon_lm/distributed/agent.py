@@ -4,6 +4,10 @@ The supervisor starts one agent on each machine, as a child process or over ssh,
 agent's standard input and output. The agent starts what it is told to, and hands on what its processes print and what
 its workers say. Its processes never outlive it: it ends them all when its input closes or when no ping has come for
 TIMEOUT seconds, and the kernel kills them should it be killed itself.
+
+A signal may reach all processes of a cluster at once, from Slurm, systemd or a machine that is shut down. The workers
+then need the others to end with a checkpoint: what serves them takes no notice, and an agent leaves it to the
+supervisor.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from .control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE, LOCAL_WORKERS_VARI
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
 GRACE_S = 3.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FLUSH_S = 2.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
@@ -68,9 +73,6 @@ class Agent(EventLoop):
         # The workers first: to write a checkpoint they need what serves them.
         self._signal(self._running_workers(), signal.SIGTERM)
         self.run_until(lambda: not self._running_workers() or self._is_urgent, GRACE_S)
-        self._signal(self._running_workers(), signal.SIGKILL)
-        self._signal(self._running(), signal.SIGTERM)
-        self.run_until(lambda: not self._running() or self._is_urgent, GRACE_S)
         self._signal(self._running(), signal.SIGKILL)
         self.run_until(lambda: not self._running(), GRACE_S)
         self._supervisor.close(_FLUSH_S)
@@ -128,6 +130,10 @@ class Agent(EventLoop):
 
     # ------------------------------------------------------------ what else happens
 
+    def on_interrupted(self, number: int) -> None:
+        """Tell the supervisor of a signal to this process: it stops the workers on all machines together."""
+        self._supervisor.send("interrupted", number)
+
     def on_exited(self, name: str, code: int) -> None:
         """Tell the supervisor that a process has ended."""
         self._children[name].has_ended = True
@@ -139,7 +145,11 @@ class Agent(EventLoop):
         }
         self._supervisor.send("states", states)
         self._quiet_s += TICK_S
-        if self._quiet_s > self._timeout_s:
+        if self._quiet_s > self._timeout_s and not self._is_ending:
+            reason = f"nothing was heard from the launcher for {self._timeout_s:g} s"
+            self._supervisor.send("gave_up", reason)
+            with contextlib.suppress(OSError):
+                print(reason, file=sys.stderr, flush=True)  # where the message finds no room
             self._is_ending = True
 
     # ------------------------------------------------------------ processes
@@ -172,7 +182,7 @@ class Agent(EventLoop):
                 env=environment,
                 pass_fds=theirs,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_die_with_parent if is_worker else _serve_until_killed,
             )
         finally:
             for descriptor in theirs:
@@ -219,13 +229,24 @@ def _die_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def ignore_stop_signals() -> None:
+    """In a process that is about to become another program: take no notice of what asks it to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _serve_until_killed() -> None:
+    _die_with_parent()
+    ignore_stop_signals()
+
+
 def main(argv: Sequence[str]) -> None:
     """Be the agent of this machine; `argv` holds the time-out in seconds."""
     supervisor = Sender(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no message
     agent = Agent(supervisor, float(argv[0]))
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.post("end", False))
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: agent.post("interrupted", number))
     start_thread(_listen, agent, os.fdopen(os.dup(sys.stdin.fileno()), "rb"))
     agent.run()
 

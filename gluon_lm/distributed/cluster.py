@@ -142,8 +142,9 @@ def parameter_server(
     """
     for_workers = itertools.cycle([host for host in hosts for _ in range(host.slots)])
     for_servers = itertools.cycle(hosts)
-    # MXNet makes itself a scheduler or a server when it is imported, and ends the program when it is done.
-    service = [sys.executable, "-c", "import gluon_lm, mxnet"]
+    # MXNet makes itself a scheduler or a server when it is imported, and ends the program when it is done. It would
+    # unpickle an optimiser, of which we send none, from whoever reaches its port.
+    service = [sys.executable, "-c", "import pickle; pickle.loads = None; import gluon_lm, mxnet"]
     places = [("scheduler", 0, service, hosts[0])]
     places += [("server", index, service, next(for_servers)) for index in range(num_servers)]
     places += [("worker", index, list(worker_argv), next(for_workers)) for index in range(num_workers)]

@@ -15,7 +15,7 @@ from ..gpus import query_driver, reasons_against_gpus, too_old_for_mxnet
 from ..logs import LOGGER
 from ..memory import free_host_memory
 from .communicator import Communicator, SingleDevice
-from .control import LOCAL_WORKER_VARIABLE
+from .control import LOCAL_WORKER_VARIABLE, processes_here
 from .kvstore import KVStoreCommunicator
 
 _MERGING_ON_GPUS = (None, "device", "dist_device_sync")  # of --kvstore
@@ -92,10 +92,12 @@ def memory_in_use(devices: Sequence[mx.Context]) -> int | None:
     return max((total - free for free, total in memories), default=None)
 
 
-def free_memory(devices: Sequence[mx.Context]) -> int | None:
-    """Bytes that are free on the one of `devices` that has least; None where that is not known."""
+def free_memory(communicator: Communicator) -> int | None:
+    """Bytes that are free on the device that has least; of the host's, a worker's share. None: not known."""
+    devices = communicator.devices
     if devices[0].device_type == "cpu":
-        return free_host_memory()
+        free = free_host_memory()
+        return free if free is None or communicator.size == 1 else free // processes_here()
     return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in devices))
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from mxnet import gluon
 
 from ..errors import DistributedError
+from ..gpus import identity
 from ..heartbeat import listen
 from ..logs import LOGGER, NOTICE
 from ..memory import is_allocation_failure
@@ -100,12 +101,15 @@ class HorovodCommunicator(Communicator):
 
     def _refuse_shared_gpus(self) -> None:
         """NCCL joins no two processes on one GPU, and does not say so."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = self.gather_object([socket.gethostname(), visible, str(self.devices[0])])
+        device = self.devices[0]
+        uuid = identity(device.device_id) if device.device_type == "gpu" else None
+        # Slurm and Kubernetes have each process see its own GPU as the first.
+        which = [os.environ.get("CUDA_VISIBLE_DEVICES"), str(device)] if uuid is None else [uuid]
+        gpus = self.gather_object([socket.gethostname(), *which])
         shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
-        if len(shared) > 1 and self.devices[0].device_type == "gpu":
+        if len(shared) > 1 and device.device_type == "gpu":
             raise DistributedError(
-                f"--horovod: workers {', '.join(map(str, shared))} share {self.devices[0]} of {gpus[self.rank][0]}, "
+                f"--horovod: workers {', '.join(map(str, shared))} share {device} of {gpus[self.rank][0]}, "
                 "which NCCL cannot; start as many processes there as it has GPUs"
             )
 
@@ -406,6 +410,8 @@ def _start() -> Any:
         raise DistributedError(
             f"--horovod: this process was not started as one of several; {_START}, or go on without: --no-horovod"
         )
+    if not any(variable.startswith("HOROVOD_STALL_") for variable in os.environ):
+        os.environ["HOROVOD_STALL_CHECK_DISABLE"] = "1"  # it may warn of long evaluations, and `_Watch` knows better
     try:
         hvd.init()
     except ValueError as error:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 from .. import __version__
 from ..errors import DistributedError
 from ..logs import detach_if_unread, detach_terminal, tolerate_closed_pipes
-from .agent import GRACE_S
+from .agent import GRACE_S, STOP_SIGNALS, ignore_stop_signals
 from .cluster import Host, Process
 from .pipes import TICK_S, EventLoop, Sender, read_lines, read_messages, start_thread
 
@@ -122,7 +122,7 @@ class Supervisor(EventLoop):
         self._code: int | None = None
         self._error: Exception | None = None
         self._stop: int | None = None
-        self._is_urgent = False
+        self._was_signalled = self._is_urgent = False
         self._idle_s = self._unserved_s = 0.0
         self._printer = _Printer(self)
 
@@ -138,7 +138,7 @@ class Supervisor(EventLoop):
         int
             0 where all workers ended well; 130, 143 or 129 after Ctrl-C, SIGTERM or a closed terminal, which the
             workers are told.
-            A second Ctrl-C ends everything at once.
+            Ctrl-C after another signal ends everything at once.
 
         Raises
         ------
@@ -178,6 +178,7 @@ class Supervisor(EventLoop):
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C is for the supervisor to pass on
+                    preexec_fn=ignore_stop_signals,  # ssh all along, the agent while it starts
                 )
             except OSError as error:
                 self._fail(f"host {host.name}: {command[0]} cannot be started ({error.strerror})")
@@ -227,6 +228,9 @@ class Supervisor(EventLoop):
         reason = f": {agent.last_words}" if agent.last_words else ""
         state = "cannot be used" if agent.pid is None else "is lost"
         self._fail(f"host {agent.host.name} {state}: {program} {_how_it_ended(code)}{reason}")
+
+    def _hear_gave_up(self, agent: _Agent, reason: str) -> None:
+        self._fail(f"host {agent.host.name}: its agent gave up: {reason}")
 
     def _hear_hello(self, agent: _Agent, pid: int, version: str) -> None:
         agent.pid = pid
@@ -290,13 +294,14 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
-        stopped_by = self._stop or 0
-        if code not in (0, 128 + stopped_by, -stopped_by):
+        numbers = () if self._stop is None else (self._stop, _for_workers(self._stop))
+        code_when_stopped = 128 + (self._stop or 0)
+        if code and (code - 128 if code > 0 else -code) not in numbers:
             self._fail(_last_of(member))
         elif code < 0:
-            self._finish(128 + stopped_by)  # it was not ready yet to stop by itself
+            self._finish(code_when_stopped)  # it was not ready yet to stop by itself
         elif all(worker.code is not None for worker in self._workers):
-            self._finish(max(worker.code or 0 for worker in self._workers))
+            self._finish(code_when_stopped if any(worker.code for worker in self._workers) else 0)
         else:
             self._check_exchange()
 
@@ -371,6 +376,9 @@ class Supervisor(EventLoop):
         elif stopped:
             names = ", ".join(member.full_name for member in stopped)
             self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
+        is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
+        if self._stop is not None and is_missed and self._idle_s > GRACE_S:
+            self._finish(128 + self._stop)  # it ended before the others knew it, and MXNet may wait for it for ever
         ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
         training = [worker for worker in self._workers if not worker.is_done]
         if ended and training:
@@ -402,7 +410,7 @@ class Supervisor(EventLoop):
 
     @contextlib.contextmanager
     def _listening_to_signals(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         if before[signal.SIGHUP] == signal.SIG_IGN:  # as under nohup
             del before[signal.SIGHUP]
         for number in before:
@@ -420,18 +428,26 @@ class Supervisor(EventLoop):
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
-        """Ask the workers to stop; the second time, end all at once."""
-        if self._members and self._stop is None and not self._is_decided():
+        """Ask the workers to stop; at Ctrl-C after another signal, end all at once."""
+        is_second, self._was_signalled = self._was_signalled or self._is_decided(), True
+        if not is_second:
+            self._ask_to_stop(number)
+        elif number == signal.SIGINT:  # others may come twice, from who stops a group of processes and from a shell
+            self._is_urgent = True
+            self._send_all("end", True)
+            self._finish(128 + (self._stop or number))
+
+    def _hear_interrupted(self, agent: _Agent, number: int) -> None:
+        self._ask_to_stop(number)
+
+    def _ask_to_stop(self, number: int) -> None:
+        if not self._members:
+            self._finish(128 + number)
+        elif self._stop is None and not self._is_decided():
             self._stop, self._idle_s = number, 0.0
             for agent in self._agents.values():
                 names = [worker.process.name for worker in self._workers if worker.agent is agent]
-                agent.sender.send("signal", names, number)
-            return
-        if self._stop is not None and number == signal.SIGHUP:
-            return  # both the kernel and the shell tell of a closed terminal
-        self._is_urgent = True
-        self._send_all("end", True)
-        self._finish(128 + (self._stop or number))
+                agent.sender.send("signal", names, _for_workers(number))
 
     def on_unread(self, error: OSError) -> None:
         """Nobody reads the output any more."""
@@ -466,6 +482,11 @@ class _Printer:
                 if not detach_if_unread(error, stream):
                     self._supervisor.post("unread", error)
                     return
+
+
+def _for_workers(number: int) -> int:
+    """The signal that workers get where the launcher got this one: the terminal that is gone was not theirs."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _last_of(member: _Member) -> str:

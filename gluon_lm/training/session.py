@@ -203,15 +203,15 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     config = command.config
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
-    warning = check_need(need, free_memory(communicator.devices))
+    warning = check_need(need, free_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
+    _check_alike(_facts(config, corpus, communicator), communicator)  # none takes memory before all know what is free
     with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
         if config.training.amp != "none":
             model.train_in_half_precision(config.training.amp)
-        _check_alike(_facts(config, corpus, communicator), communicator)
         trainer = Trainer(config, corpus, model, communicator, run, command.describe(), need)
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
@@ -321,6 +321,7 @@ def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[s
         "configuration": configuration[:12],
         "text and vocabulary": corpus.digest[:12],
         "number of devices": len(communicator.devices),
+        "kind of device": communicator.devices[0].device_type,
         "how gradients travel": f"--kvstore {devices.kvstore} --gctype {devices.gctype} --gcthreshold "
         f"{devices.gcthreshold:g}",
     }

@@ -41,6 +41,11 @@ class StopRequest:
         if self.signal is not None:
             raise Stopped
 
+    def take_over(self, number: int) -> None:
+        """Stop by a signal that another process of the run has got, which may have ended this one's reader as well."""
+        tolerate_closed_pipes()
+        self.signal = signal.Signals(number)
+
     def __enter__(self) -> StopRequest:
         is_main = threading.current_thread() is threading.main_thread()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ():

@@ -273,7 +273,7 @@ class Trainer:
     def _must_stop(self, stop: StopRequest) -> bool:
         """Whether a signal asks to stop, which all workers must know after the same step."""
         if self._communicator.size > 1 and self._agreed_signal:
-            stop.signal = signal.Signals(self._agreed_signal)
+            stop.take_over(self._agreed_signal)
         return stop.signal is not None and bool(self._agreed_signal or self._communicator.size == 1)
 
     def _check_agreement(self) -> None:

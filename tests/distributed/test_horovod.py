@@ -10,19 +10,23 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from machine import compile_driver
 from mxnet import gluon
 from processes import Found, Notes, events, wait_for, with_horovod
 
+from gluon_lm import gpus
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import SingleDevice, horovod
@@ -655,6 +659,43 @@ def test_a_timeout_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("GLUON_LM_TIMEOUT", value)
     with pytest.raises(DistributedError, match=f"^GLUON_LM_TIMEOUT={value}: must be a number of seconds above 0"):
         HorovodCommunicator([CPU])
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc here")
+def test_nccl_is_refused_for_processes_on_one_gpu_and_not_for_those_that_see_their_own_as_the_first(
+    monkeypatch, tmp_path
+):
+    def join(driver, *others):
+        """What a process on GPU 0 of this driver tells the others, having heard of them."""
+        monkeypatch.setattr(gpus, "DRIVER", str(driver))
+        communicator, told = object.__new__(HorovodCommunicator), []
+        communicator.devices, communicator.rank = [mx.gpu(0)], 0
+        communicator.gather_object = lambda own: told.append(own) or [own, *others]
+        communicator._refuse_shared_gpus()
+        return told[0]
+
+    first, second = (compile_driver(tmp_path / name, [(name, 7, 0)])[0] for name in ("first", "second"))
+    assert join(second, join(first))
+    for driver in (first, "there is none"):
+        with pytest.raises(DistributedError, match=r"workers 0, 1 share gpu\(0\)"):
+            join(driver, join(driver))
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"HOROVOD_STALL_CHECK_DISABLE": "1"}),
+        ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "30"}, {"HOROVOD_STALL_CHECK_TIME_SECONDS": "30"}),
+    ],
+)
+def test_horovods_own_warnings_of_long_waits_come_where_they_are_asked_for(monkeypatch, given, found):
+    at_start = {}
+    hvd = SimpleNamespace(init=lambda: at_start.update(os.environ))
+    monkeypatch.setitem(sys.modules, "horovod", SimpleNamespace(mxnet=hvd))
+    monkeypatch.setitem(sys.modules, "horovod.mxnet", hvd)
+    monkeypatch.setattr(os, "environ", {"HOROVOD_RANK": "0", **given})
+    horovod._start()
+    assert at_start == {"HOROVOD_RANK": "0", **found}
 
 
 @with_horovod

@@ -281,19 +281,25 @@ def test_a_folder_that_cannot_be_written(server, tmp_path):
 # ---------------------------------------------------------------- other processes
 
 FETCHER = """
-import sys
+import errno, fcntl, sys
 from pathlib import Path
 from gluon_lm.data.download import PublishedFile, ZipMirror, download_files
 
-folder, url, *files = sys.argv[1:]
+def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+has_locks, folder, url, *files = sys.argv[1:]
+if has_locks == "False":
+    fcntl.flock = refuse
 download_files("tiny-1", [PublishedFile(*file.split("=")) for file in files], [ZipMirror(url)], Path(folder))
 """
 
 
-def start_fetch(folder: Path, url: str) -> subprocess.Popen:
+def start_fetch(folder: Path, url: str, has_locks: bool = True) -> subprocess.Popen:
     files = [f"{file.name}={file.hash}" for file in FILES]
     return subprocess.Popen(
-        [sys.executable, "-c", FETCHER, str(folder), url, *files], env={**os.environ, "PYTHONPATH": ROOT}
+        [sys.executable, "-c", FETCHER, str(has_locks), str(folder), url, *files],
+        env={**os.environ, "PYTHONPATH": ROOT},
     )
 
 
@@ -324,6 +330,8 @@ def test_a_download_that_is_killed_half_way_leaves_nothing_under_a_final_name(se
         process.kill()
         go_on.set()
     assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+    (remains,) = folder.glob(".download.new-*")
+    os.utime(remains, (0, 0))  # it becomes too old to be that of a process that still works
     server.pages["/tiny.zip"] = zipped()
     fetch(folder, ZipMirror(server.url + "/tiny.zip"))
     check_whole(folder)
@@ -344,6 +352,24 @@ def test_two_processes_at_once_download_once(server, folder):
         for process in processes:
             process.kill()
     assert server.requests == ["/tiny.zip"]
+    check_whole(folder)
+
+
+def test_two_processes_at_once_leave_each_other_alone_where_there_are_no_locks(server, folder):
+    started, go_on = threading.Event(), threading.Event()
+    processes = []
+    try:
+        for _ in range(2):
+            started.clear()
+            server.pages["/tiny.zip"] = slowly(zipped(), started, go_on)
+            processes.append(start_fetch(folder, server.url + "/tiny.zip", has_locks=False))
+            assert started.wait(30)
+        go_on.set()
+        assert [process.wait(30) for process in processes] == [0, 0]
+    finally:
+        go_on.set()
+        for process in processes:
+            process.kill()
     check_whole(folder)
 
 

@@ -16,9 +16,11 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
+from processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6
@@ -61,6 +63,9 @@ def refuse(number, _):
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, refuse if what == "deaf" else lambda number, _: asked.append(number))
 control = Control.from_environment()
+if what == "connects":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)  # as within MXNet, until the others connect, too
 if what == "late":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("reads the text", flush=True)
@@ -141,7 +146,7 @@ class Cluster:
         (folder / "ssh").write_text(SSH % sys.executable)
         (folder / "ssh").chmod(0o755)
 
-    def launch(self, *words: object, stdin: int = subprocess.DEVNULL) -> None:
+    def launch(self, *words: object, stdin: int = subprocess.DEVNULL, log: IO[str] | None = None) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)],
@@ -149,22 +154,28 @@ class Cluster:
             env=self._environment,
             text=True,
             stdin=stdin,
-            stdout=subprocess.PIPE,
+            stdout=log or subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        self.lines.extend(line.rstrip("\n") for line in self.process.stdout)
+        self.lines.extend(line.rstrip("\n") for line in self.process.stdout or ())
 
-    def supervise(self, *workers: str, hosts: tuple[str, ...] = ("127.0.0.1",), timeout_s: float = 60) -> None:
+    def supervise(
+        self,
+        *workers: str,
+        hosts: tuple[str, ...] = ("127.0.0.1",),
+        timeout_s: float = 60,
+        log: IO[str] | None = None,
+    ) -> None:
         """Start workers of these kinds and a server, dealt out to the hosts in turn, the server to the last one."""
         sleep = [sys.executable, "-c", "import time; time.sleep(100_000)"]
         worker = [sys.executable, "worker.py"]
         processes = [("worker", i, [*worker, kind], hosts[i % len(hosts)]) for i, kind in enumerate(workers)]
         processes.append(("server", 0, sleep, hosts[-1]))
-        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s)
+        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s, log=log)
 
     def wait_for(self, text: str, times: int = 1) -> None:
         """Wait until some lines of output have held `text`."""
@@ -315,31 +326,54 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
     assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_workers_stop_by_themselves_when_the_launcher_is_asked_to(cluster, number, code):
-    cluster.supervise("train", "train")
+@pytest.mark.parametrize(
+    "whom, number, code",
+    [
+        ("launcher", signal.SIGINT, 130),
+        ("launcher", signal.SIGTERM, 143),
+        ("all", signal.SIGINT, 130),
+        ("all", signal.SIGTERM, 143),
+    ],
+)
+def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(cluster, whom, number, code):
+    cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
     cluster.wait_for("third step", times=2)
-    cluster.process.send_signal(number)
+    for pid in cluster.pids() if whom == "all" else [cluster.process.pid]:
+        os.kill(pid, number)
     lines = cluster.end(code)
     assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
 
 
-def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster):
-    cluster.supervise("train", "late")
+def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_terminal_is_closed(cluster, tmp_path):
+    path = tmp_path / "log"
+    with open(path, "w") as log:
+        cluster.supervise("train", "train", log=log)
+    wait_for(lambda: path.read_text().count("third step") == 2, cluster.process)
+    cluster.process.send_signal(signal.SIGHUP)
+    cluster.end(code=129)
+    assert path.read_text().count("stopped by itself") == 2
+
+
+@pytest.mark.parametrize("other", ["train", "connects"])
+def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster, other):
+    cluster.supervise(other, "late", timeout_s=10_000)
     cluster.wait_for("reads the text", times=1)
-    time.sleep(1)  # worker 0 waits by now
+    time.sleep(1)  # the other one waits by now
     cluster.process.send_signal(signal.SIGINT)
     assert not [line for line in cluster.end(code=130) if line.startswith("error: ")]
 
 
-def test_ctrl_c_twice_waits_for_nobody(cluster):
+@pytest.mark.parametrize("first, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_after_another_signal_waits_for_nobody_and_sigterm_is_patient(cluster, first, code):
     cluster.supervise("deaf", "deaf", timeout_s=10_000)
     cluster.wait_for("third step", times=2)
-    cluster.process.send_signal(signal.SIGINT)
+    cluster.process.send_signal(first)
     cluster.wait_for("will not stop", times=2)
+    cluster.process.send_signal(signal.SIGTERM)
+    time.sleep(1)
     assert cluster.process.poll() is None
     cluster.process.send_signal(signal.SIGINT)
-    assert "[worker 0] will not stop" in cluster.end(code=130)[-2:]
+    assert "[worker 0] will not stop" in cluster.end(code)[-2:]
 
 
 def test_workers_on_other_machines_run_over_ssh(cluster):
@@ -368,7 +402,18 @@ def test_an_agent_that_hears_nothing_ends_its_processes(cluster):
     print(json.dumps(["start", [sleep]]), file=cluster.process.stdin, flush=True)
     cluster.wait_for('["started","server 0"')
     assert cluster.pids(in_command="sleep")
-    cluster.end(code=0)  # with its input still open
+    lines = cluster.end(code=0)  # with its input still open
+    assert "nothing was heard from the launcher for 3 s" in lines
+
+
+def test_a_launcher_that_was_stopped_for_too_long_says_that_it_was_not_heard_from(cluster):
+    cluster.supervise("train", "train", timeout_s=2)
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not cluster.agents(), cluster.process)
+    cluster.process.send_signal(signal.SIGCONT)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line == "error: host 127.0.0.1: its agent gave up: nothing was heard from the launcher for 2 s"
 
 
 def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
@@ -442,13 +487,19 @@ sys.exit(Supervisor(parameter_server([Host()], 3, 2, [sys.executable, "adding.py
 """
 
 ADDING_WORKER = """
+import pickle
 from gluon_lm.distributed.control import Control
 import mxnet as mx
+
+class Program:
+    def __reduce__(self):
+        return open, ("ran by a server", "w")
 
 control = Control.from_environment()
 store = mx.kv.create("dist_sync")
 mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(store.handle, 0))  # none waits for one that failed
 control.join(store.rank)
+store._send_command_to_servers(0, pickle.dumps(Program(), 0).decode())  # as it sends an optimiser
 store.init(0, mx.nd.zeros((3, 4)))
 total = mx.nd.zeros((3, 4))
 for step in range(3):
@@ -461,8 +512,9 @@ control.leave()
 """
 
 
-def test_mxnets_parameter_servers_start_add_up_and_end(cluster, tmp_path):
+def test_mxnets_parameter_servers_start_add_up_and_end_and_run_no_program_that_they_are_sent(cluster, tmp_path):
     (tmp_path / "adding.py").write_text(ADDING_WORKER)
     cluster.launch("-c", PARAMETER_SERVER)
     lines = cluster.end(code=0)
     assert sorted(line for line in lines if "added" in line) == [f"[worker {rank}] added up by 3" for rank in range(3)]
+    assert not (tmp_path / "ran by a server").exists()

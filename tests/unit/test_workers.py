@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
 import pytest
 
+from gluon_lm import logs
 from gluon_lm.config import Config, DeviceConfig, OptimConfig
-from gluon_lm.distributed import SingleDevice
+from gluon_lm.distributed import SingleDevice, free_memory
 from gluon_lm.errors import DistributedError
 from gluon_lm.training import session
+from gluon_lm.training.signals import StopRequest
 from gluon_lm.training.step import step_seed
+from gluon_lm.training.trainer import Trainer
 
 
 class TwoWorkers(SingleDevice):
@@ -49,7 +54,7 @@ def test_workers_that_differ_do_not(what):
     assert "\n" not in message
 
 
-def test_another_setting_another_text_and_another_way_of_the_gradients_are_other_facts():
+def test_another_setting_another_text_another_way_of_the_gradients_and_another_kind_of_device_are_other_facts():
     own = session._facts(Config(), CORPUS, SingleDevice([mx.cpu()]))
     for what, config, corpus in (
         ("configuration", Config(optim=OptimConfig(clip_norm=3.0)), CORPUS),
@@ -58,6 +63,8 @@ def test_another_setting_another_text_and_another_way_of_the_gradients_are_other
     ):
         other = session._facts(config, corpus, SingleDevice([mx.cpu()]))
         assert [name for name, value in own.items() if other[name] != value] == [what]
+    on_gpu = session._facts(Config(), CORPUS, SingleDevice([mx.gpu()]))
+    assert [name for name, value in own.items() if on_gpu[name] != value] == ["kind of device"]
 
 
 def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
@@ -67,6 +74,13 @@ def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
     ):
         with pytest.raises(DistributedError, match=f"the workers differ in {said}"):
             session._check_alike(own, TwoWorkers(lambda facts, other=other: other))
+
+
+def test_workers_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("gluon_lm.distributed.devices.free_host_memory", lambda: 9000)
+    monkeypatch.setenv("GLUON_LM_LOCAL_WORKERS", "3")
+    assert free_memory(TwoWorkers(dict)) == 3000
+    assert free_memory(SingleDevice([mx.cpu()])) == 9000
 
 
 def test_arrays_travel_as_they_are():
@@ -82,3 +96,16 @@ def test_every_worker_draws_masks_of_its_own():
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(3) for rank in range(3)}
     assert len(seeds) == 27
     assert step_seed(1, 2, 0) == step_seed(1, 2)
+
+
+def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(monkeypatch):
+    monkeypatch.setattr(logs, "_outlives_readers", False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    trainer = object.__new__(Trainer)
+    trainer._communicator, trainer._agreed_signal = TwoWorkers(dict), signal.SIGTERM
+    with os.fdopen(writing, "w") as pipe:
+        assert not logs.detach_if_unread(BrokenPipeError(), pipe)
+        stop = StopRequest()
+        assert trainer._must_stop(stop) and stop.exit_code == 143
+        assert logs.detach_if_unread(BrokenPipeError(), pipe)
