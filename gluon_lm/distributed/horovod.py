@@ -410,8 +410,6 @@ def _start() -> Any:
         raise DistributedError(
             f"--horovod: this process was not started as one of several; {_START}, or go on without: --no-horovod"
         )
-    if not any(variable.startswith("HOROVOD_STALL_") for variable in os.environ):
-        os.environ["HOROVOD_STALL_CHECK_DISABLE"] = "1"  # it may warn of long evaluations, and `_Watch` knows better
     try:
         hvd.init()
     except ValueError as error:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
@@ -679,23 +678,6 @@ def test_nccl_is_refused_for_processes_on_one_gpu_and_not_for_those_that_see_the
     for driver in (first, "there is none"):
         with pytest.raises(DistributedError, match=r"workers 0, 1 share gpu\(0\)"):
             join(driver, join(driver))
-
-
-@pytest.mark.parametrize(
-    "given, found",
-    [
-        ({}, {"HOROVOD_STALL_CHECK_DISABLE": "1"}),
-        ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "30"}, {"HOROVOD_STALL_CHECK_TIME_SECONDS": "30"}),
-    ],
-)
-def test_horovods_own_warnings_of_long_waits_come_where_they_are_asked_for(monkeypatch, given, found):
-    at_start = {}
-    hvd = SimpleNamespace(init=lambda: at_start.update(os.environ))
-    monkeypatch.setitem(sys.modules, "horovod", SimpleNamespace(mxnet=hvd))
-    monkeypatch.setitem(sys.modules, "horovod.mxnet", hvd)
-    monkeypatch.setattr(os, "environ", {"HOROVOD_RANK": "0", **given})
-    horovod._start()
-    assert at_start == {"HOROVOD_RANK": "0", **found}
 
 
 @with_horovod
