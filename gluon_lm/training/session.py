@@ -75,6 +75,7 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     problems = validate(config)
     if problems:
         raise ConfigError(problems)
+    RunFolder(Path(save)).check_free(overwrite)
     return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
 
 

@@ -24,7 +24,8 @@ import pytest
 from processes import wait_for
 
 import gluon_lm
-from gluon_lm.errors import CheckpointError
+from gluon_lm.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig, resolve
+from gluon_lm.errors import CheckpointError, ConfigError
 from gluon_lm.models import LanguageModel
 from gluon_lm.training.checkpoint import load_model, load_parameters
 from gluon_lm.training.trainer import Trainer
@@ -44,6 +45,26 @@ def test_training_learns_and_the_commands_agree(project):
     one_stream = project.run("evaluate", "run").splitlines()[-1]
     assert one_stream == project.run("evaluate", "run/best", "--bptt", 3).splitlines()[-1]
     assert one_stream == project.run("evaluate", "run.pt", "--split", "test").splitlines()[-1]
+
+
+def test_python_trains_as_the_command_does(project):
+    config = resolve(recipe="lm").config
+    parts = {
+        "data": DataConfig(data=project.path / "text"),
+        "model": ModelConfig(embed_size=8, hidden_size=8),
+        "optim": dataclasses.replace(config.optim, lr=1),
+        "training": TrainingConfig(batch_size=4, bptt=5, epochs=2, log_interval=10),
+    }
+    assert gluon_lm.train_run(dataclasses.replace(config, **parts), project.path / "python") == 0
+    project.have_trained("run")
+    assert project.parameters("python") == project.parameters("run")
+    assert project.results("python") == project.results("run")
+    contradicting = dataclasses.replace(config, optim=OptimConfig(ntasgd=True, lr_decay=4))
+    with pytest.raises(ConfigError, match="--ntasgd with --lr-decay 4"):
+        gluon_lm.train_run(contradicting, project.path / "never")
+    with pytest.raises(ConfigError, match="python.*exists"):
+        gluon_lm.train_run(config, project.path / "python")
+    assert not (project.path / "never").exists()
 
 
 def test_generate_writes_twenty_words_a_line_and_follows_the_seed(project):

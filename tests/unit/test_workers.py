@@ -99,7 +99,7 @@ def test_every_worker_draws_masks_of_its_own():
 
 
 def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(monkeypatch):
-    monkeypatch.setattr(logs, "_outlives_readers", False)
+    monkeypatch.setattr(logs, "_tolerates_closed_pipes", False)
     reading, writing = os.pipe()
     os.close(reading)
     trainer = object.__new__(Trainer)
