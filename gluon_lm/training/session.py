@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import math
 import reprlib
 from pathlib import Path
 
-import mxnet as mx
 import numpy as np
 
-from .. import __version__
 from ..config import (
     Config,
-    DataConfig,
-    DeviceConfig,
     OptimConfig,
     device_count,
     read_config,
@@ -36,6 +30,7 @@ from ..memory import Need, check_need, explaining_memory_errors, training_need
 from ..models import LanguageModel
 from ..progress import counted
 from ..tracking import require_tensorboard
+from .agreement import check_alike, worker_facts
 from .checkpoint import (
     TrainingState,
     load_checkpoint,
@@ -137,7 +132,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         checkpoint = load_checkpoint(path)
         vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
         corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
-        _check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
+        check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         optim_of_checkpoint = read_config(path / CONFIG).optim
         lr_of_checkpoint = optim_of_checkpoint.lr
         if is_named and "lr" not in command.settings:
@@ -207,7 +202,9 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     warning = check_need(need, free_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
-    _check_alike(_facts(config, corpus, communicator), communicator)  # none takes memory before all know what is free
+    check_alike(
+        worker_facts(config, corpus.digest, communicator), communicator
+    )  # none takes memory before all know what is free
     with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
@@ -309,43 +306,6 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         num_sharing=len(devices) if on_cpu else 1,
         merged=merged_elements(list(sizes.values()), devices, config.devices),
     )
-
-
-def _facts(config: Config, corpus: Corpus, communicator: Communicator) -> dict[str, object]:
-    """What decides the result of a worker's steps, by name."""
-    devices = config.devices
-    shared = dataclasses.replace(config, data=DataConfig(), devices=DeviceConfig())
-    configuration = hashlib.sha256(shared.to_yaml().encode()).hexdigest()
-    return {
-        "gluon_lm": __version__,
-        "mxnet": mx.__version__,
-        "configuration": configuration[:12],
-        "text and vocabulary": corpus.digest[:12],
-        "number of devices": len(communicator.devices),
-        "kind of device": communicator.devices[0].device_type,
-        "how gradients travel": f"--kvstore {devices.kvstore} --gctype {devices.gctype} --gcthreshold "
-        f"{devices.gcthreshold:g}",
-    }
-
-
-def _check_alike(own: dict[str, object], communicator: Communicator) -> None:
-    """Make sure that all workers are about to do the same.
-
-    Raises
-    ------
-    DistributedError
-        Naming what differs, and where.
-    """
-    facts = communicator.gather_object(own)
-    for what in dict.fromkeys(name for fact in facts for name in fact):  # one may resume where another begins
-        expected, *_ = values = [fact.get(what, "none") for fact in facts]
-        others = {rank: value for rank, value in enumerate(values) if value != expected}
-        if others:
-            shown = ", ".join(f"worker {rank} {value}" for rank, value in others.items())
-            raise DistributedError(
-                f"the workers differ in {what}: worker 0 has {expected}, {shown}; start all with the same version, "
-                "flags, text and checkpoint"
-            )
 
 
 def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
@@ -14,7 +13,7 @@ from gluon_lm import logs
 from gluon_lm.config import Config, DeviceConfig, OptimConfig
 from gluon_lm.distributed import SingleDevice, free_memory
 from gluon_lm.errors import DistributedError
-from gluon_lm.training import session
+from gluon_lm.training.agreement import check_alike, worker_facts
 from gluon_lm.training.signals import StopRequest
 from gluon_lm.training.step import step_seed
 from gluon_lm.training.trainer import Trainer
@@ -33,12 +32,12 @@ class TwoWorkers(SingleDevice):
         return [value, self._change(value)]
 
 
-CORPUS = SimpleNamespace(digest="0123456789abcdef")
+DIGEST = "0123456789abcdef"
 
 
 def test_workers_that_are_alike_start():
     communicator = TwoWorkers(dict)
-    session._check_alike(session._facts(Config(), CORPUS, communicator), communicator)
+    check_alike(worker_facts(Config(), DIGEST, communicator), communicator)
 
 
 @pytest.mark.parametrize(
@@ -48,22 +47,22 @@ def test_workers_that_are_alike_start():
 def test_workers_that_differ_do_not(what):
     communicator = TwoWorkers(lambda facts: {**facts, what: "another"})
     with pytest.raises(DistributedError) as caught:
-        session._check_alike(session._facts(Config(), CORPUS, communicator), communicator)
+        check_alike(worker_facts(Config(), DIGEST, communicator), communicator)
     message = str(caught.value)
     assert f"the workers differ in {what}: worker 0 has " in message and "worker 1 another" in message
     assert "\n" not in message
 
 
 def test_another_setting_another_text_another_way_of_the_gradients_and_another_kind_of_device_are_other_facts():
-    own = session._facts(Config(), CORPUS, SingleDevice([mx.cpu()]))
-    for what, config, corpus in (
-        ("configuration", Config(optim=OptimConfig(clip_norm=3.0)), CORPUS),
-        ("how gradients travel", Config(devices=DeviceConfig(gctype="2bit")), CORPUS),
-        ("text and vocabulary", Config(), SimpleNamespace(digest="fedcba9876543210")),
+    own = worker_facts(Config(), DIGEST, SingleDevice([mx.cpu()]))
+    for what, config, digest in (
+        ("configuration", Config(optim=OptimConfig(clip_norm=3.0)), DIGEST),
+        ("how gradients travel", Config(devices=DeviceConfig(gctype="2bit")), DIGEST),
+        ("text and vocabulary", Config(), "fedcba9876543210"),
     ):
-        other = session._facts(config, corpus, SingleDevice([mx.cpu()]))
+        other = worker_facts(config, digest, SingleDevice([mx.cpu()]))
         assert [name for name, value in own.items() if other[name] != value] == [what]
-    on_gpu = session._facts(Config(), CORPUS, SingleDevice([mx.gpu()]))
+    on_gpu = worker_facts(Config(), DIGEST, SingleDevice([mx.gpu()]))
     assert [name for name, value in own.items() if on_gpu[name] != value] == ["kind of device"]
 
 
@@ -73,7 +72,7 @@ def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
         ({"gluon_lm": "1.0"}, {"checkpoint": "step-6"}, "gluon_lm: worker 0 has 1.0, worker 1 none"),
     ):
         with pytest.raises(DistributedError, match=f"the workers differ in {said}"):
-            session._check_alike(own, TwoWorkers(lambda facts, other=other: other))
+            check_alike(own, TwoWorkers(lambda facts, other=other: other))
 
 
 def test_workers_on_one_machine_share_its_memory(monkeypatch):
