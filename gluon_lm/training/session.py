@@ -202,9 +202,8 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     warning = check_need(need, free_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
-    check_alike(
-        worker_facts(config, corpus.digest, communicator), communicator
-    )  # none takes memory before all know what is free
+    # Before any of them takes memory, for all on one machine look at what is free.
+    check_alike(worker_facts(config, corpus.digest, communicator), communicator)
     with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
         model.hybridize_for_use(by_layer=communicator.size > 1)
