@@ -253,7 +253,7 @@ class CommandParser(argparse.ArgumentParser):
         if "quiet" in settings and "verbose" in settings:
             problems.append("--quiet with --verbose: one contradicts the other; leave one of them out")
         if "print_config" in settings and "dry_run" in settings:
-            problems.append("--print-config with --dry-run: the first prints and checks nothing; leave one of them out")
+            problems.append("--print-config with --dry-run: one prints, one builds the model; leave one of them out")
         if problems:
             raise ConfigError(problems)
         return Parsed(namespace, settings, run if named is None else named.value)

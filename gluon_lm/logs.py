@@ -34,6 +34,10 @@ class Verbosity(enum.Enum):
     VERBOSE = enum.auto()
 
 
+def _held_lines() -> logging.handlers.MemoryHandler:
+    return logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL)
+
+
 class _Handler(logging.StreamHandler):
     """Raises what keeps a line from being written, where `logging` shows a traceback and goes on without the line."""
 
@@ -86,9 +90,22 @@ def log_to_terminal(
     terminal.setLevel({Verbosity.QUIET: RESULT, Verbosity.NORMAL: course, Verbosity.VERBOSE: logging.DEBUG}[verbosity])
     LOGGER.handlers[:] = [terminal]
     if hold:
-        LOGGER.addHandler(logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL))
+        LOGGER.addHandler(_held_lines())
     LOGGER.setLevel(logging.DEBUG if verbosity is Verbosity.VERBOSE else DETAIL)
     LOGGER.propagate = False
+
+
+@contextlib.contextmanager
+def logging_for_file() -> Iterator[None]:
+    """Within it the lines of a run are made and held for its file, whatever a program has set up for itself."""
+    level, held = LOGGER.level, _held_lines()
+    LOGGER.addHandler(held)
+    LOGGER.setLevel(DETAIL)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(held)
+        LOGGER.setLevel(level)
 
 
 def log_warnings_only() -> None:

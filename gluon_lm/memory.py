@@ -153,9 +153,14 @@ def _gb(size: float) -> str:
 # ---------------------------------------------------------------- what there is
 
 
-def free_host_memory() -> int | None:
-    """Bytes that this process can still take: of the machine, its control groups and its own limit; None: not known."""
-    bounds = (_free_on_machine(), control_groups.free_memory(), _free_below_limit())
+def free_host_memory(num_sharing: int = 1) -> int | None:
+    """Bytes that this process can still take; None where that is not known.
+
+    They are its share, as one of so many processes, of what is free on the machine and in its control groups, and no
+    more than its own limit leaves it.
+    """
+    shared = (bound for bound in (_free_on_machine(), control_groups.free_memory()) if bound is not None)
+    bounds = [*(bound // num_sharing for bound in shared), _free_below_limit()]
     return min((bound for bound in bounds if bound is not None), default=None)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+_NEAREST, _FLOAT32 = "did you mean", "float32 holds"  # how the hints of a kind begin
 _SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 1.1754944e-38, 3.4028235e38
 
 
@@ -70,9 +71,11 @@ def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
             raise TypeError
         number = float(value)
-        if abs(number) < _SMALLEST_FLOAT32:
-            number = 0.0
-        if not abs(number) <= _LARGEST_FLOAT32 or number < low or (above and number == low) or number >= below:
+        if number and not _SMALLEST_FLOAT32 <= abs(number) <= _LARGEST_FLOAT32:
+            if abs(number) < _SMALLEST_FLOAT32 and not above:
+                return 0.0
+            raise ValueError(f"{_FLOAT32} {_SMALLEST_FLOAT32:.2g} to {_LARGEST_FLOAT32:.2g}")
+        if number < low or (above and number == low) or number >= below:
             raise ValueError
         return number
 
@@ -89,7 +92,7 @@ def choice(*names: str) -> Kind:
             return by_key[key_of(value)]
         except (KeyError, AttributeError):
             near = difflib.get_close_matches(key_of(str(value)), by_key, n=1)
-            raise ValueError(f"did you mean {by_key[near[0]]}?" if near else "") from None
+            raise ValueError(f"{_NEAREST} {by_key[near[0]]}?" if near else "") from None
 
     return Kind(read, f"one of {', '.join(names)}", "{" + ",".join(names) + "}")
 
@@ -212,7 +215,7 @@ def read_value(
     try:
         return kind.read(raw)
     except (ValueError, TypeError, OverflowError, InvalidOperation) as error:
-        hint = str(error) if str(error).startswith("did you mean") else ""
+        hint = str(error) if str(error).startswith((_NEAREST, _FLOAT32)) else ""
         if own and not hint and declared.default is not None and not kind.is_switch:
             hint = f"for example {show(declared.default)}"
         line = f"{label} {show(raw)}".rstrip() + f": must be {kind.rule}"

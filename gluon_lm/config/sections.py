@@ -267,7 +267,7 @@ class OptimConfig(Section):
     optimizer: str = option("sgd", choice(*OPTIMIZER_LR), "update rule")
     lr: float = option(
         None,
-        optional(real(0, above=True)),
+        real(0, above=True),
         "learning rate at the start (default: 20 for sgd, 0.001 for adam)",
         "learning_rate",
     )
@@ -393,6 +393,12 @@ class DeviceConfig(Section):
         "none", choice(*COMPRESSIONS), "compression of the gradients between devices (fp16: with --horovod)"
     )
     gcthreshold: float = option(0.5, real(0, above=True), "threshold of the 2-bit compression")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus == (-1,) and not self.cuda:
+            object.__setattr__(self, "gpus", None)
+            object.__setattr__(self, "cuda", False)
 
     @property
     def count(self) -> int | None:

@@ -33,9 +33,12 @@ def processes_here() -> int:
         "SLURM_STEP_TASKS_PER_NODE",
         "SLURM_NTASKS_PER_NODE",
     ):
-        number = re.match("[1-9][0-9]*", os.environ.get(name, ""))  # Slurm writes 4(x2) for 4 on each of 2 machines
-        if number:
-            return int(number[0])
+        numbers: list[int] = []
+        for number, machines in re.findall(r"([1-9][0-9]*)(?:\(x([0-9]+)\))?", os.environ.get(name, "")):
+            numbers += [int(number)] * min(int(machines or 1), 1 << 16)  # Slurm writes 4(x2),1 for 4, 4 and 1
+        if numbers:
+            machine = os.environ.get("SLURM_NODEID", "")
+            return numbers[int(machine)] if machine.isdecimal() and int(machine) < len(numbers) else numbers[0]
     return 1
 
 

@@ -96,8 +96,7 @@ def free_memory(communicator: Communicator) -> int | None:
     """Bytes that are free on the device that has least; of the host's, a worker's share. None: not known."""
     devices = communicator.devices
     if devices[0].device_type == "cpu":
-        free = free_host_memory()
-        return free if free is None or communicator.size == 1 else free // processes_here()
+        return free_host_memory(1 if communicator.size == 1 else processes_here())
     return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in devices))
 
 

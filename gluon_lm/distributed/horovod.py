@@ -103,13 +103,13 @@ class HorovodCommunicator(Communicator):
         """NCCL joins no two processes on one GPU, and does not say so."""
         device = self.devices[0]
         uuid = identity(device.device_id) if device.device_type == "gpu" else None
-        # Slurm and Kubernetes have each process see its own GPU as the first.
-        which = [os.environ.get("CUDA_VISIBLE_DEVICES"), str(device)] if uuid is None else [uuid]
-        gpus = self.gather_object([socket.gethostname(), *which])
+        # Slurm and Kubernetes have each process see its own GPU as the first, and containers have names of their own.
+        place = [socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), str(device)]
+        gpus = self.gather_object(place if uuid is None else [uuid])
         shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
         if len(shared) > 1 and device.device_type == "gpu":
             raise DistributedError(
-                f"--horovod: workers {', '.join(map(str, shared))} share {device} of {gpus[self.rank][0]}, "
+                f"--horovod: workers {', '.join(map(str, shared))} share {device} of {place[0]}, "
                 "which NCCL cannot; start as many processes there as it has GPUs"
             )
 

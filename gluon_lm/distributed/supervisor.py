@@ -294,7 +294,7 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
-        numbers = () if self._stop is None else (self._stop, _for_workers(self._stop))
+        numbers = () if self._stop is None else STOP_SIGNALS  # it may have got another one as well
         code_when_stopped = 128 + (self._stop or 0)
         if code and (code - 128 if code > 0 else -code) not in numbers:
             self._fail(_last_of(member))
@@ -430,9 +430,9 @@ class Supervisor(EventLoop):
     def on_interrupt(self, number: int) -> None:
         """Ask the workers to stop; at Ctrl-C after another signal, end all at once."""
         is_second, self._was_signalled = self._was_signalled or self._is_decided(), True
-        if not is_second:
+        if not is_second or number != signal.SIGINT:  # others may come twice, from a group's manager and from a shell
             self._ask_to_stop(number)
-        elif number == signal.SIGINT:  # others may come twice, from who stops a group of processes and from a shell
+        else:
             self._is_urgent = True
             self._send_all("end", True)
             self._finish(128 + (self._stop or number))
@@ -443,11 +443,16 @@ class Supervisor(EventLoop):
     def _ask_to_stop(self, number: int) -> None:
         if not self._members:
             self._finish(128 + number)
-        elif self._stop is None and not self._is_decided():
+        elif self._stop in (None, signal.SIGINT) and number != self._stop and not self._is_decided():
+            # After Ctrl-C the best model is tested, which SIGTERM ends as well.
             self._stop, self._idle_s = number, 0.0
-            for agent in self._agents.values():
-                names = [worker.process.name for worker in self._workers if worker.agent is agent]
-                agent.sender.send("signal", names, _for_workers(number))
+            # One that has not joined has nothing to save, and waits where Python hears no Ctrl-C.
+            for by_now, how in ((True, _for_workers(number)), (False, signal.SIGTERM)):
+                for agent in self._agents.values():
+                    workers = [worker for worker in self._workers if worker.agent is agent]
+                    names = [worker.process.name for worker in workers if (worker.rank is not None) is by_now]
+                    if names:
+                        agent.sender.send("signal", names, how)
 
     def on_unread(self, error: OSError) -> None:
         """Nobody reads the output any more."""

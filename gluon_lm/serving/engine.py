@@ -19,7 +19,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ..data.vocabulary import EOS
+from ..data.vocabulary import EOS, Vocabulary
 from ..generation.sampling import AS_IS, Sampler, Sampling
 from ..logs import LOGGER
 from ..models import State
@@ -72,12 +72,13 @@ class _Text:
     """A text at work: its last word, which is its next input, and where its random numbers come from."""
 
     def __init__(
-        self, request: TextRequest, done: Future[list[str]], on_word: Callable[[str], None] | None, vocab_size: int
+        self, request: TextRequest, done: Future[list[str]], on_word: Callable[[str], None] | None, words: Vocabulary
     ) -> None:
         self.request, self.done, self.on_word = request, done, on_word
         self.words: list[str] = []
+        self.prompt_ids = None if request.prompt is None else [words.eos_id, *words.encode(request.prompt)]
         self.rng = np.random.default_rng([request.seed, request.index])
-        self.last_word = -1 if request.prompt is not None else int(self.rng.integers(vocab_size))
+        self.last_word = int(self.rng.integers(len(words))) if self.prompt_ids is None else -1
         self.states: State | None = None
 
 
@@ -177,13 +178,13 @@ class Engine:
         """
         futures: list[Future[list[str]]] = [Future() for _ in requests]
         texts = [
-            _Text(request, future, None if on_word is None else _bind(on_word, place), len(self._vocabulary))
+            _Text(request, future, None if on_word is None else _bind(on_word, place), self._vocabulary)
             for place, (request, future) in enumerate(zip(requests, futures))
         ]
 
         def begin() -> None:
             for text in texts:
-                if text.request.prompt is None:
+                if text.prompt_ids is None:
                     self._waiting.append(text)
                 else:
                     self._pieces.append((text.done, self._read_prompt(text)))
@@ -194,7 +195,8 @@ class Engine:
     def score(self, lines: Sequence[Sequence[str]]) -> Future[list[LineScore]]:
         """Score lines, each on its own, as `gluon_lm.scoring.score_lines` does; raises `Busy` or `Closed`."""
         future: Future[list[LineScore]] = Future()
-        self._accept([future], lambda: self._pieces.append((future, self._score(lines, future))))
+        ids = [self._vocabulary.encode(line) for line in lines]  # here, where what is no line is its caller's error
+        self._accept([future], lambda: self._pieces.append((future, self._score(lines, ids, future))))
         return future
 
     def close(self, timeout: float) -> None:
@@ -313,7 +315,7 @@ class Engine:
                 self._pieces.append((future, pieces))
 
     def _read_prompt(self, text: _Text) -> Iterator[None]:
-        ids = [self._vocabulary.eos_id, *self._vocabulary.encode(text.request.prompt or [])]
+        ids = text.prompt_ids or []
         text.states = self._predictor.begin_state(1)
         for start in range(0, len(ids) - 1, _WORDS_PER_PIECE):
             piece = ids[start : min(start + _WORDS_PER_PIECE, len(ids) - 1)]
@@ -322,11 +324,13 @@ class Engine:
         text.last_word = int(ids[-1])
         self._waiting.append(text)
 
-    def _score(self, lines: Sequence[Sequence[str]], future: Future[list[LineScore]]) -> Iterator[None]:
+    def _score(
+        self, lines: Sequence[Sequence[str]], ids: Sequence[np.ndarray], future: Future[list[LineScore]]
+    ) -> Iterator[None]:
         eos = self._vocabulary.eos_id
         scores = []
-        for line in lines:
-            targets = [*self._vocabulary.encode(line), eos]
+        for line, ids_of_line in zip(lines, ids):
+            targets = [*ids_of_line, eos]
             tokens = [eos, *targets[:-1]]
             states = self._predictor.begin_state(1)
             log_probs = []

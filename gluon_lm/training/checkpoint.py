@@ -363,7 +363,7 @@ def load_parameters(model: LanguageModel, path: str | Path) -> None:
     Raises
     ------
     CheckpointError
-        If it is damaged, or another model's.
+        If it is damaged, or another model's; some parameters may have been read by then.
     """
     path = Path(path)
     verify_checkpoint(path)

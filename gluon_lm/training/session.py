@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import reprlib
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
-from ..logs import LOGGER, NOTICE, RESULT, log_to_file, log_warnings_only
+from ..logs import LOGGER, NOTICE, RESULT, log_to_file, log_warnings_only, logging_for_file
 from ..losses import row_chunks
 from ..memory import Need, check_need, explaining_memory_errors, training_need
 from ..models import LanguageModel
@@ -47,6 +48,8 @@ _BLOCK_TOKENS = 1 << 22
 
 def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     """Train a new run to its end from Python, as ``python -m gluon_lm.train`` does.
+
+    What the command prints goes to the run's ``log.txt``, and to the handlers of `logging` that the program has set up.
 
     Parameters
     ----------
@@ -71,7 +74,8 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     if problems:
         raise ConfigError(problems)
     RunFolder(Path(save)).check_free(overwrite)
-    return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
+    with logging_for_file():
+        return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
 
 
 def start_run(command: TrainCommand, initial: Path | None = None) -> int:
@@ -170,6 +174,11 @@ def _join(command: TrainCommand) -> Communicator:
         raise DistributedError(
             f"--no-tf32: only GPUs compute in TF32, and this runs on {communicator.devices[0]}; leave it out, or give "
             "--tf32 where the run's configuration says so"
+        )
+    if not config.training.tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        raise DistributedError(
+            "tf32=False: NVIDIA's libraries read NVIDIA_TF32_OVERRIDE=0 when they are loaded, and it is not set; call "
+            "gluon_lm.runtime.prepare_training(config) before MXNet is imported"
         )
     if not communicator.is_primary:
         log_warnings_only()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+from ..distributed.control import CONTROL_VARIABLE
 from ..logs import LOGGER, detach_terminal, tolerate_closed_pipes
 
 
@@ -16,10 +18,11 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While entered, notes the first SIGINT, SIGTERM or SIGHUP in `signal`; a second SIGINT interrupts at once.
+    """While entered, notes SIGINT, SIGTERM and SIGHUP in `signal`; a second SIGINT interrupts at once.
 
     A SIGHUP that is ignored, as under ``nohup``, stays ignored. In a thread other than the main one, which alone may
-    answer signals, it notes none.
+    answer signals, it notes none. A worker of a launcher may get every signal twice, from whoever signals all processes
+    and from the launcher, which also decides what is urgent and reads what the worker says: nothing interrupts it.
 
     Attributes
     ----------
@@ -29,6 +32,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._has_launcher = CONTROL_VARIABLE in os.environ
+        self._was_asked = False
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -58,12 +63,16 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if number == signal.SIGHUP:
-            detach_terminal(and_pipes=True)
+        was_asked, self._was_asked = self._was_asked, True
+        if not self._has_launcher:
+            if was_asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if number == signal.SIGHUP:
+                detach_terminal(and_pipes=True)
         tolerate_closed_pipes()
         self.signal = signal.Signals(number)
+        if self._has_launcher and was_asked:
+            return
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "the run can go on from there"
         with contextlib.suppress(RuntimeError):  # the signal came in the midst of a line that waits to be read
             LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)

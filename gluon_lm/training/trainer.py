@@ -7,13 +7,14 @@ import math
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mxnet as mx
 import numpy as np
+from mxnet import gluon
 
 from ..config import Config, share_problems
 from ..data import Corpus
@@ -284,27 +285,31 @@ class Trainer:
         DistributedError
             If they have not.
         """
-        if self._communicator.num_devices == 1:
+        communicator = self._communicator
+        if communicator.num_devices == 1:
             return
-        devices = self._communicator.devices
-        own = [0] * len(devices)
-        for parameter in self.model.named_parameters().values():
-            own = [zlib.crc32(parameter.data(device).asnumpy(), before) for device, before in zip(devices, own)]
-        sums = self._communicator.gather_object(own)
-        others = [rank for rank, found in enumerate(sums) if found[0] != sums[0][0]]
+        parameters = self.model.named_parameters().values()
+        first, *more = communicator.devices
+        apart = [str(device) for device in more if _differ(parameters, first, device)]
+        checksum = 0
+        if communicator.size > 1:
+            for parameter in parameters:
+                checksum = zlib.crc32(parameter.data(first).asnumpy(), checksum)
+        found = communicator.gather_object([checksum, apart])
+        others = [rank for rank, (of_worker, _) in enumerate(found) if of_worker != found[0][0]]
         if others:
             raise DistributedError(
                 f"step {self.state.step}: the parameters of worker {', '.join(map(str, others))} are not those of "
                 "worker 0; the checkpoints before are whole. A faulty machine or another build of MXNet is likely"
             )
-        apart = sorted({i for found in sums for i, checksum in enumerate(found) if checksum != found[0]})
-        if apart:
-            named = ", ".join(str(devices[i]) for i in apart)
-            raise DistributedError(
-                f"step {self.state.step}: the parameters on {named} are not those on {devices[0]}; the checkpoints "
-                "before are whole. What is copied between these devices is likely damaged on its way: set "
-                "MXNET_ENABLE_GPU_P2P=0, or use --kvstore local"
-            )
+        for rank, (_, apart) in enumerate(found):
+            if apart:
+                on = ", ".join(apart) + (f" of worker {rank}" if communicator.size > 1 else "")
+                way_round = "; set MXNET_ENABLE_GPU_P2P=0, or use --kvstore local" if first.device_type == "gpu" else ""
+                raise DistributedError(
+                    f"step {self.state.step}: the parameters on {on} are not those on {first}; the checkpoints before "
+                    f"are whole. What is copied between these devices is likely damaged on its way{way_round}"
+                )
 
     def _take_step(self, stop: StopRequest) -> StepResult:
         state, epoch = self.state, self._current_epoch()
@@ -702,3 +707,9 @@ class Trainer:
                 checkpoint.num_devices,
                 num_devices,
             )
+
+
+def _differ(parameters: Iterable[gluon.Parameter], first: mx.Context, other: mx.Context) -> bool:
+    """Whether the copies on two devices are not the same; compared on the first one, which is told once."""
+    unlike = [(p.data(first) != p.data(other).as_in_context(first)).sum() for p in parameters]
+    return bool(mx.nd.add_n(*unlike).asscalar())

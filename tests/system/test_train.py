@@ -6,6 +6,7 @@ import array
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from processes import wait_for
 import gluon_lm
 from gluon_lm.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig, resolve
 from gluon_lm.errors import CheckpointError, ConfigError
+from gluon_lm.logs import LOGGER
 from gluon_lm.models import LanguageModel
 from gluon_lm.training.checkpoint import load_model, load_parameters
 from gluon_lm.training.trainer import Trainer
@@ -56,9 +58,13 @@ def test_python_trains_as_the_command_does(project):
         "training": TrainingConfig(batch_size=4, bptt=5, epochs=2, log_interval=10),
     }
     assert gluon_lm.train_run(dataclasses.replace(config, **parts), project.path / "python") == 0
+    assert (LOGGER.level, LOGGER.handlers) == (logging.NOTSET, [])
     project.have_trained("run")
     assert project.parameters("python") == project.parameters("run")
     assert project.results("python") == project.results("run")
+    logs = [(project.path / run / "log.txt").read_text() for run in ("python", "run")]
+    for line in ("recipe ", "lstm 8x8", "memory: about", "ms/batch", "End of training"):
+        assert [line in log for log in logs] == [True, True], line
     contradicting = dataclasses.replace(config, optim=OptimConfig(ntasgd=True, lr_decay=4))
     with pytest.raises(ConfigError, match="--ntasgd with --lr-decay 4"):
         gluon_lm.train_run(contradicting, project.path / "never")

@@ -71,6 +71,9 @@ def test_what_the_user_has_set_stays(environment):
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
         ({"MPI_LOCALNRANKS": "3"}, 3),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "2"}, 1),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3", "SLURM_NODEID": "2"}, 3),
         ({"SLURM_NTASKS_PER_NODE": "none"}, 1),
     ],
 )

@@ -118,6 +118,16 @@ def test_each_stream_draws_in_its_own_way():
     assert greedy[1:].tolist() == alone[1:]
 
 
+def test_a_cut_near_one_leaves_out_the_tail_of_a_large_vocabulary():
+    """Whose running sum in float32 ends below the sum, so that a share of the latter would be reached by no word."""
+    probs_V = np.arange(1, 260_001.0) ** -1.5
+    probs_V /= probs_V.sum()
+    num_kept = np.searchsorted(np.cumsum(probs_V), 0.999) + 1  # about a third
+    uniforms_N = np.full(1, 1 - 2**-22)
+    (word,) = draw(np.log(probs_V)[None], [Sampling(top_p=0.999)], uniforms_N)
+    assert word < 1.3 * num_kept
+
+
 def test_equally_likely_words_at_the_edge_are_all_kept():
     logits_V = np.array([0.0, 1.0, 1.0, 1.0, 0.0])
     words = draw(np.tile(logits_V, (400, 1)), [Sampling(top_k=2)] * 400)

@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from gluon_lm import logs
+from gluon_lm import logs, memory
 from gluon_lm.config import Config, DeviceConfig, OptimConfig
 from gluon_lm.distributed import SingleDevice, free_memory
 from gluon_lm.errors import DistributedError
@@ -76,10 +76,12 @@ def test_a_worker_that_begins_does_not_start_beside_one_that_goes_on():
 
 
 def test_workers_on_one_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr("gluon_lm.distributed.devices.free_host_memory", lambda: 9000)
+    monkeypatch.setattr(memory, "_free_on_machine", lambda: 9000)
+    monkeypatch.setattr(memory.control_groups, "free_memory", lambda: None)
+    monkeypatch.setattr(memory, "_free_below_limit", lambda: 5000)  # each has its own
     monkeypatch.setenv("GLUON_LM_LOCAL_WORKERS", "3")
     assert free_memory(TwoWorkers(dict)) == 3000
-    assert free_memory(SingleDevice([mx.cpu()])) == 9000
+    assert free_memory(SingleDevice([mx.cpu()])) == 5000
 
 
 def test_arrays_travel_as_they_are():
@@ -108,3 +110,18 @@ def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(mo
         stop = StopRequest()
         assert trainer._must_stop(stop) and stop.exit_code == 143
         assert logs.detach_if_unread(BrokenPipeError(), pipe)
+
+
+def test_a_signal_that_comes_twice_interrupts_no_worker_of_a_launcher(monkeypatch):
+    monkeypatch.setattr(logs, "_tolerates_closed_pipes", False)
+    monkeypatch.setenv("GLUON_LM_CONTROL", "3,4")
+    with StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert stop.signal is number
+    monkeypatch.delenv("GLUON_LM_CONTROL")
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        stop.take_over(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # what its own terminal says of the same Ctrl-C
+        assert stop.signal is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
