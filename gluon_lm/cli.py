@@ -80,7 +80,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not isinstance(action, _Store):
             return super()._format_action_invocation(action)
-        return " ".join([", ".join(action.option_strings), str(action.metavar or "")]).rstrip()
+        several = f" [{action.metavar} ...]" if action.nargs == "+" else ""
+        return " ".join([", ".join(action.option_strings), str(action.metavar or "")]).rstrip() + several
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .cli import CommandParser, run_command
 from .config import Section, option, switch
 from .control_groups import processor_share
 from .gpus import has_machine_code, lacks_machine_code, query_driver
-from .libraries import how_to_bring, mxnet_distributions, mxnet_library, resolve, wheel_folders
+from .libraries import FOR_GPUS, how_to_bring, mxnet_distributions, mxnet_library, resolve, wheel_folders
 from .logs import LOGGER, log_to_terminal
 from .processors import cpu_flags, cpu_model, usable_cores
 from .runtime import keep_freed_memory
@@ -257,10 +257,7 @@ def _advice(facts: dict[str, Any]) -> list[str]:
         lines.append(f"NVIDIA's driver is installed but does not work ({gpus['problem']}): see what nvidia-smi says")
     lines += [device["advice"] for device in gpus["devices"] if device["advice"]]
     if gpus["devices"] and packages == ["mxnet"] and mxnet["features"] and "CUDA" not in mxnet["features"]:
-        lines.append(
-            "this MXNet is built for the CPU and uses no GPU; for one: pip uninstall -y mxnet && pip install "
-            "'gluon_lm[cu112]'"
-        )
+        lines.append(f"this MXNet is built for the CPU and uses no GPU; for one: {FOR_GPUS}")
     if facts["horovod"] and not facts["horovod"]["mxnet"] and mxnet["version"]:
         lines.append("Horovod was built without MXNet, or for another one: bash scripts/install_horovod.sh")
     if not facts["allocator"]["keeps_freed_memory"]:

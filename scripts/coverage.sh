@@ -4,6 +4,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/test_environment.sh"
 
+install_debian_packages
 install_horovod
 export COVERAGE_FILE="$ROOT/.coverage" COVERAGE_RCFILE="$ROOT/pyproject.toml"
 python -m coverage erase

@@ -15,6 +15,7 @@ check_sources() {
 
 processes=()
 if [ $# -eq 0 ]; then
+    install_debian_packages
     install_horovod
     processes=(--numprocesses 2 --dist loadfile --no-loadscope-reorder) # in the order of tests/conftest.py
     said="$(mktemp)"

@@ -34,7 +34,6 @@ install_horovod() {
 
 use_environment cpu test
 cd "$ROOT"
-install_debian_packages
 
 # The models of the tests are small, and threads that wait actively would keep each other from the processors. MXNet
 # cannot be imported where this is a list.

@@ -4,7 +4,21 @@ Where values come from, highest first: flags, ``--config``, the recipe, the defa
 """
 
 from .elsewhere import INSTEAD_OF_TRAINING
-from .kinds import Kind, choice, integer, option, optional, pathname, pathnames, read_value, real, show, switch, text
+from .kinds import (
+    Kind,
+    choice,
+    integer,
+    key_of,
+    option,
+    optional,
+    pathname,
+    pathnames,
+    read_value,
+    real,
+    show,
+    switch,
+    text,
+)
 from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
 from .rules import device_count, share_problems, validate, vocabulary_problems
 from .sections import (
@@ -49,6 +63,7 @@ __all__ = [
     "flag_of",
     "get",
     "integer",
+    "key_of",
     "nearest",
     "option",
     "optional",

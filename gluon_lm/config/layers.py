@@ -107,7 +107,9 @@ def _yaml_lines(source: str | Path, origin: str) -> list[tuple[Any, Any, int]]:
         read = partial(loader.construct_object, deep=True)
         return [(read(key), read(value), key.start_mark.line + 1) for key, value in node.value]
     except OSError as error:
-        raise ConfigError(f"{origin}: cannot be read ({error.strerror}); name a YAML file") from None
+        is_recipe = Path(origin).stem in recipe_names() and Path(origin).parent == Path()
+        fix = f"the recipe is --recipe {Path(origin).stem}" if is_recipe else "name a YAML file"
+        raise ConfigError(f"{origin}: cannot be read ({error.strerror}); {fix}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
@@ -199,7 +201,7 @@ _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     ("vocab", bool, frozenset({"min_freq", "max_vocab"})),
     ("min_freq", bool, frozenset({"vocab"})),
     ("max_vocab", bool, frozenset({"vocab"})),
-    ("optimizer", lambda value: value == "adam", frozenset({"ntasgd", "asgd", "nonmono"})),
+    ("optimizer", lambda value: value != "sgd", frozenset({"ntasgd", "asgd", "nonmono"})),
     ("ntasgd", bool, frozenset({"asgd", "lr_decay"})),
     ("asgd", bool, frozenset({"ntasgd", "lr_decay"})),
     ("shuffle", bool, frozenset({"max_seq_len_delta"})),
@@ -311,6 +313,8 @@ def resolve(
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
         if is_needed:
+            if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+                hint = "; a file of your own is given by --config"
             problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
         base, _, kept_by_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
@@ -318,6 +322,12 @@ def resolve(
 
     # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
+    both = {"optimizer", "lr"} <= base.keys() & file.keys()
+    if both and file["optimizer"].value != base["optimizer"].value and file["lr"] == base["lr"] and "lr" not in flags:
+        problems.append(
+            f"{origin}: lr {show(base['lr'].value)} is that of recipe {recipe} for {base['optimizer'].value}; with "
+            f"optimizer {file['optimizer'].value} name another one, or leave it out"
+        )
     merged = _merge((base, file, flags))
     if kept:
         merged = {**_implied_by(kept, merged, base.keys() | file.keys() | flags.keys()), **merged}

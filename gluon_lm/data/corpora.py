@@ -13,7 +13,7 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 
-from ..config import DataConfig, nearest, show
+from ..config import DataConfig, key_of, nearest, show
 from ..errors import DataError
 from ..logs import LOGGER
 from .download import Mirror, ParquetMirror, PlainMirror, PublishedFile, ZipMirror, download_files
@@ -338,14 +338,14 @@ def _published(spec: CorpusSpec, texts: Texts) -> _Source:
 
 def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusSpec | None:
     """The registered corpus of this name or alias, None if there is none."""
-    wanted = name.lower().replace("_", "-")
-    return next((spec for spec in corpora.values() if wanted in (spec.name, *spec.aliases)), None)
+    names = ((spec, map(key_of, (spec.name, *spec.aliases))) for spec in corpora.values())
+    return next((spec for spec, of_spec in names if key_of(name) in of_spec), None)
 
 
 def unknown_corpus(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA, otherwise: str = "") -> str:
     """The message for a name that is no corpus, nor what it may be otherwise."""
     names = [known for spec in corpora.values() for known in (spec.name, *spec.aliases)]
-    hint = nearest(Path(name).name.lower().replace("_", "-"), names)
+    hint = nearest(key_of(Path(name).name), names)
     return f"{show(name)}: must be a corpus ({', '.join(corpora)}){otherwise}{hint}"
 
 

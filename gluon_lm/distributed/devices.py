@@ -12,6 +12,7 @@ import mxnet as mx
 from ..config import DeviceConfig
 from ..errors import DistributedError
 from ..gpus import query_driver, reasons_against_gpus, too_old_for_mxnet
+from ..libraries import FOR_GPUS
 from ..logs import LOGGER
 from ..memory import free_host_memory
 from .communicator import Communicator, SingleDevice
@@ -179,9 +180,7 @@ def _how_to_go_without_gpu(reasons: Sequence[str]) -> str:
     if reasons:
         return f"{reasons[0]}, or leave the flag out (--cpus N trains on the CPU)"
     if not mx.runtime.Features().is_enabled("CUDA"):
-        return (
-            "this MXNet is built for CPU: install gluon_lm[cu112], or leave the flag out (--cpus N trains on the CPU)"
-        )
+        return f"this MXNet is built for the CPU: {FOR_GPUS}, or leave the flag out (--cpus N trains on the CPU)"
     return "check the driver with nvidia-smi, or leave the flag out (--cpus N trains on the CPU)"
 
 
@@ -197,9 +196,7 @@ def _nccl(devices: list[mx.Context], config: DeviceConfig) -> Communicator:
     if not_gpus:
         raise DistributedError(f"--kvstore nccl: joins GPUs only, and there is {not_gpus[0]}; use --kvstore device")
     if not mx.runtime.Features().is_enabled("NCCL"):
-        raise DistributedError(
-            "--kvstore nccl: this MXNet is built without NCCL; use --kvstore device, or install gluon_lm[cu112]"
-        )
+        raise DistributedError("--kvstore nccl: this MXNet is built without NCCL; use --kvstore device")
     return KVStoreCommunicator(devices, "nccl")
 
 

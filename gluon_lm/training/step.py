@@ -103,7 +103,7 @@ class TrainingStep:
             parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
         self._filled = FilledRows(model.named_parameters())
         is_alone = communicator.size == len(communicator.devices) == 1
-        self._updates_rows = is_alone and isinstance(optimizer, SGD) and not optimizer.wd
+        self._updates_rows = is_alone and type(optimizer) is SGD and not optimizer.wd
         self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
         self.states: list[State] | None = None
         self._inputs = InputCopies()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,28 @@ def test_a_file_with_every_value_needs_no_recipe_and_one_without_does():
     assert read_config(config.to_yaml(recipe="nobodys")) == config
     with pytest.raises(ConfigError, match="recipe nobodys .*must be one of"):
         read_config("recipe: nobodys\nhidden_size: 5\n")
+
+
+def test_a_file_is_no_recipe_and_a_recipe_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./mine", "mine.yaml"):
+        (problem,) = problems_of(resolve, recipe=name)
+        assert problem.endswith("; a file of your own is given by --config")
+    for name in ("awd-small", "awd-small.yaml"):
+        (problem,) = problems_of(resolve, config_file=Path(name))
+        assert problem.endswith("(No such file or directory); the recipe is --recipe awd-small")
+
+
+def test_an_edited_optimiser_does_not_keep_the_recipes_learning_rate():
+    printed = resolve(recipe="lm").config.to_yaml(recipe="lm")
+    edited = printed.replace("optimizer: sgd", "optimizer: adam")
+    assert edited != printed
+    assert problems_of(resolve, config_file=edited) == [
+        "config.yaml: lr 20 is that of recipe lm for sgd; with optimizer adam name another one, or leave it out"
+    ]
+    assert resolve(config_file=edited.replace("lr: 20.0", "lr: 0.002")).config.optim.lr == 0.002
+    assert resolve(flags(lr=0.003), config_file=edited).config.optim.lr == 0.003
+    assert resolve(config_file=printed).config.optim.lr == 20
 
 
 def test_unknown_recipe_gets_the_nearest():
