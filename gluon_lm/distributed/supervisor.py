@@ -446,13 +446,10 @@ class Supervisor(EventLoop):
         elif self._stop in (None, signal.SIGINT) and number != self._stop and not self._is_decided():
             # After Ctrl-C the best model is tested, which SIGTERM ends as well.
             self._stop, self._idle_s = number, 0.0
-            # One that has not joined has nothing to save, and waits where Python hears no Ctrl-C.
-            for by_now, how in ((True, _for_workers(number)), (False, signal.SIGTERM)):
-                for agent in self._agents.values():
-                    workers = [worker for worker in self._workers if worker.agent is agent]
-                    names = [worker.process.name for worker in workers if (worker.rank is not None) is by_now]
-                    if names:
-                        agent.sender.send("signal", names, how)
+            for worker in self._workers:
+                # One that has not joined has nothing to save, and waits where Python hears no Ctrl-C.
+                how = signal.SIGTERM if worker.rank is None else _for_workers(number)
+                worker.agent.sender.send("signal", [worker.process.name], how)
 
     def on_unread(self, error: OSError) -> None:
         """Nobody reads the output any more."""
