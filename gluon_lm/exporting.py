@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mxnet as mx
-import numpy as np
 from mxnet import gluon
 
 from . import __version__
@@ -246,7 +245,11 @@ class ExportedPredictor(Predictor):
             # Tokens may be of any type, so that C programs can give floats; MXNet warns that it cannot tell.
             warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
             self.network = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
-        self.network.hybridize(static_alloc=True)
+            # The graph without its head, for text of which only the state counts.
+            new_states, inputs = mx.sym.load(str(folder / SYMBOL))[1:], [mx.sym.var(name) for name in names]
+            self._encoder = gluon.SymbolBlock(new_states, inputs, self.network.params)
+        for block in (self.network, self._encoder):
+            block.hybridize(static_alloc=True)
 
     def describe(self):
         return {name: self._manifest[name] for name in ("model", "text", "training")}
@@ -258,11 +261,9 @@ class ExportedPredictor(Predictor):
         log_probs_TNV, *states = self.network(tokens_TN, *states)
         return log_probs_TNV, states
 
-    def read(self, tokens_TN, states):
-        # Word by word: the graph computes the head for every word, and of many at once that takes much memory.
-        for tokens_N in tokens_TN:
-            _, *states = self.network(mx.nd.array(tokens_N[np.newaxis], ctx=self.device, dtype="int32"), *states)
-        return states
+    def _read(self, tokens_TN, states):
+        new_states = self._encoder(tokens_TN, *states)
+        return new_states if isinstance(new_states, list) else [new_states]  # a single one comes by itself
 
 
 def load_exported(folder: str | Path, device: mx.Context | None = None) -> ExportedPredictor:

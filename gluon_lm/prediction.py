@@ -17,6 +17,8 @@ from .data import Vocabulary
 from .losses import target_losses
 from .models import LanguageModel, State
 
+_TOKENS_READ_AT_ONCE = 4096
+
 
 class Predictor(ABC):
     """A language model that is ready for use on one device: a run of ours, or an exported folder.
@@ -54,9 +56,17 @@ class Predictor(ABC):
     def log_probs(self, tokens_TN: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
         """Log-probability, base e, of each word after each token, ``log_probs_TNV``, and the state after the last."""
 
-    @abstractmethod
     def read(self, tokens_TN: np.ndarray, states: State) -> State:
         """The state after the last of some tokens (int32, any number of them)."""
+        words_at_once = max(1, _TOKENS_READ_AT_ONCE // states[0].shape[1])
+        for start in range(0, len(tokens_TN), words_at_once):
+            piece_TN = mx.nd.array(tokens_TN[start : start + words_at_once], ctx=self.device, dtype="int32")
+            states = self._read(piece_TN, states)
+        return states
+
+    @abstractmethod
+    def _read(self, tokens_TN: mx.nd.NDArray, states: State) -> State:
+        """`read` of so few tokens that they can be worked on at once."""
 
     def target_losses(
         self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
@@ -106,11 +116,8 @@ class ModelPredictor(Predictor):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
         return self._model.head(hidden_TNH), states
 
-    def read(self, tokens_TN, states):
-        words_at_once = max(1, self.rows_at_once // states[0].shape[1])
-        for start in range(0, len(tokens_TN), words_at_once):
-            piece_TN = mx.nd.array(tokens_TN[start : start + words_at_once], ctx=self.device, dtype="int32")
-            _, *states = self._model.encoder(piece_TN, *states)
+    def _read(self, tokens_TN, states):
+        _, *states = self._model.encoder(tokens_TN, *states)
         return states
 
     def _losses(self, tokens_TN, targets_R, states):

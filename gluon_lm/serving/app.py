@@ -238,7 +238,7 @@ def _add_status(app: FastAPI, engine: Engine, metrics: RequestMetrics, predictor
     @app.get("/readyz", summary="Whether it takes work", response_model=schemas.Health, responses={503: _PROBLEMS[503]})
     async def readyz() -> Any:
         if not engine.is_ready:
-            raise HTTPException(503, "the engine is starting or stopping")
+            raise HTTPException(503, "the engine is starting, stopping or full")
         return {"ok": True}
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)

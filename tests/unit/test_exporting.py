@@ -144,6 +144,19 @@ def test_a_loaded_export_is_the_trained_model(any_run, tmp_path):
             assert_all_close(outputs_of(predictor, num_streams), outputs_of(trained, num_streams), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lstm-untied", "mixture-tied", "one layer"])
+def test_an_export_reads_text_in_pieces_and_without_its_head(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("gluon_lm.prediction._TOKENS_READ_AT_ONCE", 8)
+    export_run(save_run(tmp_path / "run", **MODELS[name]), tmp_path / "exported")
+    predictor = gluon_lm.load_exported(tmp_path / "exported")
+    tokens_TN, states = np.random.RandomState(1).randint(0, VOCAB_SIZE, (9, 2)), predictor.begin_state(2)
+    for tokens_N in tokens_TN:
+        _, states = predictor.log_probs(int32(tokens_N[np.newaxis]), states)
+    predictor.network = None
+    found = predictor.read(tokens_TN, predictor.begin_state(2))
+    assert_all_close([state.asnumpy() for state in found], [state.asnumpy() for state in states], atol=1e-6)
+
+
 def test_onnxruntime_gives_the_trained_models_numbers(any_run, tmp_path):
     export_onnx(any_run, tmp_path / "exported")
     onnx.checker.check_model(str(tmp_path / "exported/model.onnx"), full_check=True)
