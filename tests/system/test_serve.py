@@ -250,7 +250,10 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(server):
 def test_it_says_what_it_is_and_how_it_is(server):
     assert server.host == "127.0.0.1"  # nobody else is served unless asked for
     model = server.ask("GET", "/expose/ID/v1/model").json
-    assert model["limits"]["max_words"] == 60 and model["description"]["model"] == "lstm"
+    assert model["limits"]["max_words"] == 60 and model["description"]["model"]["cell"] == "lstm"
+    assert model["description"]["training"]["run"] == "run" and model["description"]["training"]["steps"] == 3
+    (loaded,) = (line for line in server.lines if line.startswith("loaded "))
+    assert loaded.endswith("/run/checkpoints/step-3\n")
     assert server.ask("GET", "/healthz").json == {"ok": True}
     before = server.figure("gluon_lm_words_total")
     server.ask_json("/v1/generate", {"words": 12, "n": 2})
