@@ -172,7 +172,7 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
     """
     from .exporting import is_exported, load_exported
     from .training.checkpoint import describe_checkpoint, load_model_and_state
-    from .training.run_folder import find_run
+    from .training.run_folder import folder_of
 
     device = device or mx.cpu()
     if name is not None and is_exported(Path(name)):
@@ -181,7 +181,7 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
     for parameter in model.named_parameters().values():
         parameter.grad_req = "null"  # which frees the gradients
     origin = describe_checkpoint(path, state, config, vocabulary)
-    origin["training"]["run"] = find_run(path)[0].path.name
+    origin["training"]["run"] = folder_of(path.resolve()).name
     predictor = ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device, origin)
     predictor.path = path
     return predictor

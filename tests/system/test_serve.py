@@ -323,6 +323,10 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
             client.sendall(raw_request({"words": ENDLESS}))
             until(lambda: server.figure("gluon_lm_live_texts") == 1)
         until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        until(lambda: server.num_answered(499) == 3)
+        assert (
+            server.num_answered(200) == 1 and len([line for line in server.lines if "/v1/generate 499 " in line]) == 3
+        )
 
 
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
@@ -343,6 +347,8 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
         with server.stream(words=ENDLESS) as events:
             *_, (kind, data) = events
         assert kind == "error" and "2 s" in data["detail"]
+        until(lambda: server.num_answered(503) == 3)
+        assert server.num_answered(200) == 1
         with socket.create_connection((server.host, server.port), PATIENCE) as client:
             client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
             assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
