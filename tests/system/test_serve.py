@@ -19,10 +19,12 @@ from urllib.parse import urlencode
 import mxnet as mx
 import pytest
 import uvicorn
-from serving import PATIENCE, Server, environment, train_tiny_run, until
+from serving import PATIENCE, ROOT, Server, environment, train_tiny_run, until
 
 from gluon_lm.export import main as export
 from gluon_lm.serve import main
+from gluon_lm.serving.limits import Limits
+from gluon_lm.serving.schemas import RequestModels
 from gluon_lm.serving.server import _protocol
 
 URLENCODED = "application/x-www-form-urlencoded"
@@ -294,6 +296,31 @@ def test_no_request_that_its_description_allows_or_forbids_makes_it_fail(server)
     assert fuzz.returncode == 0, fuzz.stdout
     assert server.ask("GET", "/healthz").status == 200
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_the_documentation_has_every_field_and_answers_as_they_are(server):
+    models = RequestModels(Limits())
+    fields = {**models.Generate.model_fields, **models.Score.model_fields}
+    defaults = {name: "none" if not field.default else json.dumps(field.default) for name, field in fields.items()}
+    defaults |= {name: "false" for name, field in fields.items() if field.default is False}
+    page = (ROOT / "docs/serving.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.M)) == defaults
+    generated, scored, *events = map(json.loads, re.findall(r"^(?:data: )?(\{.*\})$", page, re.M))
+    with server.stream(words=2) as stream:
+        own_events = [data for _, data in stream]
+    own = [
+        server.ask_json("/v1/generate", {"words": 4, "prompt": "the zebra"}).json,
+        server.ask_json("/v1/score", {"text": "the"}).json,
+        *own_events,
+    ]
+    assert [*map(shape_of, (generated, scored, *events[:-1]))] == [*map(shape_of, own)]
+
+
+def shape_of(value):
+    """Names and kinds, without lengths."""
+    if isinstance(value, dict):
+        return {name: shape_of(one) for name, one in value.items()}
+    return [shape_of(value[0])] if isinstance(value, list) and value else type(value)
 
 
 # ---------------------------------------------------------------- too much, too slow, too late
