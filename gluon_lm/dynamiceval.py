@@ -56,12 +56,12 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     from .data import load_corpus
     from .distributed import resolve_single_device
     from .evaluation.dynamic import cached_statistics, dynamic_evaluate
-    from .training.checkpoint import TRAINING_TEXT, load_model, verify_checkpoint
+    from .training.checkpoint import TRAINING_TEXT, load_model_and_state
     from .training.run_folder import find_run
 
     run, _ = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint = load_model(parsed.run, device)
+    model, vocabulary, config, checkpoint, state = load_model_and_state(parsed.run, device)
     data = parsed.over(config.data)
     try:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
@@ -70,7 +70,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
             f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
             "that has both with --data"
         ) from error
-    trained_on = verify_checkpoint(checkpoint)["text"].get(TRAINING_TEXT)
+    trained_on = state["text"].get(TRAINING_TEXT)
     if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints do not say
         raise DataError(
             f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "

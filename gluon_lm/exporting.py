@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mxnet as mx
-import numpy as np
 from mxnet import gluon
 
 from . import __version__
@@ -25,12 +24,12 @@ from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import digest_of, file_hash, replaced_folder, sealed
 from .memory import is_allocation_failure
-from .metrics import finite_or_none, perplexity
 from .models import CELLS, LanguageModel
-from .prediction import Predictor
+from .prediction import Predictor, describe_model
 from .progress import progress_bar
-from .training.checkpoint import Checkpoint, best_checkpoint, load_checkpoint, set_parameters
-from .training.run_folder import CONFIG, VOCABULARY, find_run
+from .training.checkpoint import describe_checkpoint, load_arrays, load_by_name, set_parameters, verify_checkpoint
+from .training.run_folder import CONFIG, VOCABULARY
+from .training.run_folder import PARAMETERS as PARAMETERS_OF_RUN
 
 SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 _FORMAT = 1
@@ -44,8 +43,7 @@ class TrainedModel:
     model: LanguageModel
     vocabulary: Vocabulary
     config: Config
-    checkpoint: Checkpoint
-    path: Path
+    description: dict[str, Any]
 
 
 def is_exported(path: Path) -> bool:
@@ -108,7 +106,7 @@ def write_export(
                     "gluon_lm": __version__,
                     "mxnet": mx.__version__,
                     **interface,
-                    **_describe(trained),
+                    **trained.description,
                 }
                 manifest = sealed(content, fresh)
                 written = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -123,16 +121,20 @@ def write_export(
 
 def load_trained(name: str | Path | None) -> TrainedModel:
     """A run's best model on the CPU, without dropout."""
-    run, path = find_run(name)
-    path = path or best_checkpoint(run)
-    checkpoint = load_checkpoint(path)
-    config = read_config(path / CONFIG)
-    vocabulary = Vocabulary.load(path / VOCABULARY)
-    with mx.name.NameManager():  # its names do not depend on what was made before
-        model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
-    model.initialize_parameters(0, [mx.cpu()])
-    set_parameters(model, checkpoint.parameters, path)
-    return TrainedModel(model, vocabulary, config, checkpoint, path)
+
+    def load(path: Path) -> TrainedModel:
+        state = verify_checkpoint(path)
+        config = read_config(path / CONFIG)
+        vocabulary = Vocabulary.load(path / VOCABULARY)
+        with mx.name.NameManager():  # its names do not depend on what was made before
+            model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
+        model.initialize_parameters(0, [mx.cpu()])
+        set_parameters(model, load_arrays(path / PARAMETERS_OF_RUN), path)
+        description = describe_model(config.model, len(vocabulary))
+        description.update(describe_checkpoint(path, state, config, vocabulary))
+        return TrainedModel(model, vocabulary, config, description)
+
+    return load_by_name(name, load)
 
 
 def state_layout(config: ModelConfig) -> list[dict[str, Any]]:
@@ -171,36 +173,6 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe(trained: TrainedModel) -> dict[str, Any]:
-    training, model = trained.checkpoint.training, trained.config.model
-    loss = training.best_loss if training.best_step == training.step else None
-    return {
-        "model": {
-            "cell": model.cell,
-            "embed_size": model.embed_size,
-            "layer_sizes": model.layer_sizes,
-            "tied": model.tied,
-            "num_experts": model.num_experts or 1,
-            "vocab_size": len(trained.vocabulary),
-        },
-        "text": {
-            **trained.checkpoint.text,
-            "tokenizer": trained.config.data.tokenizer or "whitespace",
-            "begins_with": "<eos>",
-            "eos_id": trained.vocabulary.eos_id,
-            "unk_id": trained.vocabulary.unk_id,
-        },
-        "training": {
-            "checkpoint": trained.path.name,
-            "epochs": training.epoch,
-            "steps": training.step,
-            "averaged": bool(trained.checkpoint.unaveraged),
-            "validation_loss": loss,
-            "validation_perplexity": None if loss is None else finite_or_none(perplexity(loss)),
-        },
-    }
-
-
 def _check_free(output: Path) -> None:
     if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
         raise ConfigError(
@@ -236,7 +208,7 @@ class ExportedPredictor(Predictor):
     def __init__(self, folder: Path, manifest: dict[str, Any], device: mx.Context) -> None:
         text = manifest["text"]
         super().__init__(Vocabulary.load(folder / VOCABULARY), text["tokenizer"], device)
-        self._manifest = manifest
+        self._manifest, self.path = manifest, folder
         # The graph computes all softmaxes of all rows at once.
         width = len(self.vocabulary) * manifest["model"].get("num_experts", 1)
         self.rows_at_once = max(1, _ELEMENTS_AT_ONCE // width)
@@ -246,7 +218,11 @@ class ExportedPredictor(Predictor):
             # Tokens may be of any type, so that C programs can give floats; MXNet warns that it cannot tell.
             warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
             self.network = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
-        self.network.hybridize(static_alloc=True)
+            # The graph without its head, for text of which only the state counts.
+            new_states, inputs = mx.sym.load(str(folder / SYMBOL))[1:], [mx.sym.var(name) for name in names]
+            self._encoder = gluon.SymbolBlock(new_states, inputs, self.network.params)
+        for block in (self.network, self._encoder):
+            block.hybridize(static_alloc=True)
 
     def describe(self):
         return {name: self._manifest[name] for name in ("model", "text", "training")}
@@ -258,11 +234,9 @@ class ExportedPredictor(Predictor):
         log_probs_TNV, *states = self.network(tokens_TN, *states)
         return log_probs_TNV, states
 
-    def read(self, tokens_TN, states):
-        # Word by word: the graph computes the head for every word, and of many at once that takes much memory.
-        for tokens_N in tokens_TN:
-            _, *states = self.network(mx.nd.array(tokens_N[np.newaxis], ctx=self.device, dtype="int32"), *states)
-        return states
+    def _read(self, tokens_TN, states):
+        new_states = self._encoder(tokens_TN, *states)
+        return new_states if isinstance(new_states, list) else [new_states]  # a single one comes by itself
 
 
 def load_exported(folder: str | Path, device: mx.Context | None = None) -> ExportedPredictor:

@@ -6,6 +6,7 @@ Shapes: T time, N streams, V vocabulary, R rows = the first targets of T x N, in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from .config import ModelConfig
 from .data import Vocabulary
 from .losses import target_losses
 from .models import LanguageModel, State
+
+_TOKENS_READ_AT_ONCE = 4096
 
 
 class Predictor(ABC):
@@ -32,11 +36,14 @@ class Predictor(ABC):
     network : HybridBlock
         ``tokens_TN, *states -> scores_TNV, *new_states``: log-probabilities of the word after each token, up to a
         constant for each token. To be made part of a larger graph.
+    path : Path or None
+        The checkpoint, or the exported folder, that it was loaded from.
     rows_at_once : int
         As many tokens, T x N, as are worked on at once; `target_losses` need not be given more where lines allow it.
     """
 
     network: gluon.HybridBlock
+    path: Path | None = None
     rows_at_once = 4096
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
@@ -44,7 +51,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the model is, as plain JSON values."""
+        """What the model is, where from, and what it was trained on, as plain JSON values."""
 
     @abstractmethod
     def begin_state(self, num_streams: int) -> State:
@@ -54,9 +61,17 @@ class Predictor(ABC):
     def log_probs(self, tokens_TN: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
         """Log-probability, base e, of each word after each token, ``log_probs_TNV``, and the state after the last."""
 
-    @abstractmethod
     def read(self, tokens_TN: np.ndarray, states: State) -> State:
         """The state after the last of some tokens (int32, any number of them)."""
+        words_at_once = max(1, _TOKENS_READ_AT_ONCE // states[0].shape[1])
+        for start in range(0, len(tokens_TN), words_at_once):
+            piece_TN = mx.nd.array(tokens_TN[start : start + words_at_once], ctx=self.device, dtype="int32")
+            states = self._read(piece_TN, states)
+        return states
+
+    @abstractmethod
+    def _read(self, tokens_TN: mx.nd.NDArray, states: State) -> State:
+        """`read` of so few tokens that they can be worked on at once."""
 
     def target_losses(
         self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
@@ -82,22 +97,22 @@ class Predictor(ABC):
 
 
 class ModelPredictor(Predictor):
-    """A `LanguageModel` whose parameters are on `device`."""
+    """A `LanguageModel` whose parameters are on `device`; `origin` is what is known of where they come from."""
 
-    def __init__(self, model: LanguageModel, vocabulary: Vocabulary, tokenizer: str, device: mx.Context) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        vocabulary: Vocabulary,
+        tokenizer: str,
+        device: mx.Context,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(vocabulary, tokenizer, device)
-        self._model = model
+        self._model, self._origin = model, origin or {}
         self.network = _Scores(model)
 
     def describe(self) -> dict[str, Any]:
-        config = self._model.config
-        return {
-            "model": config.model,
-            "layer_sizes": config.layer_sizes,
-            "embed_size": config.embed_size,
-            "tied": config.tied,
-            "vocab_size": len(self.vocabulary),
-        }
+        return {**describe_model(self._model.config, len(self.vocabulary)), **self._origin}
 
     def begin_state(self, num_streams):
         return self._model.begin_state(num_streams, self.device)
@@ -106,11 +121,8 @@ class ModelPredictor(Predictor):
         hidden_TNH, *states = self._model.encoder(tokens_TN, *states)
         return self._model.head(hidden_TNH), states
 
-    def read(self, tokens_TN, states):
-        words_at_once = max(1, self.rows_at_once // states[0].shape[1])
-        for start in range(0, len(tokens_TN), words_at_once):
-            piece_TN = mx.nd.array(tokens_TN[start : start + words_at_once], ctx=self.device, dtype="int32")
-            _, *states = self._model.encoder(piece_TN, *states)
+    def _read(self, tokens_TN, states):
+        _, *states = self._model.encoder(tokens_TN, *states)
         return states
 
     def _losses(self, tokens_TN, targets_R, states):
@@ -130,6 +142,20 @@ class _Scores(gluon.HybridBlock):
         return (self.head.scores(F, hidden_TNH), *new_states)
 
 
+def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """An architecture as `Predictor.describe` says it."""
+    return {
+        "model": {
+            "cell": config.cell,
+            "embed_size": config.embed_size,
+            "layer_sizes": config.layer_sizes,
+            "tied": config.tied,
+            "num_experts": config.num_experts or 1,
+            "vocab_size": vocab_size,
+        }
+    }
+
+
 def load_predictor(name: str | Path | None, device: mx.Context | None = None) -> Predictor:
     """A run (its best checkpoint), a checkpoint, or an exported folder, by a user's name for it; None: the newest run.
 
@@ -145,12 +171,17 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
         If there is no such run or folder, or it is damaged.
     """
     from .exporting import is_exported, load_exported
-    from .training.checkpoint import load_model
+    from .training.checkpoint import describe_checkpoint, load_model_and_state
+    from .training.run_folder import folder_of
 
     device = device or mx.cpu()
     if name is not None and is_exported(Path(name)):
         return load_exported(name, device)
-    model, vocabulary, config, _ = load_model(name, device)
+    model, vocabulary, config, path, state = load_model_and_state(name, device)
     for parameter in model.named_parameters().values():
         parameter.grad_req = "null"  # which frees the gradients
-    return ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device)
+    origin = describe_checkpoint(path, state, config, vocabulary)
+    origin["training"]["run"] = folder_of(path.resolve()).name
+    predictor = ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device, origin)
+    predictor.path = path
+    return predictor

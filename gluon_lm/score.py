@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import sys
@@ -68,11 +69,13 @@ def _score(argv: Sequence[str]) -> int:
         "line",
     )
     num_words = num_unknown = 0
+    is_json = options.format == "jsonl"
+    is_utf8 = out is not None or codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
     with open_output(out) as file:
-        if options.format == "tsv":
+        if not is_json:
             file.write("line\tposition\tlog_prob\tperplexity\ttokens\ttext\n")
         for number, score in enumerate(scores, 1):
-            rows = _json_row(number, score) if options.format == "jsonl" else _table_rows(number, score, options.words)
+            rows = [_json_row(number, score, is_utf8)] if is_json else _table_rows(number, score, options.words)
             file.write("".join(f"{row}\n" for row in rows))
             num_words += len(score.words) - 1  # without <eos>
             num_unknown += sum(score.is_unknown)
@@ -97,9 +100,9 @@ def _read(name: str) -> list[str]:
     return lines
 
 
-def _json_row(number: int, score: LineScore) -> list[str]:
+def _json_row(number: int, score: LineScore, is_utf8: bool) -> str:
     row = {"line": number, "tokens": len(score.words), **score.as_json()}
-    return [json.dumps(row, ensure_ascii=False)]
+    return json.dumps(row, ensure_ascii=not is_utf8)  # other encodings lack letters, for which JSON has escapes
 
 
 def _table_rows(number: int, score: LineScore, with_words: bool) -> list[str]:

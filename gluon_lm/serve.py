@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from .cli import CommandParser, Section, run_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import ConfigError, MissingDependency, reason
-from .logs import log_to_terminal, tolerate_closed_pipes
+from .logs import LOGGER, log_to_terminal, tolerate_closed_pipes
 from .runtime import prepare_process
 from .serving.limits import Limits
 
@@ -68,6 +68,7 @@ def _serve(argv: Sequence[str]) -> int:
         from .serving.server import run_server
 
         predictor = load_predictor(parsed.run, resolve_single_device(parsed.build(DeviceConfig)))
+        LOGGER.info("loaded %s", predictor.path)
         run_server(create_app(predictor, limits, options.root_path), limits, listener)
     return 0
 

@@ -136,6 +136,12 @@ class Server:
         lines = self.ask("GET", "/metrics").text.splitlines()
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
+    def num_answered(self, status: int) -> int:
+        """Requests for text through JSON that are counted with this status."""
+        start = f'gluon_lm_requests_total{{method="POST",route="/v1/generate",status="{status}"}} '
+        lines = self.ask("GET", "/metrics").text.splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith(start)), 0)
+
 
 class Answer:
     """Status, headers and text of an answer."""

@@ -50,13 +50,14 @@ def generate(
     """
     vocabulary, device = predictor.vocabulary, predictor.device
     rngs = [np.random.default_rng([seed, n]) for n in range(num_samples)]
-    states = predictor.begin_state(num_samples)
     if prompt is None:
+        states = predictor.begin_state(num_samples)
         last_N = [rng.integers(len(vocabulary)) for rng in rngs]
     else:
         *before, last = [vocabulary.eos_id, *vocabulary.encode(prompt)]
         last_N = [last] * num_samples
-        states = predictor.read(np.repeat(np.array(before, np.int32)[:, None], num_samples, axis=1), states)
+        read = predictor.read(np.array(before, np.int32)[:, None], predictor.begin_state(1))  # once for all texts
+        states = [mx.nd.repeat(state_1NH, num_samples, axis=1) for state_1NH in read]
     sampler = Sampler(predictor.network, [sampling] * num_samples, len(vocabulary), vocabulary.unk_id, device)
     tokens_1N = mx.nd.array([last_N], ctx=device, dtype="int32")
     has_ended = [False] * num_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ _MOST_POINTS = 800  # of one curve: more than a screen shows
 _SMOOTHED = 0.01  # standard deviation of the smoothing, as a share of the points
 _FEWEST_SMOOTHED = 20
 _MOST_LOG_TICKS = 7
+_SHORTENED_FROM = 1e9
 _LOG_FROM = 5.0  # a scale is logarithmic where the largest value is so many times the smallest
 
 # Colours that can be told apart, of contrast 4.5 and more on the page's ground, and dashes to tell neighbours apart
@@ -88,8 +90,8 @@ class Panel:
         bold = np.concatenate([curve.smooth for curve in self.curves])
         low, high = float(bold.min()), float(bold.max())
         if self.is_log:
-            margin = (high / low) ** 0.04
-            return low / margin, high * margin
+            margin = math.exp(0.04 * (math.log(high) - math.log(low)))
+            return low / margin or low, min(high * margin, sys.float_info.max)
         margin = 0.05 * (high - low) or abs(high) / 2 or 1.0
         return (low - margin if low < 0 else max(0.0, low - margin)), high + margin
 
@@ -143,7 +145,7 @@ def panels_of(runs: Sequence[RunHistory]) -> list[Panel]:
                 curves.append(Curve(number, steps, values, smoothed(values) if wanted else values))
         if curves:
             low, high = min(curve.smooth.min() for curve in curves), max(curve.smooth.max() for curve in curves)
-            is_log = high > low > 0 and (name == "perplexity" or high / low >= _LOG_FROM)
+            is_log = high > low > 0 and (name == "perplexity" or high >= _LOG_FROM * low)
             panels.append(Panel(key, title, form, best, curves, is_log))
     return panels
 
@@ -170,11 +172,15 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.exp(mean) if positive else mean
 
 
-def thinned(*arrays: np.ndarray) -> list[np.ndarray]:
-    """Arrays of one length, with as many points as can be seen, evenly chosen; the first and the last stay."""
-    count = len(arrays[0])
-    kept = np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).round().astype(int))
-    return [array[kept] for array in arrays]
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As many points as can be seen: the first, the last, and of each stretch the lowest and the highest."""
+    if len(values) <= _MOST_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(values), _MOST_POINTS // 2).astype(int)
+    stretches = [(start, values[start:end]) for start, end in zip(edges, edges[1:])]
+    extremes = [start + at for start, stretch in stretches for at in (stretch.argmin(), stretch.argmax())]
+    kept = np.unique([0, *extremes, len(values) - 1])
+    return steps[kept], values[kept]
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -188,9 +194,10 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """A few round numbers from `low` to `high`: as many digits of each power of ten as there is room for."""
-    if high / low < 4:
+    if high < 4 * low:
         return linear_ticks(low, high, _MOST_LOG_TICKS)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    highest = min(math.ceil(math.log10(high)), sys.float_info.max_10_exp)
+    powers = range(math.floor(math.log10(low)), highest + 1)
     every = 1
     while True:
         for digits in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
@@ -201,8 +208,15 @@ def log_ticks(low: float, high: float) -> list[float]:
         every += 1
 
 
+def brief(value: float, form: str) -> str:
+    """A value in a format, or in few digits where it is huge, as the perplexity of a model that diverges."""
+    return f"{value:{'.3g' if value >= _SHORTENED_FROM else form}}"
+
+
 def tick_label(value: float) -> str:
-    """A tick in few characters: ``0.25``, ``1,500``, ``20k``, ``1e-05``."""
+    """A tick in few characters: ``0.25``, ``1,500``, ``20k``, ``1e-05``, ``2e+12``."""
+    if value >= _SHORTENED_FROM:
+        return f"{value:.3g}"
     if value >= 10_000 and value % 100 == 0:
         return f"{value / 1_000_000:g}M" if value >= 1_000_000 else f"{value / 1000:g}k"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -18,7 +18,7 @@ from .. import __version__
 from ..config import SECTIONS, Config, get, recipe_names, resolve, show
 from ..history import RunHistory, duration
 from ..metrics import finite_or_none, perplexity
-from .curves import COLOURS, DARK_COLOURS, Curve, Panel, colour_of, dashes_of, linear_ticks, thinned, tick_label
+from .curves import COLOURS, DARK_COLOURS, Curve, Panel, brief, colour_of, dashes_of, linear_ticks, thinned, tick_label
 
 _SIDE = 1000  # of a plot's coordinates, which are stretched over the room that there is
 _EMPTY = "–"
@@ -113,7 +113,10 @@ def _text(value: Any) -> _Cell:
 
 
 def _number(value: float | None, form: str = ",", unit: str = "") -> _Cell:
-    return _Cell(_EMPTY if value is None else escape(f"{value:{form}}{unit}"), is_number=True)
+    if value is None:
+        return _Cell(_EMPTY, is_number=True)
+    shown = brief(value, form) if isinstance(value, float) else f"{value:{form}}"
+    return _Cell(escape(f"{shown}{unit}"), is_number=True)
 
 
 def _size(num_bytes: int | None, unit: str = " MB") -> _Cell:
@@ -168,7 +171,8 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     )
     summaries = [run.summary() for run in runs]
     evaluated = [run for run, summary in zip(runs, summaries) if summary["best_perplexity"] is not None]
-    are_alike = len({(run.corpus, run.vocab_size) for run in evaluated}) <= 1
+    # The start of each stream of the text is harder to predict, so their number counts.
+    are_alike = len({(run.corpus, run.vocab_size, run.config.training.eval_batch_size) for run in evaluated}) <= 1
     are_comparable = are_alike and len({run.text for run in evaluated if run.text is not None}) <= 1
     leads = {}
     for key in ("best_perplexity", "test_perplexity"):
@@ -194,7 +198,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         rows.append((escape(name), cells))
     note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."
     if not are_comparable:
-        note += " Perplexities over different texts or vocabularies do not compare."
+        note += " Perplexities over different texts, vocabularies or --eval-batch-size do not compare."
     return f'{_table(None, columns, rows)}\n<p class="quiet">{note}</p>'
 
 
@@ -317,21 +321,21 @@ def _path(panel: Panel, steps: np.ndarray, values: np.ndarray) -> str:
 
 def _describe(panel: Panel, curve: Curve, name: str) -> str:
     """A curve in words."""
-    first, last = (f"{value:{panel.form}}" for value in (curve.values[0], curve.values[-1]))
+    first, last = (brief(value, panel.form) for value in (curve.values[0], curve.values[-1]))
     words = f"{name}: from {first} to {last} at step {curve.steps[-1]:,.0f}"
     if panel.best:
         at = curve.values.argmin() if panel.best == "lowest" else curve.values.argmax()
-        words += f", {panel.best} {curve.values[at]:{panel.form}} at step {curve.steps[at]:,.0f}"
+        words += f", {panel.best} {brief(curve.values[at], panel.form)} at step {curve.steps[at]:,.0f}"
     return words
 
 
 def _remarkable(panel: Panel, names: Sequence[str]) -> str:
     """What is said below a plot until a value is read off."""
     if panel.best != "lowest":
-        told = [f"{names[curve.run]} {curve.smooth[-1]:{panel.form}}" for curve in panel.curves]
+        told = [f"{names[curve.run]} {brief(curve.smooth[-1], panel.form)}" for curve in panel.curves]
         return "At the end: " + ", ".join(told)
     told = [
-        f"{names[curve.run]} {curve.smooth.min():{panel.form}} at step {curve.steps[curve.smooth.argmin()]:,.0f}"
+        f"{names[curve.run]} {brief(curve.smooth.min(), panel.form)} at step {curve.steps[curve.smooth.argmin()]:,.0f}"
         for curve in panel.curves
     ]
     return "Lowest: " + ", ".join(told)
@@ -342,7 +346,7 @@ def _data(panel: Panel) -> str:
     curves = []
     for curve in panel.curves:
         steps, values = thinned(curve.steps, curve.smooth)
-        shown = [f"{value:{panel.form}}" for value in values]
+        shown = [brief(value, panel.form) for value in values]
         curves.append({"run": curve.run, "steps": [int(step) for step in steps], "values": shown})
     return json.dumps({"last": panel.last_step, "curves": curves}, separators=(",", ":"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,8 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_yscale("log" if panel.is_log else "linear")
+        axes.set_ylim(*panel.range)  # before anything is drawn: finding a range of its own, matplotlib may overflow
+        axes.set_xlim(0, panel.last_step)
         for curve in panel.curves:
             colour = COLOURS[colour_of(curve.run)]
             style = (0, dashes_of(curve.run) or None)
@@ -51,8 +54,6 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
             # A name that begins with _ would be left out of the legend, and $ would begin a formula.
             label = " " * names[curve.run].startswith("_") + names[curve.run].replace("$", r"\$")
             axes.plot(curve.steps, curve.smooth, color=colour, linestyle=style, label=label, marker=marker)
-        axes.set_ylim(*panel.range)
-        axes.set_xlim(0, panel.last_step)
         for axis, ticks in ((axes.xaxis, None), (axes.yaxis, panel.ticks())):
             if ticks is not None:
                 axis.set_major_locator(FixedLocator(ticks))
@@ -64,6 +65,7 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         path = stem.with_name(f"{stem.name}-{panel.key}.png")
-        with atomic_write(path) as file:
+        with atomic_write(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # a name's, once for each letter
             figure.savefig(file, format="png")
         yield path

@@ -29,7 +29,7 @@ from ..generation.sampling import Sampling
 from ..prediction import Predictor
 from . import schemas
 from .engine import Busy, Closed, Engine, TextRequest
-from .guard import WORK, Guard
+from .guard import OUTCOME, WORK, Guard
 from .limits import Limits
 from .metrics import RequestMetrics
 
@@ -193,7 +193,8 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
             if error is None:
                 yield _event(given | _texts(texts.result()), "done")
             else:
-                yield _event({"detail": _refusal(error, limits)[1]}, "error")
+                request.scope[OUTCOME], reason = _refusal(error, limits)
+                yield _event({"detail": reason}, "error")
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
@@ -238,7 +239,7 @@ def _add_status(app: FastAPI, engine: Engine, metrics: RequestMetrics, predictor
     @app.get("/readyz", summary="Whether it takes work", response_model=schemas.Health, responses={503: _PROBLEMS[503]})
     async def readyz() -> Any:
         if not engine.is_ready:
-            raise HTTPException(503, "the engine is starting or stopping")
+            raise HTTPException(503, "the engine is starting, stopping or full")
         return {"ok": True}
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)

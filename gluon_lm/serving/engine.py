@@ -76,7 +76,7 @@ class _Text:
     ) -> None:
         self.request, self.done, self.on_word = request, done, on_word
         self.words: list[str] = []
-        self.prompt_ids = None if request.prompt is None else [words.eos_id, *words.encode(request.prompt)]
+        self.prompt_ids = None if request.prompt is None else (words.eos_id, *words.encode(request.prompt).tolist())
         self.rng = np.random.default_rng([request.seed, request.index])
         self.last_word = int(self.rng.integers(len(words))) if self.prompt_ids is None else -1
         self.states: State | None = None
@@ -105,7 +105,7 @@ class Engine:
         self._predictor, self._vocabulary = predictor, predictor.vocabulary
         self._slots: list[_Text | None] = [None] * num_slots
         self._waiting: deque[_Text] = deque()
-        self._pieces: deque[tuple[Future[Any], Iterator[None]]] = deque()
+        self._pieces: deque[tuple[list[Future[Any]], Iterator[None]]] = deque()  # for whom, and what is to be read
         self._states: State = []
         self._sampling = [AS_IS] * num_slots
         self._sampler = Sampler(
@@ -136,8 +136,9 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        """Whether work is accepted and begun at once."""
-        return self._is_ready.is_set() and self.is_alive and not self._is_closing
+        """Whether work is accepted."""
+        has_room = len(self._unfinished) < self.capacity
+        return has_room and self._is_ready.is_set() and self.is_alive and not self._is_closing
 
     def wait_until_ready(self) -> None:
         """Wait until the first step has been taken; raises what kept it from that."""
@@ -183,11 +184,14 @@ class Engine:
         ]
 
         def begin() -> None:
+            by_prompt: dict[tuple[int, ...], list[_Text]] = {}
             for text in texts:
                 if text.prompt_ids is None:
                     self._waiting.append(text)
                 else:
-                    self._pieces.append((text.done, self._read_prompt(text)))
+                    by_prompt.setdefault(text.prompt_ids, []).append(text)
+            for prompt_ids, alike in by_prompt.items():
+                self._pieces.append(([text.done for text in alike], self._read_prompt(prompt_ids, alike)))
 
         self._accept(futures, begin)
         return futures
@@ -196,7 +200,7 @@ class Engine:
         """Score lines, each on its own, as `gluon_lm.scoring.score_lines` does; raises `Busy` or `Closed`."""
         future: Future[list[LineScore]] = Future()
         ids = [self._vocabulary.encode(line) for line in lines]  # here, where what is no line is its caller's error
-        self._accept([future], lambda: self._pieces.append((future, self._score(lines, ids, future))))
+        self._accept([future], lambda: self._pieces.append(([future], self._score(lines, ids, future))))
         return future
 
     def close(self, timeout: float) -> None:
@@ -295,7 +299,7 @@ class Engine:
     def _drop_cancelled(self) -> None:
         self._slots = [None if text is None or text.done.cancelled() else text for text in self._slots]
         self._waiting = deque(text for text in self._waiting if not text.done.cancelled())
-        self._pieces = deque(entry for entry in self._pieces if not entry[0].cancelled())
+        self._pieces = deque(entry for entry in self._pieces if not all(future.cancelled() for future in entry[0]))
 
     def _fill_slots(self) -> None:
         for slot, occupant in enumerate(self._slots):
@@ -310,25 +314,26 @@ class Engine:
     def _advance_pieces(self) -> None:
         """Read pieces, in turn, of what is to be read: a few between two steps, so that texts do not stop."""
         for _ in range(min(_PIECES_PER_STEP, len(self._pieces))):
-            future, pieces = self._pieces.popleft()
+            futures, pieces = self._pieces.popleft()
             if next(pieces, pieces) is not pieces:
-                self._pieces.append((future, pieces))
+                self._pieces.append((futures, pieces))
 
-    def _read_prompt(self, text: _Text) -> Iterator[None]:
-        ids = text.prompt_ids or []
-        text.states = self._predictor.begin_state(1)
+    def _read_prompt(self, ids: Sequence[int], texts: Sequence[_Text]) -> Iterator[None]:
+        """Read a prompt once for all texts that go on from it."""
+        states = self._predictor.begin_state(1)
         for start in range(0, len(ids) - 1, _WORDS_PER_PIECE):
             piece = ids[start : min(start + _WORDS_PER_PIECE, len(ids) - 1)]
-            text.states = self._predictor.read(np.array(piece, np.int32)[:, None], text.states)
+            states = self._predictor.read(np.array(piece, np.int32)[:, None], states)
             yield
-        text.last_word = int(ids[-1])
-        self._waiting.append(text)
+        for text in texts:
+            text.states, text.last_word = states, ids[-1]
+            self._waiting.append(text)
 
     def _score(
         self, lines: Sequence[Sequence[str]], ids: Sequence[np.ndarray], future: Future[list[LineScore]]
     ) -> Iterator[None]:
         eos = self._vocabulary.eos_id
-        scores = []
+        scores, num_read = [], 0
         for line, ids_of_line in zip(lines, ids):
             targets = [*ids_of_line, eos]
             tokens = [eos, *targets[:-1]]
@@ -338,7 +343,10 @@ class Engine:
                 piece = slice(start, start + _WORDS_PER_PIECE)
                 losses_R, states = self._losses(tokens[piece], targets[piece], states)
                 log_probs.append(-losses_R.asnumpy())
-                yield
+                num_read += len(losses_R)
+                if num_read >= _WORDS_PER_PIECE:  # short lines are one piece together
+                    num_read = 0
+                    yield
             is_unknown = [word not in self._vocabulary for word in [*line, EOS]]
             scores.append(LineScore([*line, EOS], np.concatenate(log_probs), is_unknown))
         _finish(future, scores)

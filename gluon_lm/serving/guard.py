@@ -18,6 +18,7 @@ from ..logs import LOGGER
 from .metrics import RequestMetrics
 
 WORK = "gluon_lm.work"  # where in a request's scope the futures are that are cancelled when it ends
+OUTCOME = "gluon_lm.outcome"  # and the status, for log and metrics only, of what went wrong after an answer had begun
 _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
 SECONDS_TO_SEND = 10.0
 _CLIENT_GONE = 499  # the customary number, in log and metrics only
@@ -65,13 +66,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, is_whole = time.perf_counter(), 0, False
 
         async def note_status(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         asked = _printable((scope.get("raw_path") or scope["path"].encode()).decode("ascii", "replace"))
         client = _printable((scope.get("client") or ["-"])[0])  # which a header may have set
@@ -81,10 +83,12 @@ class Guard:
             scope["method"] = "GET"
         try:
             refusal = await self._answer(scope, receive, note_status)
-            if not status:
-                status = refusal[0]
-                await _refuse(note_status, *refusal, is_form=(scope["method"], scope["path"]) == ("POST", "/"))
+            if not is_whole:
+                has_begun, status = bool(status), refusal[0]
+                if not has_begun:
+                    await _refuse(note_status, *refusal, is_form=(scope["method"], scope["path"]) == ("POST", "/"))
         finally:
+            status = scope.get(OUTCOME, status)
             work: list[Future[Any]] = scope[WORK]
             for future in work:
                 future.cancel()
@@ -105,7 +109,7 @@ class Guard:
         return {**scope, "path": path, "raw_path": path.encode()}
 
     async def _answer(self, scope: Any, receive: Receive, send: Send) -> tuple[int, str]:
-        """Run the application; what to refuse the request with if it has not answered."""
+        """Run the application; what to refuse the request with if it has not answered, or not to the end."""
         try:
             body = await asyncio.wait_for(_read(receive, self._max_body), self._timeout)
         except asyncio.TimeoutError:
@@ -124,7 +128,7 @@ class Guard:
             )
             if answer.done():
                 answer.result()
-            elif gone.done():
+            if gone.done():
                 return _CLIENT_GONE, "the client went away"
             return 503, f"no answer within {self._timeout:g} s"
         except asyncio.CancelledError:  # by the server, which has waited long enough

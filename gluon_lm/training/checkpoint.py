@@ -17,10 +17,10 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mxnet as mx
 import numpy as np
@@ -28,10 +28,12 @@ import numpy as np
 from .. import __version__
 from ..config import Config, read_config, show
 from ..data import Vocabulary
-from ..errors import CheckpointError, reason
+from ..data.vocabulary import EOS
+from ..errors import CheckpointError, GluonLMError, reason
 from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
+from ..metrics import finite_or_none, perplexity
 from ..models import LanguageModel
 from .run_folder import (
     CHECKPOINT_PREFIX,
@@ -51,7 +53,10 @@ TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
 _FORMAT = 2
+_TRIES = 5  # at the best checkpoint of a run that replaces it
 _UNREADABLE = (ValueError, TypeError, KeyError, mx.MXNetError)  # the last three for types that MXNet has not
+
+_Loaded = TypeVar("_Loaded")
 
 
 @dataclass
@@ -209,10 +214,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     state = verify_checkpoint(path)
     try:
-        carried = _load_arrays(path / CARRIED)
+        carried = load_arrays(path / CARRIED)
         return Checkpoint(
-            parameters=_load_arrays(path / PARAMETERS),
-            optimizer=_load_arrays(path / OPTIMIZER),
+            parameters=load_arrays(path / PARAMETERS),
+            optimizer=load_arrays(path / OPTIMIZER),
             carried=[carried[str(i)] for i in range(len(carried))],
             training=_read_training(state["training"]),
             communicator=dict(state["communicator"]),
@@ -228,7 +233,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
-    arrays = _load_arrays(path)
+    arrays = load_arrays(path)
     if not arrays:
         raise ValueError(f"{path.name} has no arrays")
     return arrays
@@ -345,16 +350,79 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     ------
     CheckpointError
     """
+    return load_model_and_state(name, device)[:4]
+
+
+def load_model_and_state(
+    name: str | Path | None, device: mx.Context
+) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
+    """As `load_model`, and what `verify_checkpoint` returns besides."""
+
+    def load(path: Path) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
+        state = verify_checkpoint(path)
+        config = read_config(path / CONFIG)
+        vocabulary = Vocabulary.load(path / VOCABULARY)
+        model = LanguageModel(config.model, len(vocabulary))
+        model.initialize_parameters(config.training.seed, [device])
+        set_parameters(model, load_arrays(path / PARAMETERS), path)
+        model.hybridize_for_use()
+        return model, vocabulary, config, path, state
+
+    return load_by_name(name, load)
+
+
+def load_by_name(name: str | Path | None, load: Callable[[Path], _Loaded]) -> _Loaded:
+    """What `load` makes of the checkpoint that a user's name means, as for `load_model`.
+
+    A run that is being trained may find a new best checkpoint, and take the old one away, while that is read; then the
+    new one is.
+    """
     run, path = find_run(name)
-    path = path or best_checkpoint(run)
-    verify_checkpoint(path)
-    config = read_config(path / CONFIG)
-    vocabulary = Vocabulary.load(path / VOCABULARY)
-    model = LanguageModel(config.model, len(vocabulary))
-    model.initialize_parameters(config.training.seed, [device])
-    set_parameters(model, _load_arrays(path / PARAMETERS), path)
-    model.hybridize_for_use()
-    return model, vocabulary, config, path
+    if path is not None:
+        return load(path)
+    tries = 0
+    while True:
+        path = best_checkpoint(run)
+        tries += 1
+        try:
+            return load(path)
+        except GluonLMError:
+            if path.is_dir() or tries == _TRIES:
+                raise
+
+
+def describe_checkpoint(
+    path: Path, state: Mapping[str, Any], config: Config, vocabulary: Vocabulary
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint was trained on, and its result: plain JSON values, from what `verify_checkpoint` returns.
+
+    Raises
+    ------
+    CheckpointError
+        If `state` is none of ours.
+    """
+    try:
+        training, text = _read_training(state["training"]), dict(state["text"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+    loss = training.best_loss if training.best_step == training.step else None
+    return {
+        "text": {
+            **text,
+            "tokenizer": config.data.tokenizer or "whitespace",
+            "begins_with": EOS,
+            "eos_id": vocabulary.eos_id,
+            "unk_id": vocabulary.unk_id,
+        },
+        "training": {
+            "checkpoint": path.name,
+            "epochs": training.epoch,
+            "steps": training.step,
+            "averaged": UNAVERAGED in state["sha256"],
+            "validation_loss": loss,
+            "validation_perplexity": None if loss is None else finite_or_none(perplexity(loss)),
+        },
+    }
 
 
 def load_parameters(model: LanguageModel, path: str | Path) -> None:
@@ -440,7 +508,8 @@ def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
     write_arrays(path, ((name, array.asnumpy()) for name, array in arrays.items()))
 
 
-def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
+def load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
+    """The arrays of a checkpoint's file on the host; `CheckpointError` if it cannot be read."""
     try:
         return {name: mx.nd.array(array, ctx=mx.cpu(), dtype=array.dtype) for name, array in read_arrays(path)}
     except _UNREADABLE as error:

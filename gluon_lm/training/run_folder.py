@@ -204,6 +204,12 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name[len(CHECKPOINT_PREFIX) :])
 
 
+def folder_of(checkpoint: Path) -> Path:
+    """The run in which a checkpoint is, or would be; its path must not be a link."""
+    is_copy = checkpoint.name in (BEST, LATEST)  # of a run that was copied without its links
+    return checkpoint.parent if is_copy else checkpoint.parent.parent
+
+
 def _stamped(stem: Path) -> Path:
     """``<stem>-<time>``, a name that is still free."""
     return free_name(stem.with_name(f"{stem.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -281,8 +287,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         # A link such as runs/latest may name another run before this one is done with.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
-    is_copy = checkpoint.name in (BEST, LATEST)  # of a run that was copied without its links
-    folder = checkpoint.parent if is_copy else checkpoint.parent.parent
-    if (is_copy or checkpoint.parent.name == CHECKPOINTS) and (folder / CONFIG).is_file():
+    folder = folder_of(checkpoint)
+    if checkpoint.parent in (folder, folder / CHECKPOINTS) and (folder / CONFIG).is_file():
         return RunFolder(folder), checkpoint
     raise CheckpointError(f"{name}: is neither a run folder (config.yaml and checkpoints/) nor a checkpoint in one")

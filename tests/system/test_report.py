@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import warnings
 
 import pytest
 from browser import EXECUTABLE, contrasts, open_browser
@@ -226,6 +227,21 @@ def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder
     assert "error: runs: has no run that can be read; " in capsys.readouterr().err
 
 
+def test_a_loss_that_has_run_away_and_a_name_without_glyphs_are_drawn(folder, tmp_path):
+    run = tmp_path / "猫"
+    shutil.copytree(folder / NAMES[0], run, symlinks=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] in ("train", "valid") and line["step"] > 100:
+            line.update(loss=705.0, perplexity=math.exp(705))
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert report([str(run), "--words", "0"]) == 0
+    page = (run / "report.html").read_text()
+    assert "1.51e+306" in page and re.search(r"(,\d{3}){5}\.|>inf|nan", page) is None
+
+
 def test_many_runs_are_told_apart():
     styles = {(colour_of(run), dashes_of(run)) for run in range(32)}
     assert len(styles) == 32
@@ -253,7 +269,7 @@ def test_texts_of_one_name_do_not_compare(folder, tmp_path):
     assert "do not compare" in page.read_text()
 
 
-def test_perplexities_over_different_vocabularies_have_no_best(folder, tmp_path, monkeypatch):
+def test_perplexities_over_different_vocabularies_or_streams_have_no_best(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     shutil.copytree(NAMES[0], tmp_path / "other")
     with open(tmp_path / "other/vocab.txt", "a") as vocabulary:
@@ -263,9 +279,12 @@ def test_perplexities_over_different_vocabularies_have_no_best(folder, tmp_path,
         assert report([*map(str, runs), "--words", "0", "--output", str(tmp_path / "page.html")]) == 0
         return (tmp_path / "page.html").read_text()
 
-    alike, unlike = page(*NAMES), page(NAMES[0], tmp_path / "other")
-    assert '<strong class="lead">' in alike and "do not compare" not in alike
-    assert '<strong class="lead">' not in unlike and "do not compare" in unlike
+    assert '<strong class="lead">' in (alike := page(*NAMES)) and "do not compare" not in alike
+    assert '<strong class="lead">' not in (unlike := page(NAMES[0], tmp_path / "other")) and "do not compare" in unlike
+    shutil.copytree(NAMES[0], tmp_path / "cut otherwise")
+    config = tmp_path / "cut otherwise/config.yaml"
+    config.write_text(config.read_text().replace("eval_batch_size: 10", "eval_batch_size: 1"))
+    assert '<strong class="lead">' not in page(NAMES[0], config.parent)
 
 
 @pytest.mark.parametrize(

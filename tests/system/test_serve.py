@@ -19,10 +19,12 @@ from urllib.parse import urlencode
 import mxnet as mx
 import pytest
 import uvicorn
-from serving import PATIENCE, Server, environment, train_tiny_run, until
+from serving import PATIENCE, ROOT, Server, environment, train_tiny_run, until
 
 from gluon_lm.export import main as export
 from gluon_lm.serve import main
+from gluon_lm.serving.limits import Limits
+from gluon_lm.serving.schemas import RequestModels
 from gluon_lm.serving.server import _protocol
 
 URLENCODED = "application/x-www-form-urlencoded"
@@ -250,7 +252,10 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(server):
 def test_it_says_what_it_is_and_how_it_is(server):
     assert server.host == "127.0.0.1"  # nobody else is served unless asked for
     model = server.ask("GET", "/expose/ID/v1/model").json
-    assert model["limits"]["max_words"] == 60 and model["description"]["model"] == "lstm"
+    assert model["limits"]["max_words"] == 60 and model["description"]["model"]["cell"] == "lstm"
+    assert model["description"]["training"]["run"] == "run" and model["description"]["training"]["steps"] == 3
+    (loaded,) = (line for line in server.lines if line.startswith("loaded "))
+    assert loaded.endswith("/run/checkpoints/step-3\n")
     assert server.ask("GET", "/healthz").json == {"ok": True}
     before = server.figure("gluon_lm_words_total")
     server.ask_json("/v1/generate", {"words": 12, "n": 2})
@@ -293,6 +298,31 @@ def test_no_request_that_its_description_allows_or_forbids_makes_it_fail(server)
     assert not [line for line in server.lines if "Traceback" in line]
 
 
+def test_the_documentation_has_every_field_and_answers_as_they_are(server):
+    models = RequestModels(Limits())
+    fields = {**models.Generate.model_fields, **models.Score.model_fields}
+    defaults = {name: "none" if not field.default else json.dumps(field.default) for name, field in fields.items()}
+    defaults |= {name: "false" for name, field in fields.items() if field.default is False}
+    page = (ROOT / "docs/serving.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.M)) == defaults
+    generated, scored, *events = map(json.loads, re.findall(r"^(?:data: )?(\{.*\})$", page, re.M))
+    with server.stream(words=2) as stream:
+        own_events = [data for _, data in stream]
+    own = [
+        server.ask_json("/v1/generate", {"words": 4, "prompt": "the zebra"}).json,
+        server.ask_json("/v1/score", {"text": "the"}).json,
+        *own_events,
+    ]
+    assert [*map(shape_of, (generated, scored, *events[:-1]))] == [*map(shape_of, own)]
+
+
+def shape_of(value):
+    """Names and kinds, without lengths."""
+    if isinstance(value, dict):
+        return {name: shape_of(one) for name, one in value.items()}
+    return [shape_of(value[0])] if isinstance(value, list) and value else type(value)
+
+
 # ---------------------------------------------------------------- too much, too slow, too late
 
 
@@ -320,6 +350,10 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
             client.sendall(raw_request({"words": ENDLESS}))
             until(lambda: server.figure("gluon_lm_live_texts") == 1)
         until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        until(lambda: server.num_answered(499) == 3)
+        assert (
+            server.num_answered(200) == 1 and len([line for line in server.lines if "/v1/generate 499 " in line]) == 3
+        )
 
 
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
@@ -340,6 +374,8 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
         with server.stream(words=ENDLESS) as events:
             *_, (kind, data) = events
         assert kind == "error" and "2 s" in data["detail"]
+        until(lambda: server.num_answered(503) == 3)
+        assert server.num_answered(200) == 1
         with socket.create_connection((server.host, server.port), PATIENCE) as client:
             client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
             assert client.recv(4096).startswith(b"HTTP/1.1 408 ")

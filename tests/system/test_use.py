@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -111,7 +113,7 @@ def test_what_cannot_be_written_is_refused(project, flags, complaint):
     assert complaint in output and output.startswith("error: ") and len(output.splitlines()) == 1
 
 
-def test_scores_tell_what_the_model_learnt(run):
+def test_scores_tell_what_the_model_learnt(run, monkeypatch):
     (run.path / "lines.txt").write_text("the cat sees a tree .\ntree a sees the cat .\n\nan elephant\n")
     header, *rows, told = [line.split("\t") for line in run.run("score", "run", "lines.txt").splitlines()]
     assert told == ["2 of 14 words are not known to the model and scored as <unk>"]
@@ -128,6 +130,12 @@ def test_scores_tell_what_the_model_learnt(run):
     objects = [json.loads(line) for line in (run.path / "scores.jsonl").read_text().splitlines()]
     assert [o["log_prob"] for o in objects] == pytest.approx([float(row[2]) for row in rows], abs=1e-5)
     assert [w["unknown"] for w in objects[3]["words"]] == [True, True, False]
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ein Käfer 🐞\n".encode())))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True))
+    assert score.main(["run", "-", "--format", "jsonl", "--quiet"]) == 0
+    printed = json.loads(sys.stdout.buffer.getvalue())
+    assert [word["word"] for word in printed["words"]] == ["ein", "Käfer", "🐞", "<eos>"]
 
 
 def test_what_is_open_already_is_written_to_and_not_replaced(run):

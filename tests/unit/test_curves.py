@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gluon_lm.reporting.curves import linear_ticks, log_ticks, smoothed, thinned, tick_label
+from gluon_lm.reporting.curves import Curve, Panel, brief, linear_ticks, log_ticks, smoothed, thinned, tick_label
 
 positive = st.floats(1e-6, 1e9)
 
@@ -36,6 +36,25 @@ def test_thinning_keeps_both_ends_and_the_order(count):
     assert (np.diff(steps) > 0).all() and (values == 2 * steps).all()
 
 
+def test_thinning_keeps_every_spike():
+    values = np.sin(np.arange(20_000) / 3000)
+    values[[1234, 9999]] = 5, -5
+    steps, kept = thinned(np.arange(20_000), values)
+    assert len(steps) <= 800 and {1234, 9999} <= set(steps) and (kept == values[steps]).all()
+
+
+@pytest.mark.parametrize("values", [[60.0, math.exp(708.9)], [1e-310, 1.0], [math.exp(708.9)]])
+def test_a_scale_holds_the_largest_and_the_smallest_numbers(values):
+    values = np.array(values)
+    curve = Curve(0, np.arange(1.0, len(values) + 1), values, values)
+    panel = Panel("key", "title", ",.2f", "lowest", [curve], len(values) > 1)
+    low, high = panel.range
+    assert 0 < low <= values.min() and values.max() <= high < math.inf
+    assert (panel.height(values) >= 0).all() and (panel.height(values) <= 1).all()
+    assert panel.ticks() and all(len(tick_label(tick)) <= 8 for tick in panel.ticks())
+    assert all(len(brief(value, panel.form)) <= 9 for value in values)
+
+
 @given(positive, positive, st.integers(3, 10))
 def test_linear_ticks_are_evenly_apart_and_within(one, other, most):
     low, high = min(one, other), max(one, other)
@@ -57,7 +76,16 @@ def test_log_ticks_are_round_and_within(low, ratio):
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [(0, "0"), (0.25, "0.25"), (150, "150"), (1500, "1,500"), (20000, "20k"), (2.5e6, "2.5M"), (1e-05, "1e-05")],
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (150, "150"),
+        (1500, "1,500"),
+        (20000, "20k"),
+        (2.5e6, "2.5M"),
+        (1e-05, "1e-05"),
+        (2e9, "2e+09"),
+    ],
 )
 def test_labels_of_ticks_are_short(value, label):
     assert tick_label(value) == label

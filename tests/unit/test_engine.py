@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 
 import mxnet as mx
 import numpy as np
@@ -37,11 +38,12 @@ class Watched(ModelPredictor):
 
     def __init__(self, model="lstm", **config):
         super().__init__(build_model(model=model, **config), VOCABULARY, "whitespace", mx.cpu())
-        self.callers, self.fails = set(), False
+        self.callers, self.fails, self.words_read = set(), False, 0
         self.network.note = self.note
 
     def read(self, tokens_TN, states):
         self.note()
+        self.words_read += tokens_TN.size
         return super().read(tokens_TN, states)
 
     def target_losses(self, tokens_TN, targets_R, states):
@@ -111,6 +113,18 @@ def test_texts_are_those_of_the_generator_in_any_company(model):
     assert together == expected * 2
 
 
+def test_a_prompt_is_read_once_for_all_texts_that_go_on_from_it():
+    predictor = Watched()
+    requests = [TextRequest(5, seed=3, index=n, prompt=LONG_PROMPT) for n in range(3)]
+    expected = [written(predictor, request) for request in requests]
+    assert predictor.words_read == 3 * len(LONG_PROMPT)  # <eos> comes before it, and its last word is the next input
+    with Engine(predictor, num_slots=2) as engine:
+        given_up, *futures = engine.generate(requests)
+        given_up.cancel()
+        assert [future.result(PATIENCE) for future in futures] == expected[1:]
+    assert predictor.words_read == 4 * len(LONG_PROMPT)
+
+
 def test_words_are_told_as_they_are_written(engine):
     told = []
     futures = engine.generate(REQUESTS[:2], lambda place, word: told.append((place, word)))
@@ -129,6 +143,15 @@ def test_scores_are_those_of_the_library_while_texts_are_written():
     for score, other in zip(scores, expected):
         assert (score.words, score.is_unknown) == (other.words, other.is_unknown)
         np.testing.assert_allclose(score.log_probs, other.log_probs, atol=1e-5)
+
+
+def test_short_lines_are_scored_many_between_two_steps():
+    engine = Engine(Watched())
+    futures = [Future() for _ in range(2)]
+    for future, lines in zip(futures, ([["w1"]] * 100, [LONG_PROMPT])):
+        steps = [*engine._score(lines, [VOCABULARY.encode(line) for line in lines], future)]
+        assert len(steps) == sum(len(line) + 1 for line in lines) // 64
+        assert len(future.result(0)) == len(lines)
 
 
 def test_only_the_engines_thread_calls_mxnet():
@@ -163,6 +186,7 @@ def test_more_than_it_may_accept_is_refused_and_a_cancelled_text_makes_room(engi
     (accepted,) = engine.generate([TextRequest(5, seed=2)])
     wait_for_words(30)
     assert not any(future.done() for future in waiting[:-1])
+    assert not engine.is_ready
     live[1].cancel()
     assert all(len(future.result(PATIENCE)) == 5 for future in [*waiting[:-1], accepted])
     assert not live[0].done()

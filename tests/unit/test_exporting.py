@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import json
 import math
@@ -20,14 +21,14 @@ from builders import VOCAB_SIZE, build_model, int32
 
 import gluon_lm
 from gluon_lm import exporting_onnx
-from gluon_lm.config import Config, DataConfig, ModelConfig
+from gluon_lm.config import Config, DataConfig, ModelConfig, read_config
 from gluon_lm.data import Vocabulary
-from gluon_lm.errors import CheckpointError, ConfigError, MissingDependency
+from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError, MissingDependency
 from gluon_lm.exporting import export_run, write_export
 from gluon_lm.exporting_onnx import export_onnx
 from gluon_lm.models import HEADS
 from gluon_lm.prediction import load_predictor
-from gluon_lm.training.checkpoint import Checkpoint, TrainingState, save_checkpoint
+from gluon_lm.training.checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
 from gluon_lm.training.run_folder import RunFolder
 
 VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
@@ -138,10 +139,26 @@ def one_line(caught, *parts):
 def test_a_loaded_export_is_the_trained_model(any_run, tmp_path):
     export_run(any_run, tmp_path / "exported")
     trained = load_predictor(any_run, mx.cpu())
+    description = trained.describe()
+    assert description["training"].pop("run") == any_run.name
     exported = gluon_lm.load_exported(tmp_path / "exported"), load_predictor(tmp_path / "exported", mx.cpu())
+    assert [predictor.describe() for predictor in exported] == [description] * 2
     for num_streams in (1, 4):
         for predictor in exported:
             assert_all_close(outputs_of(predictor, num_streams), outputs_of(trained, num_streams), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lstm-untied", "mixture-tied", "one layer"])
+def test_an_export_reads_text_in_pieces_and_without_its_head(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("gluon_lm.prediction._TOKENS_READ_AT_ONCE", 8)
+    export_run(save_run(tmp_path / "run", **MODELS[name]), tmp_path / "exported")
+    predictor = gluon_lm.load_exported(tmp_path / "exported")
+    tokens_TN, states = np.random.RandomState(1).randint(0, VOCAB_SIZE, (9, 2)), predictor.begin_state(2)
+    for tokens_N in tokens_TN:
+        _, states = predictor.log_probs(int32(tokens_N[np.newaxis]), states)
+    predictor.network = None
+    found = predictor.read(tokens_TN, predictor.begin_state(2))
+    assert_all_close([state.asnumpy() for state in found], [state.asnumpy() for state in states], atol=1e-6)
 
 
 def test_onnxruntime_gives_the_trained_models_numbers(any_run, tmp_path):
@@ -226,6 +243,34 @@ def test_a_loss_without_a_finite_perplexity_is_exported_without_one(tmp_path):
 def test_a_checkpoint_that_was_not_evaluated_has_no_result(tmp_path):
     training = export_run(save_run(tmp_path / "run", evaluated=False), tmp_path / "exported")["training"]
     assert (training["validation_loss"], training["validation_perplexity"]) == (None, None)
+
+
+# ---------------------------------------------------------------- a run that is being trained
+
+
+def test_a_best_checkpoint_that_is_replaced_while_it_is_read_is_not_missed(run, tmp_path, monkeypatch):
+    steps = []
+
+    def train_on_and_read(path):
+        if steps:
+            training = TrainingState(step=steps[0], best_loss=1.0, best_step=steps.pop(0))
+            config, checkpoint = (run / "config.yaml").read_text(), load_checkpoint(run / "best")
+            checkpoint = dataclasses.replace(checkpoint, training=training)
+            save_checkpoint(RunFolder(run), checkpoint, config, VOCABULARY, keep=1, is_best=True)
+        return read_config(path)
+
+    for module in ("training.checkpoint", "exporting"):
+        monkeypatch.setattr(f"gluon_lm.{module}.read_config", train_on_and_read)
+    steps += [80, 90]
+    assert load_predictor(run).describe()["training"]["steps"] == 90
+    steps += [100, 110]
+    assert export_run(run, tmp_path / "exported")["training"]["steps"] == 110
+    steps += [120]
+    with pytest.raises(GluonLMError, match="step-110"):
+        load_predictor(run / "checkpoints/step-110")
+    steps += range(130, 200, 10)
+    with pytest.raises(GluonLMError):
+        load_predictor(run)
 
 
 # ---------------------------------------------------------------- what is refused when loading

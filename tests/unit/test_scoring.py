@@ -51,6 +51,7 @@ def test_a_long_line_is_read_in_pieces(head, monkeypatch):
     read = predictor.read(prompt_TN, predictor.begin_state(1))
     sizes, encode = [], predictor._model.encoder.forward
     monkeypatch.setattr(ModelPredictor, "rows_at_once", 30)
+    monkeypatch.setattr("gluon_lm.prediction._TOKENS_READ_AT_ONCE", 30)
     monkeypatch.setattr(
         predictor._model.encoder, "forward", lambda x, *states: sizes.append(x.shape[0]) or encode(x, *states)
     )
