@@ -19,9 +19,9 @@ from typing import BinaryIO, NamedTuple
 from .errors import MissingDependency
 
 DRIVER = "libcuda.so.1"
+FOR_GPUS = "pip uninstall -y mxnet && pip install 'gluon_lm[cu112]'"  # of the CPU build: both are one module
 _BUILD = re.compile(r"mxnet(-cu\d+(mkl)?|-mkl|-native)?")  # packages that hold the module mxnet
 # Begins the names of what NVIDIA's wheels bring.
-FOR_GPUS = "pip uninstall -y mxnet && pip install 'gluon_lm[cu112]'"  # of the CPU build: both are one module
 _FROM_WHEELS = ("libcu", "libnccl.", "libnvrtc", "libnvToolsExt.")
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ = 0, 1, 5, 10

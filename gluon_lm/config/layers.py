@@ -313,7 +313,7 @@ def resolve(
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
         if is_needed:
-            if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+            if Path(recipe).stem not in recipe_names() and (recipe.endswith((".yaml", ".yml")) or "/" in recipe):
                 hint = "; a file of your own is given by --config"
             problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
@@ -322,12 +322,8 @@ def resolve(
 
     # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
-    both = {"optimizer", "lr"} <= base.keys() & file.keys()
-    if both and file["optimizer"].value != base["optimizer"].value and file["lr"] == base["lr"] and "lr" not in flags:
-        problems.append(
-            f"{origin}: lr {show(base['lr'].value)} is that of recipe {recipe} for {base['optimizer'].value}; with "
-            f"optimizer {file['optimizer'].value} name another one, or leave it out"
-        )
+    if default_recipe is not None and "lr" not in flags:  # the file begins a run, and is not that of one
+        problems += _rate_of_another_optimizer(base, file, f"{origin}:", f"recipe {recipe}")
     merged = _merge((base, file, flags))
     if kept:
         merged = {**_implied_by(kept, merged, base.keys() | file.keys() | flags.keys()), **merged}
@@ -336,6 +332,19 @@ def resolve(
     sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}
     sources = {name: merged[name].source if name in merged else "default" for name in fields_by_name()}
     return Resolved(Config(**sections), {"recipe": recipe_source, **sources}, recipe)
+
+
+def _rate_of_another_optimizer(base: Layer, file: Layer, where: str, recipe: str) -> list[str]:
+    """What is wrong where a file names another optimiser than the recipe, and repeats the recipe's learning rate."""
+    if not {"optimizer", "lr"} <= base.keys() & file.keys():
+        return []
+    own, other, lr = base["optimizer"].value, file["optimizer"].value, base["lr"]
+    if own == other or file["lr"] != lr:
+        return []
+    rate = show(lr.value)
+    return [
+        f"{where} lr {rate} is that of {recipe} for {own}; with optimizer {other} name another one, or leave it out"
+    ]
 
 
 def read_config(source: str | Path) -> Config:

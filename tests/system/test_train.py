@@ -49,7 +49,7 @@ def test_training_learns_and_the_commands_agree(project):
     assert one_stream == project.run("evaluate", "run.pt", "--split", "test").splitlines()[-1]
 
 
-def test_python_trains_as_the_command_does(project):
+def test_python_trains_as_the_command_does(project, caplog):
     config = resolve(recipe="lm").config
     parts = {
         "data": DataConfig(data=project.path / "text"),
@@ -58,7 +58,8 @@ def test_python_trains_as_the_command_does(project):
         "training": TrainingConfig(batch_size=4, bptt=5, epochs=2, log_interval=10),
     }
     assert gluon_lm.train_run(dataclasses.replace(config, **parts), project.path / "python") == 0
-    assert (LOGGER.level, LOGGER.handlers) == (logging.NOTSET, [])
+    assert (LOGGER.level, LOGGER.handlers, LOGGER.propagate) == (logging.NOTSET, [], True)
+    assert not [record for record in caplog.records if record.levelno < logging.WARNING]  # nobody asked for these
     project.have_trained("run")
     assert project.parameters("python") == project.parameters("run")
     assert project.results("python") == project.results("run")

@@ -28,6 +28,7 @@ from gluon_lm.config import (
     flag_of,
     get,
     read_config,
+    real,
     recipe_names,
     resolve,
     validate,
@@ -252,6 +253,7 @@ def test_a_file_is_no_recipe_and_a_recipe_no_file(tmp_path, monkeypatch):
     for name in ("./mine", "mine.yaml"):
         (problem,) = problems_of(resolve, recipe=name)
         assert problem.endswith("; a file of your own is given by --config")
+    assert problems_of(resolve, recipe="awd-small.yaml")[0].endswith("; did you mean awd-small?")
     for name in ("awd-small", "awd-small.yaml"):
         (problem,) = problems_of(resolve, config_file=Path(name))
         assert problem.endswith("(No such file or directory); the recipe is --recipe awd-small")
@@ -267,6 +269,8 @@ def test_an_edited_optimiser_does_not_keep_the_recipes_learning_rate():
     assert resolve(config_file=edited.replace("lr: 20.0", "lr: 0.002")).config.optim.lr == 0.002
     assert resolve(flags(lr=0.003), config_file=edited).config.optim.lr == 0.003
     assert resolve(config_file=printed).config.optim.lr == 20
+    of_run = resolve(flags(optimizer="adam", lr=20), recipe="lm").config
+    assert read_config(of_run.to_yaml(recipe="lm")) == of_run
 
 
 def test_unknown_recipe_gets_the_nearest():
@@ -845,6 +849,8 @@ def test_a_configuration_made_in_python_is_read_by_the_same_rules(tmp_path):
 @pytest.mark.parametrize("value", ["1e300", "1e-40", "inf", "nan"])
 def test_numbers_that_float32_does_not_hold_are_refused(value):
     assert "must be a number above 0" in problems_of(read_config, f"lr: {value}")[0]
+    with pytest.raises(ValueError):
+        real(2).read(1e-40)
     assert problems_of(read_config, "clip_norm: 1e39")[0].endswith("; float32 holds 1.2e-38 to 3.4e+38")
     assert read_config("weight_decay: 0").optim.weight_decay == 0
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from gluon_lm import logs, memory
-from gluon_lm.config import Config, DeviceConfig, OptimConfig
+from gluon_lm.config import Config, DeviceConfig, OptimConfig, TrainingConfig
 from gluon_lm.distributed import SingleDevice, free_memory
 from gluon_lm.errors import DistributedError
+from gluon_lm.training import session
 from gluon_lm.training.agreement import check_alike, worker_facts
+from gluon_lm.training.command import TrainCommand
 from gluon_lm.training.signals import StopRequest
 from gluon_lm.training.step import step_seed
 from gluon_lm.training.trainer import Trainer
@@ -82,6 +84,16 @@ def test_workers_on_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setenv("GLUON_LM_LOCAL_WORKERS", "3")
     assert free_memory(TwoWorkers(dict)) == 3000
     assert free_memory(SingleDevice([mx.cpu()])) == 5000
+
+
+def test_training_without_tf32_on_a_gpu_wants_it_said_before_the_libraries_are_loaded(monkeypatch):
+    config = Config(training=TrainingConfig(tf32=False))
+    monkeypatch.setattr(session, "create_communicator", lambda *how, **more: SingleDevice([mx.gpu(0)]))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    with pytest.raises(DistributedError, match="tf32=False: .* call gluon_lm.runtime.prepare_training"):
+        session._join(TrainCommand(config))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert session._join(TrainCommand(config)).devices == [mx.gpu(0)]
 
 
 def test_arrays_travel_as_they_are():
