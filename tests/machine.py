@@ -55,13 +55,16 @@ def compile_library(path, function, value, *needs):
     return path, function
 
 
-def compile_driver(folder, gpus=(), init_error=0):
-    """NVIDIA's driver in a folder, with GPUs as ``(name, major, minor)``; its address as `compile_library` gives it."""
+def compile_driver(folder, gpus=(), init_error=0, soname="libcuda.so.1"):
+    """NVIDIA's driver in a folder, with GPUs as ``(name, major, minor)``; its address as `compile_library` gives it.
+
+    A test that loads it in its own process gives it another `soname`, so that nothing later finds a driver there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = ", ".join(f'{{"{name}", {major}, {minor}}}' for name, major, minor in gpus)
     source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text(_DRIVER % (table, init_error))
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", str(library), str(source)]
     subprocess.run(command, check=True, timeout=60)
     return library, "cuda"
 

@@ -673,7 +673,7 @@ def test_nccl_is_refused_for_processes_on_one_gpu_and_not_for_those_that_see_the
         communicator._refuse_shared_gpus()
         return told[0]
 
-    first, second = (compile_driver(tmp_path / name, [(name, 7, 0)])[0] for name in ("first", "second"))
+    first, second = (compile_driver(tmp_path / name, [(name, 7, 0)], soname=name)[0] for name in ("first", "second"))
     assert join(second, join(first))
     for driver in (first, "there is none"):
         with pytest.raises(DistributedError, match=r"workers 0, 1 share gpu\(0\)"):

@@ -129,7 +129,7 @@ def test_two_bits_through_the_servers_train(project):
     assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
     scales = scales_of(project)
     resumed = launch(project, "--resume", "run", "--max-steps", 61)
-    assert "what the workers had not sent yet when the run stopped is lost" in resumed
+    assert "what the workers had not sent when the run stopped is lost" in resumed
     assert scales_of(project) == scales and scales["steps"] == CALIBRATION_STEPS
     resumed = project.run("train", "--resume", "run", "--kvstore", "device", "--cpus", 4, "--max-steps", 62)
     assert "the gradients of 2 devices were compressed, and there are 4 now: what had not been sent is lost" in resumed

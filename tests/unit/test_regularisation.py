@@ -141,9 +141,11 @@ def test_masks_follow_the_step_and_differ_between_devices(name):
     devices = [mx.cpu(0), mx.cpu(1)]
 
     def gradients_by_device(step, settings=settings):
-        """One device's training takes no sums over devices, so each device is left with its own gradients."""
+        """Without sums over devices each one is left with its own gradients."""
         model = build_model(devices, **settings)
-        training_step = TrainingStep(model, create_optimizer(OptimConfig()), SingleDevice(devices), clip_norm=None)
+        apart = SingleDevice(devices[:1])
+        apart.devices = devices
+        training_step = TrainingStep(model, create_optimizer(OptimConfig()), apart, clip_norm=None)
         training_step(window, 1, step)
         return [
             np.concatenate([p.grad(device).asnumpy().ravel() for p in model.named_parameters().values()])
