@@ -149,7 +149,8 @@ class Agent(EventLoop):
             reason = f"nothing was heard from the launcher for {self._timeout_s:g} s"
             self._supervisor.send("gave_up", reason)
             with contextlib.suppress(OSError):
-                print(reason, file=sys.stderr, flush=True)  # where the message finds no room
+                # Where the message finds no room; in one piece, or what else is written could come between.
+                print(f"{reason}\n", end="", file=sys.stderr, flush=True)
             self._is_ending = True
 
     # ------------------------------------------------------------ processes
