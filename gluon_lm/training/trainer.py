@@ -38,7 +38,7 @@ from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
 
 _SMALLEST_LR = 1e-30  # MXNet's operators refuse what float32 does not hold; far above that no weight changes any more
-CHECK_EVERY = 100  # steps after which the workers compare their parameters
+CHECK_EVERY = 100  # steps after which devices and workers compare their parameters
 
 
 @dataclass
