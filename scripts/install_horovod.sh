@@ -3,12 +3,14 @@
 # is built already, nothing happens. Needs cmake, make and g++, for a CUDA MXNet the CUDA toolkit too (nvcc), and takes
 # a minute or two.
 #
-# Two things in its sources are mended.
+# Three things in its sources are mended.
 # Over gloo it opens a second set of connections for which it forgets the network interface that it was told
 # (horovodrun --network-interfaces) or found, and takes the address of the host's own name. On a host whose name means
 # 127.0.1.1, as on Debian, the other hosts then cannot reach it.
 # And for its log it reads the names of an operation's arrays after it has handed the operation over, when that may be
 # over and the names be freed: on a busy machine a process crashed now and then.
+# At Ctrl-C horovodrun gave its processes five seconds, and none at all where /bin/sh is bash, which leaves its place to
+# the program that it is told to run. They have HOROVOD_TERMINATION_SECONDS now (30), time for a checkpoint.
 #
 #   MAKEFLAGS               how many compilers run at once, as in MAKEFLAGS=-j1 (default: one a core)
 #   HOROVOD_WITH_MPI        1: for mpirun as well, which needs an MPI with its compiler (default: gloo alone, which needs
@@ -19,7 +21,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 VERSION=0.28.1
-MENDED=mended.3  # behind its version, so that another build is known from this one
+MENDED=mended.4  # behind its version, so that another build is known from this one
 
 is_built() {
     "$VENV/bin/python" - "$VERSION+$MENDED" >/dev/null 2>&1 <<'PYTHON'
@@ -81,6 +83,12 @@ sed -i -e 's/ops_param->op_names/op_names/' \
     -e 's/^  auto process_set_id = ops_param->process_set_id;/&\n  auto op_names = ops_param->op_names;/' "$operations"
 [ "$(grep -c "auto op_names = ops_param->op_names;" "$operations")" -eq 2 ] ||
     fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $operations"
+stopping="$sources/horovod-$VERSION/horovod/runner/common/util/safe_shell_exec.py"
+termination='float(os.environ.get("HOROVOD_TERMINATION_SECONDS", "30"))'
+sed -i -e 's/p\.children()/(p.children() or [p])/' \
+    -e "s/^GRACEFUL_TERMINATION_TIME_S = 5\$/GRACEFUL_TERMINATION_TIME_S = $termination/" "$stopping"
+[ "$(grep -c -e "(p.children() or \[p\])" -e "HOROVOD_TERMINATION_SECONDS" "$stopping")" -eq 3 ] ||
+    fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $stopping"
 # The same code without what a debugger reads, which takes long to write.
 sed -i "s/'RelWithDebInfo'/'Release'/" "$sources/horovod-$VERSION/setup.py"
 # horovodrun imports this to learn how it was built, and MXNet finds what newer numpy has not only after gluon_lm.

@@ -266,6 +266,7 @@ def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None
     command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
     environment["PYTHONFAULTHANDLER"] = "1"
+    environment["HOROVOD_TERMINATION_SECONDS"] = "5"  # a process that has been stopped hears no signal
     environment["GLUON_LM_CACHE"] = str(Path(folder) / "cache")
     with subprocess.Popen(
         command,
@@ -540,6 +541,35 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, uninter
     code, printed = horovodrun(2, tmp_path, "-m", "gluon_lm.train", "--resume", checkpoint, "--max-steps", "60")
     assert code == 0, printed
     assert_alike(run, whole, 60)
+
+
+@with_horovod
+def test_ctrl_c_gives_a_process_its_time_where_the_shell_leaves_its_place_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_TERMINATION_SECONDS", "60")
+    worker, launcher, done = (tmp_path / name for name in ("worker.py", "launcher.py", "done"))
+    worker.write_text(
+        f"""import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(2)
+    pathlib.Path({str(done)!r}).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(100)
+"""
+    )
+    launcher.write_text(
+        f"""from horovod.runner.common.util.safe_shell_exec import execute
+if __name__ == "__main__":
+    execute("exec {sys.executable} {worker}")
+"""
+    )
+    command = [sys.executable, launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert done.exists()
 
 
 @with_horovod
