@@ -7,9 +7,36 @@ does is to see to it that MXNet, once something imports it, finds what it needs 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .compatibility import supply_when_imported
+
+if TYPE_CHECKING:  # what type checkers see of _HOME
+    from .config import (
+        Config as Config,
+        DataConfig as DataConfig,
+        DeviceConfig as DeviceConfig,
+        ModelConfig as ModelConfig,
+        OptimConfig as OptimConfig,
+        TrainingConfig as TrainingConfig,
+    )
+    from .data import Corpus as Corpus, Vocabulary as Vocabulary, load_corpus as load_corpus
+    from .errors import (
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        DataError as DataError,
+        DistributedError as DistributedError,
+        GluonLMError as GluonLMError,
+        MissingDependency as MissingDependency,
+        OutOfMemory as OutOfMemory,
+        TrainingDiverged as TrainingDiverged,
+    )
+    from .exporting import export_run as export_run, load_exported as load_exported
+    from .generation.sampling import Sampling as Sampling
+    from .models import LanguageModel as LanguageModel
+    from .prediction import load_predictor as load_predictor
+    from .training.checkpoint import load_model as load_model
+    from .training.session import train_run as train_run
 
 __version__ = "0.1.0"
 
@@ -24,7 +51,6 @@ _HOME = {
     "Vocabulary": "data",
     "load_corpus": "data",
     "LanguageModel": "models",
-    "Trainer": "training.trainer",
     "train_run": "training.session",
     "load_model": "training.checkpoint",
     "load_predictor": "prediction",

@@ -54,7 +54,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     log_to_terminal(parsed.verbosity)
     prepare_process()
     from .data import load_corpus
-    from .distributed import resolve_single_device
+    from .distributed.devices import resolve_single_device
     from .evaluation.dynamic import cached_statistics, dynamic_evaluate
     from .training.checkpoint import TRAINING_TEXT, load_model_and_state
     from .training.run_folder import find_run

@@ -70,7 +70,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     log_to_terminal(parsed.verbosity)
     prepare_process()
     from .data import load_corpus
-    from .distributed import resolve_single_device
+    from .distributed.devices import resolve_single_device
     from .evaluation.cache import NeuralCache
     from .evaluation.static import evaluate
     from .losses import target_losses

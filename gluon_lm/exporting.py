@@ -28,8 +28,7 @@ from .models import CELLS, LanguageModel
 from .prediction import Predictor, describe_model
 from .progress import progress_bar
 from .training.checkpoint import describe_checkpoint, load_arrays, load_by_name, set_parameters, verify_checkpoint
-from .training.run_folder import CONFIG, VOCABULARY
-from .training.run_folder import PARAMETERS as PARAMETERS_OF_RUN
+from .training.run_folder import CONFIG, PARAMETERS as PARAMETERS_OF_RUN, VOCABULARY
 
 SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 _FORMAT = 1

@@ -132,12 +132,11 @@ def _finetune(argv: Sequence[str]) -> int:
         return 0
     log_to_terminal(command.verbosity, hold=True)
     prepare_training(command.config)
-    from .training.checkpoint import best_checkpoint
     from .training.session import resume_run, start_run
 
     if is_continued:
         return resume_run(command, target, None)
-    return start_run(command, initial=checkpoint or best_checkpoint(run))
+    return start_run(command, initial=checkpoint or run.path)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def _generate(argv: Sequence[str]) -> int:
         LOGGER.log(NOTICE, "--log-interval %d: has no effect without --outf", options.log_interval)
     prepare_process(own_layers=True)
     from .data.tokenizers import words_of
-    from .distributed import resolve_single_device
+    from .distributed.devices import resolve_single_device
     from .generation.generator import generate
     from .generation.sampling import Sampling
     from .prediction import load_predictor

@@ -35,13 +35,14 @@ class Verbosity(enum.Enum):
 
 
 class _Relay(logging.Handler):
-    """Hands lines on to where they would go without handlers of our own."""
+    """Hands lines on to a logger as a program has set it up."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger.getEffectiveLevel())
+        self.logger = logger
 
     def emit(self, record: logging.LogRecord) -> None:
-        if logging.root.handlers:
-            logging.root.callHandlers(record)
-        elif logging.lastResort is not None and record.levelno >= logging.lastResort.level:
-            logging.lastResort.handle(record)
+        self.logger.callHandlers(record)
 
 
 def _held_lines() -> logging.handlers.MemoryHandler:
@@ -108,17 +109,15 @@ def log_to_terminal(
 @contextlib.contextmanager
 def logging_for_file() -> Iterator[None]:
     """Within it the lines of a run are made and held for its file; a program hears what it would hear without that."""
-    before = LOGGER.level, LOGGER.propagate, LOGGER.handlers[:]
-    level, held, relay = LOGGER.getEffectiveLevel(), _held_lines(), _Relay()
-    relay.setLevel(level)
-    LOGGER.handlers += [held, *([relay] if LOGGER.propagate else [])]
-    LOGGER.propagate = False
-    LOGGER.setLevel(min(level, DETAIL))
+    before = logging.Logger(LOGGER.name, LOGGER.level)
+    before.parent, before.propagate, before.handlers = LOGGER.parent, LOGGER.propagate, LOGGER.handlers
+    LOGGER.handlers, LOGGER.propagate = [_held_lines(), _Relay(before)], False
+    LOGGER.setLevel(min(before.getEffectiveLevel(), DETAIL))
     try:
         yield
     finally:
-        level, LOGGER.propagate, LOGGER.handlers[:] = before
-        LOGGER.setLevel(level)
+        LOGGER.handlers, LOGGER.propagate = before.handlers, before.propagate
+        LOGGER.setLevel(before.level)
 
 
 def log_warnings_only() -> None:
@@ -173,7 +172,8 @@ def _send_nowhere(is_meant: Callable[[os.stat_result], bool]) -> None:
 
 def is_quiet() -> bool:
     """Whether a command was told to show no progress, or is not the one of several processes that speaks."""
-    is_silent = LOGGER.level >= logging.WARNING
+    loggers = [LOGGER, *(handler.logger for handler in LOGGER.handlers if isinstance(handler, _Relay))]
+    is_silent = any(logger.level >= logging.WARNING for logger in loggers)
     return is_silent or any(isinstance(handler, _Terminal) and handler.level >= RESULT for handler in LOGGER.handlers)
 
 

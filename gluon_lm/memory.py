@@ -101,8 +101,8 @@ def training_need(
     )
 
 
-def check_need(need: Need, available: int | None) -> str | None:
-    """Refuse what cannot be.
+def check_need(need: Need, available: int | None, num_sharing: int = 1) -> str | None:
+    """Refuse what cannot be. `available` is the share of one of so many workers on this machine.
 
     Returns
     -------
@@ -117,9 +117,13 @@ def check_need(need: Need, available: int | None) -> str | None:
     if available is None or need.total <= available:
         return None
     line = f"training takes {need} of memory, and {_gb(available)} are free"
+    advice = _advice(need)
+    if num_sharing > 1:
+        line += f" for each of the {num_sharing} workers on this machine"
+        advice += "; or train with fewer of them here"
     if need.certain > available:
-        raise OutOfMemory(f"{line}; {_advice(need)}")
-    return f"{line}: that may not be enough; if it ends without a message, {_advice(need)}"
+        raise OutOfMemory(f"{line}; {advice}")
+    return f"{line}: that may not be enough; if it ends without a message, {advice}"
 
 
 @contextlib.contextmanager

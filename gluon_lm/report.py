@@ -135,7 +135,7 @@ def _write_texts(
 ) -> list[GeneratedTexts]:
     prepare_process(own_layers=True)
     from .data.vocabulary import EOS
-    from .distributed import resolve_single_device
+    from .distributed.devices import resolve_single_device
     from .generation.generator import generate
     from .prediction import load_predictor
     from .reporting.page import GeneratedTexts

@@ -56,7 +56,7 @@ def _score(argv: Sequence[str]) -> int:
     log_to_terminal(parsed.verbosity, has_other_output=out is None)
     prepare_process()
     from .data.tokenizers import TOKENIZERS
-    from .distributed import resolve_single_device
+    from .distributed.devices import resolve_single_device
     from .prediction import load_predictor
     from .scoring import score_lines
 

@@ -62,7 +62,7 @@ def _serve(argv: Sequence[str]) -> int:
     # The address is taken first: loading a model takes longer than finding out that it is not free.
     with _bind(options.host, options.port) as listener:
         prepare_process(own_layers=True)
-        from .distributed import resolve_single_device
+        from .distributed.devices import resolve_single_device
         from .prediction import load_predictor
         from .serving.app import create_app
         from .serving.server import run_server

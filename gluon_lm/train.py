@@ -147,13 +147,12 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     log_to_terminal(command.verbosity, hold=True)
     prepare_training(command.config)
-    from .training.checkpoint import best_checkpoint
     from .training.session import resume_run, start_run
 
     if run is None:
         return start_run(command)
     if command.resume is None:
-        return start_run(command, initial=checkpoint or best_checkpoint(run))
+        return start_run(command, initial=checkpoint or run.path)
     return resume_run(command, run, checkpoint)
 
 

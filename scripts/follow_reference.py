@@ -60,7 +60,7 @@ def new_model(config: Config, vocab_size: int, device):
 def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -> list[float]:
     import mxnet as mx
 
-    from gluon_lm.distributed import SingleDevice
+    from gluon_lm.distributed.communicator import SingleDevice
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 

@@ -113,7 +113,8 @@ def compare_with_cpu(devices: list[str]) -> list[Row]:
 
     from gluon_lm.config import Config, DeviceConfig
     from gluon_lm.data.windows import Streams
-    from gluon_lm.distributed import COMMUNICATORS, SingleDevice
+    from gluon_lm.distributed.communicator import SingleDevice
+    from gluon_lm.distributed.devices import COMMUNICATORS
     from gluon_lm.models import LanguageModel
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep

@@ -109,7 +109,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     import mxnet as mx
 
     from gluon_lm.data.windows import Streams
-    from gluon_lm.distributed import create_communicator
+    from gluon_lm.distributed.devices import create_communicator
     from gluon_lm.models import LanguageModel
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep

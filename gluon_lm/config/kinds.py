@@ -218,7 +218,8 @@ def read_value(
         hint = str(error) if str(error).startswith((_NEAREST, _FLOAT32)) else ""
         if own and not hint and declared.default is not None and not kind.is_switch:
             hint = f"for example {show(declared.default)}"
-        line = f"{label} {show(raw)}".rstrip() + f": must be {kind.rule}"
+        shown = repr(raw) if isinstance(raw, float) else show(raw)
+        line = f"{label} {shown}".rstrip() + f": must be {kind.rule}"
         problems.append(f"{line}; {hint}" if hint else line)
         return declared.default
 

@@ -322,7 +322,7 @@ def resolve(
 
     # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
-    if default_recipe is not None and "lr" not in flags:  # the file begins a run, and is not that of one
+    if default_recipe is not None and flags.keys().isdisjoint({"lr", "optimizer"}):  # the file is not that of a run
         problems += _rate_of_another_optimizer(base, file, f"{origin}:", f"recipe {recipe}")
     merged = _merge((base, file, flags))
     if kept:

@@ -97,8 +97,13 @@ def free_memory(communicator: Communicator) -> int | None:
     """Bytes that are free on the device that has least; of the host's, a worker's share. None: not known."""
     devices = communicator.devices
     if devices[0].device_type == "cpu":
-        return free_host_memory(1 if communicator.size == 1 else processes_here())
+        return free_host_memory(workers_sharing_memory(communicator))
     return int(min(mx.context.gpu_memory_info(device.device_id)[0] for device in devices))
+
+
+def workers_sharing_memory(communicator: Communicator) -> int:
+    """How many workers of the run take their memory from the one that `free_memory` looks at."""
+    return processes_here() if communicator.size > 1 and communicator.devices[0].device_type == "cpu" else 1
 
 
 def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config: DeviceConfig) -> int:

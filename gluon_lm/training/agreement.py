@@ -9,7 +9,7 @@ import mxnet as mx
 
 from .. import __version__
 from ..config import Config, DataConfig, DeviceConfig
-from ..distributed import Communicator
+from ..distributed.communicator import Communicator
 from ..errors import DistributedError
 
 

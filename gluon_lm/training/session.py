@@ -19,8 +19,10 @@ from ..config import (
     validate,
     vocabulary_problems,
 )
+from ..config.sections import fields_by_name
 from ..data import Corpus, Vocabulary, load_corpus
-from ..distributed import Communicator, create_communicator, free_memory, merged_elements
+from ..distributed.communicator import Communicator
+from ..distributed.devices import create_communicator, free_memory, merged_elements, workers_sharing_memory
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
@@ -33,7 +35,9 @@ from ..progress import counted
 from ..tracking import require_tensorboard
 from .agreement import check_alike, worker_facts
 from .checkpoint import (
+    Checkpoint,
     TrainingState,
+    load_by_name,
     load_checkpoint,
     newest_checkpoint,
     repair_links,
@@ -70,7 +74,7 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
         Before anything is written where the configuration, the text, the devices or the folder do not fit; later as
         `Trainer.fit`.
     """
-    problems = validate(config)
+    problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program names all values, as a run does
     if problems:
         raise ConfigError(problems)
     RunFolder(Path(save)).check_free(overwrite)
@@ -85,8 +89,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     ----------
     command : TrainCommand
     initial : Path, optional
-        Checkpoint of another run whose model and vocabulary this one begins with; its text, too, unless the command
-        names the run by ``--init-from``.
+        Another run, or a checkpoint of one, whose model and vocabulary this one begins with; its text, too, unless the
+        command names the run by ``--init-from``.
 
     Returns
     -------
@@ -99,8 +103,9 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         Before anything is written where the command, the text or the checkpoint does not fit.
     """
     communicator = _join(command)
-    checkpoint = None if initial is None else load_checkpoint(initial)
-    vocabulary = None if initial is None else Vocabulary.load(initial / VOCABULARY)
+    checkpoint, vocabulary = None, None
+    if initial is not None:
+        initial, checkpoint, vocabulary = load_by_name(initial, _load_to_begin_with)
     of_run = initial is not None and "data" not in command.settings
     corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
     if command.save is None:
@@ -208,7 +213,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     config = command.config
     model = LanguageModel(config.model, len(corpus.vocabulary))
     need = _need(config, model, communicator)
-    warning = check_need(need, free_memory(communicator))
+    warning = check_need(need, free_memory(communicator), workers_sharing_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
     # Before any of them takes memory, for all on one machine look at what is free.
@@ -239,6 +244,10 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
         )
     LOGGER.info("memory: %s", need)
     return trainer
+
+
+def _load_to_begin_with(path: Path) -> tuple[Path, Checkpoint, Vocabulary]:
+    return path, load_checkpoint(path), Vocabulary.load(path / VOCABULARY)
 
 
 def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | None) -> None:

@@ -9,7 +9,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ..distributed.control import CONTROL_VARIABLE
+from ..distributed.control import LOCAL_WORKER_VARIABLE
 from ..logs import LOGGER, detach_terminal, tolerate_closed_pipes
 
 
@@ -32,7 +32,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._has_launcher = CONTROL_VARIABLE in os.environ
+        self._has_launcher = LOCAL_WORKER_VARIABLE in os.environ
         self._was_asked = False
         self._previous: dict[signal.Signals, Any] = {}
 

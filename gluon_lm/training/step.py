@@ -15,7 +15,7 @@ from mxnet import gluon
 
 from ..config import show
 from ..data.windows import Window
-from ..distributed import Communicator
+from ..distributed.communicator import Communicator
 from ..errors import TrainingDiverged
 from ..inputs import InputCopies
 from ..losses import activation_penalties, backward_through_model

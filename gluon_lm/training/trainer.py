@@ -19,7 +19,8 @@ from mxnet import gluon
 from ..config import Config, share_problems
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows, Window
-from ..distributed import Communicator, memory_in_use
+from ..distributed.communicator import Communicator
+from ..distributed.devices import memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..logs import DETAIL, LOGGER, NOTICE, RESULT

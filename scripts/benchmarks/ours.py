@@ -23,7 +23,7 @@ def prepare_as_training(size: Size, devices: DeviceConfig, max_seq_len_delta: in
 
 def ours_model(size: Size, devices: DeviceConfig | None = None):
     """Our model and its communicator, made as `gluon_lm.train` makes them once the process is prepared."""
-    from gluon_lm.distributed import create_communicator
+    from gluon_lm.distributed.devices import create_communicator
     from gluon_lm.models import LanguageModel
 
     communicator = create_communicator(devices or DeviceConfig(cuda=False))

@@ -10,16 +10,11 @@ import pytest
 from mxnet import gluon
 
 from gluon_lm.config import DeviceConfig
-from gluon_lm.distributed import (
-    COMMUNICATORS,
-    KVStoreCommunicator,
-    SingleDevice,
-    create_communicator,
-    resolve_devices,
-    resolve_single_device,
-)
 from gluon_lm.distributed import devices as device_flags
+from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
+from gluon_lm.distributed.devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
+from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.errors import DistributedError
 from gluon_lm.gpus import Driver, Gpu
 

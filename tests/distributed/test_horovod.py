@@ -28,7 +28,8 @@ from processes import Found, Notes, events, wait_for, with_horovod
 from gluon_lm import gpus
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
-from gluon_lm.distributed import SingleDevice, horovod
+from gluon_lm.distributed import horovod
+from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError

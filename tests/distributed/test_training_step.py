@@ -10,8 +10,9 @@ from builders import VOCAB_SIZE, build_model, relative_error, values_of
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
-from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
+from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
+from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.errors import DistributedError, TrainingDiverged
 from gluon_lm.inputs import InputCopies
 from gluon_lm.optim.norms import square_sums

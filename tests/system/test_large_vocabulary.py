@@ -117,3 +117,6 @@ def test_what_may_not_do_is_said_and_what_will_not_is_refused():
     assert "5.0 GB are free: that may not be enough" in check_need(need, 5 * 10**9)
     with pytest.raises(OutOfMemory, match="3.9 GB are free; lower --max-vocab"):
         check_need(need, 39 * 10**8)
+    share = r"3.9 GB are free for each of the 4 workers on this machine; lower .*; or train with fewer of them here$"
+    with pytest.raises(OutOfMemory, match=share):
+        check_need(need, 39 * 10**8, num_sharing=4)

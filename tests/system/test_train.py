@@ -66,11 +66,18 @@ def test_python_trains_as_the_command_does(project, caplog):
     logs = [(project.path / run / "log.txt").read_text() for run in ("python", "run")]
     for line in ("recipe ", "lstm 8x8", "memory: about", "ms/batch", "End of training"):
         assert [line in log for log in logs] == [True, True], line
-    contradicting = dataclasses.replace(config, optim=OptimConfig(ntasgd=True, lr_decay=4))
+    config = resolve(recipe="awd-small").config
+    parts["model"] = dataclasses.replace(config.model, embed_size=8, hidden_size=8, num_layers=1)
+    parts["training"] = dataclasses.replace(parts["training"], max_steps=2)
+    without_layers_between = dataclasses.replace(
+        config, data=parts["data"], model=parts["model"], training=parts["training"]
+    )
+    assert gluon_lm.train_run(without_layers_between, project.path / "one-layer") == 0
+    contradicting = dataclasses.replace(without_layers_between, optim=OptimConfig(ntasgd=True, lr_decay=4))
     with pytest.raises(ConfigError, match="--ntasgd with --lr-decay 4"):
         gluon_lm.train_run(contradicting, project.path / "never")
     with pytest.raises(ConfigError, match="python.*exists"):
-        gluon_lm.train_run(config, project.path / "python")
+        gluon_lm.train_run(without_layers_between, project.path / "python")
     assert not (project.path / "never").exists()
 
 

@@ -8,8 +8,7 @@ import sys
 import mxnet as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from mxnet import gluon
 
 from gluon_lm.optim.averaging import WeightAverage, has_stalled

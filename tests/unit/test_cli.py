@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import gluon_lm
 from gluon_lm import launch
-from gluon_lm.__main__ import COMMANDS
-from gluon_lm.__main__ import main as package_main
+from gluon_lm.__main__ import COMMANDS, main as package_main
 from gluon_lm.cli import CommandParser, normalise_argv, run_command
 from gluon_lm.config import SECTIONS, Config, DeviceConfig, config_folder, get, read_config, recipe_names, resolve
 from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError

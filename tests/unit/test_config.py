@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from gluon_lm.config import (
     SECTIONS,
@@ -268,6 +267,7 @@ def test_an_edited_optimiser_does_not_keep_the_recipes_learning_rate():
     ]
     assert resolve(config_file=edited.replace("lr: 20.0", "lr: 0.002")).config.optim.lr == 0.002
     assert resolve(flags(lr=0.003), config_file=edited).config.optim.lr == 0.003
+    assert resolve(flags(optimizer="sgd"), config_file=edited).config.optim.lr == 20
     assert resolve(config_file=printed).config.optim.lr == 20
     of_run = resolve(flags(optimizer="adam", lr=20), recipe="lm").config
     assert read_config(of_run.to_yaml(recipe="lm")) == of_run

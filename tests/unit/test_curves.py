@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from gluon_lm.reporting.curves import Curve, Panel, brief, linear_ticks, log_ticks, smoothed, thinned, tick_label
 

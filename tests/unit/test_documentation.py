@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,13 @@ def test_what_is_public_is_documented(name):
             members = [member for member, _ in public_names(value, name) if not inspect.getdoc(getattr(value, member))]
             missing += [f"{own_name}.{member}" for member in members]
     assert missing == []
+
+
+def test_type_checkers_see_the_names_of_the_package_that_it_loads_on_use():
+    module = ast.parse(Path(gluon_lm.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(module) if isinstance(node, ast.ImportFrom)]
+    seen = {name.asname: node.module for node in imports for name in node.names}
+    loaded = {name: getattr(gluon_lm, name).__module__ for name in gluon_lm.__all__ if name != "__version__"}
+    assert seen.keys() - {None} == loaded.keys()
+    for name, home in loaded.items():
+        assert f"{home}.".startswith(f"gluon_lm.{seen[name]}."), name

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import reference
 from builders import int32, relative_error
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from mxnet.gluon import nn
 
 from gluon_lm import losses

@@ -6,7 +6,7 @@ import mxnet as mx
 import pytest
 
 from gluon_lm.config import Config, ModelConfig, TrainingConfig
-from gluon_lm.distributed import SingleDevice
+from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.models import LanguageModel
 from gluon_lm.training import session
 

@@ -8,8 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from builders import build_model, forward_backward, gradients_of, int32, relative_error, values_of
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from gluon_lm import losses
 from gluon_lm.errors import ConfigError

@@ -11,7 +11,7 @@ import pytest
 
 from gluon_lm import heartbeat
 from gluon_lm.files import file_hash, read_arrays, synchronise, write_arrays
-from gluon_lm.logs import LOGGER
+from gluon_lm.logs import LOGGER, is_quiet, logging_for_file
 from gluon_lm.progress import PlainProgress, TrainingBar, progress_bar
 
 
@@ -94,6 +94,31 @@ def test_the_training_bar_tells_the_mean_and_the_time_that_is_left(monkeypatch):
     assert last.startswith("epoch   2/4  50%|") and last.rstrip().endswith("5/10, 0:02 left, 0:21 to the end")
     assert "loss  3.00 | ppl    20.09 | lr 0.25 | norm 1.500 | 80 tokens/s" in told
     assert terminal.getvalue().rstrip(" ").endswith("\r")
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.INFO, logging.ERROR])
+@pytest.mark.parametrize("handlers", ["package's", "root's", "none"])
+def test_a_program_hears_of_a_run_what_it_asked_logging_for(monkeypatch, capfd, level, handlers):
+    own = logging.StreamHandler(io.StringIO())
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(LOGGER, "parent", root)
+    if handlers != "none":
+        (LOGGER if handlers == "package's" else root).addHandler(own)
+    LOGGER.setLevel(level)
+
+    def say():
+        LOGGER.debug("debug")
+        LOGGER.info("info")
+        LOGGER.warning("warning")
+        LOGGER.error("error")
+        last_resort, heard = capfd.readouterr().err, own.stream.getvalue()
+        own.stream.seek(own.stream.truncate(0))
+        return heard, last_resort, is_quiet()
+
+    before = say()
+    with logging_for_file():
+        assert say() == before
+    assert say() == before
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])

@@ -12,8 +12,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import yaml
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from gluon_lm.config import SECTIONS, Config, Setting, get, read_config, resolve

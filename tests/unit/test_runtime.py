@@ -11,7 +11,7 @@ import pytest
 
 from gluon_lm import runtime
 from gluon_lm.config import Config, DeviceConfig, Setting, recipe_names, resolve
-from gluon_lm.distributed import memory_in_use
+from gluon_lm.distributed.devices import memory_in_use
 from gluon_lm.errors import ConfigError
 
 

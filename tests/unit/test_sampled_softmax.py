@@ -14,7 +14,8 @@ from builders import build_model, gradients_of, int32, relative_error, values_of
 from gluon_lm import losses
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
-from gluon_lm.distributed import KVStoreCommunicator, SingleDevice
+from gluon_lm.distributed.communicator import SingleDevice
+from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.losses import backward_through_head
 from gluon_lm.models import SampledHead
 from gluon_lm.optim import rows

@@ -11,7 +11,9 @@ import pytest
 
 from gluon_lm import logs, memory
 from gluon_lm.config import Config, DeviceConfig, OptimConfig, TrainingConfig
-from gluon_lm.distributed import SingleDevice, free_memory
+from gluon_lm.distributed.communicator import SingleDevice
+from gluon_lm.distributed.control import CONTROL_VARIABLE, LOCAL_WORKER_VARIABLE, Control
+from gluon_lm.distributed.devices import free_memory
 from gluon_lm.errors import DistributedError
 from gluon_lm.training import session
 from gluon_lm.training.agreement import check_alike, worker_facts
@@ -126,12 +128,15 @@ def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(mo
 
 def test_a_signal_that_comes_twice_interrupts_no_worker_of_a_launcher(monkeypatch):
     monkeypatch.setattr(logs, "_tolerates_closed_pipes", False)
-    monkeypatch.setenv("GLUON_LM_CONTROL", "3,4")
+    reading, writing = os.pipe()
+    monkeypatch.setenv(CONTROL_VARIABLE, f"{reading},{writing}")
+    monkeypatch.setenv(LOCAL_WORKER_VARIABLE, "0")
+    assert Control.from_environment() is not None  # which takes one of them away, before training begins
     with StopRequest() as stop:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
             assert stop.signal is number
-    monkeypatch.delenv("GLUON_LM_CONTROL")
+    monkeypatch.delenv(LOCAL_WORKER_VARIABLE)
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         stop.take_over(signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # what its own terminal says of the same Ctrl-C
