@@ -11,7 +11,7 @@ INSTEAD_OF_TRAINING = {
     "--use-optimizer": "name the optimiser with --optimizer adam",
     **dict.fromkeys(
         ("--lr-update-interval", "--lr-update-factor"),
-        "--decay divides the learning rate where validation is no new best",
+        "--decay divides the learning rate where validation is no new best (recipe awd: with --no-ntasgd)",
     ),
     "--num-gpus": "name them, as in --gpus 0,1,2,3",
     "--batch-size-per-gpu": "--batch-size is that of all devices together",

@@ -275,7 +275,7 @@ class OptimConfig(Section):
         None,
         optional(real(1, above=True)),
         "divide the learning rate by this whenever validation brings no new best; none: never (default: none, but 4 in "
-        "recipe lm)",
+        "recipes lm and mxnet)",
         "decay",
     )
     clip_norm: float | None = option(

@@ -178,10 +178,28 @@ RECIPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+OPENSEQ2SEQ = {
+    "model": "lstm", "num_layers": 3, "tied": True, "layer_norm": True, "locked": False, "dropout_candidate": 0.3,
+    "optimizer": "adam", "lr_decay": None, "clip_norm": None, "weight_decay": 2e-6,
+    "random_start": True, "shuffle": True, "epochs": 1500, "bptt": 96, "log_interval": 40,
+}  # fmt: skip
+PUBLISHED = {
+    **RECIPES,
+    "openseq2seq-wikitext-103": {
+        **OPENSEQ2SEQ, "embed_size": 400, "hidden_size": 1024, "dropout_embed_elements": 0.2, "dropout_hidden": 0.15,
+        "dropout": 0.15, "lr": 1e-3, "batch_size": 896, "eval_every": 160,
+    },
+    "openseq2seq-wikitext-2": {
+        **OPENSEQ2SEQ, "embed_size": 256, "hidden_size": 896, "dropout_embed_elements": 0.63, "dropout_hidden": 0.4,
+        "dropout": 0.4, "lr": 4e-4, "batch_size": 320, "eval_every": 80,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
 def test_recipes_have_the_published_values(recipe):
     resolved = resolve(recipe=recipe)
-    assert {name: get(resolved.config, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    assert {name: get(resolved.config, name) for name in PUBLISHED[recipe]} == PUBLISHED[recipe]
     assert resolved.recipe == recipe
     assert validate(resolved.config, resolved.sources) == []
 
