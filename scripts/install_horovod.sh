@@ -89,7 +89,7 @@ sed -i -e 's/p\.children()/(p.children() or [p])/' \
     -e "s/^GRACEFUL_TERMINATION_TIME_S = 5\$/GRACEFUL_TERMINATION_TIME_S = $termination/" "$stopping"
 [ "$(grep -c -e "(p.children() or \[p\])" -e "HOROVOD_TERMINATION_SECONDS" "$stopping")" -eq 3 ] ||
     fail "the sources of Horovod $VERSION are not those that this script mends; remove what it does to $stopping"
-# The same code without what a debugger reads, which takes long to write.
+# Optimised as for a release, and without what a debugger reads, which takes long to write.
 sed -i "s/'RelWithDebInfo'/'Release'/" "$sources/horovod-$VERSION/setup.py"
 # horovodrun imports this to learn how it was built, and MXNet finds what newer numpy has not only after gluon_lm.
 sed -i '0,/^from /s//import gluon_lm\n&/' "$sources/horovod-$VERSION/horovod/mxnet/__init__.py"

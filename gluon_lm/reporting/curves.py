@@ -93,7 +93,7 @@ class Panel:
             margin = math.exp(0.04 * (math.log(high) - math.log(low)))
             return low / margin or low, min(high * margin, sys.float_info.max)
         margin = 0.05 * (high - low) or abs(high) / 2 or 1.0
-        return (low - margin if low < 0 else max(0.0, low - margin)), high + margin
+        return (low - margin if low < 0 else max(0.0, low - margin)), min(high + margin, sys.float_info.max)
 
     @property
     def last_step(self) -> float:

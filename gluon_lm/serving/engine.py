@@ -343,7 +343,7 @@ class Engine:
                 piece = slice(start, start + _WORDS_PER_PIECE)
                 losses_R, states = self._losses(tokens[piece], targets[piece], states)
                 log_probs.append(-losses_R.asnumpy())
-                num_read += len(losses_R)
+                num_read += max(len(losses_R), _WORDS_PER_PIECE // 4)  # one word takes about as long as these
                 if num_read >= _WORDS_PER_PIECE:  # short lines are one piece together
                     num_read = 0
                     yield

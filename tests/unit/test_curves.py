@@ -42,7 +42,7 @@ def test_thinning_keeps_every_spike():
     assert len(steps) <= 800 and {1234, 9999} <= set(steps) and (kept == values[steps]).all()
 
 
-@pytest.mark.parametrize("values", [[60.0, math.exp(708.9)], [1e-310, 1.0], [math.exp(708.9)]])
+@pytest.mark.parametrize("values", [[60.0, math.exp(708.9)], [1e-310, 1.0], [math.exp(708.9)], [1.3e308]])
 def test_a_scale_holds_the_largest_and_the_smallest_numbers(values):
     values = np.array(values)
     curve = Curve(0, np.arange(1.0, len(values) + 1), values, values)

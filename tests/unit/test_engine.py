@@ -145,13 +145,14 @@ def test_scores_are_those_of_the_library_while_texts_are_written():
         np.testing.assert_allclose(score.log_probs, other.log_probs, atol=1e-5)
 
 
-def test_short_lines_are_scored_many_between_two_steps():
-    engine = Engine(Watched())
-    futures = [Future() for _ in range(2)]
-    for future, lines in zip(futures, ([["w1"]] * 100, [LONG_PROMPT])):
-        steps = [*engine._score(lines, [VOCABULARY.encode(line) for line in lines], future)]
-        assert len(steps) == sum(len(line) + 1 for line in lines) // 64
-        assert len(future.result(0)) == len(lines)
+@pytest.mark.parametrize(
+    "lines, num_pieces",
+    [([["w1"]] * 100, 25), ([[]] * 100, 25), ([["w1"] * 31] * 100, 50), ([LONG_PROMPT], (len(LONG_PROMPT) + 1) // 64)],
+)
+def test_lines_are_scored_between_steps_in_pieces_of_64_words_and_at_most_four_lines(lines, num_pieces):
+    engine, future = Engine(Watched()), Future()
+    assert len([*engine._score(lines, [VOCABULARY.encode(line) for line in lines], future)]) == num_pieces
+    assert len(future.result(0)) == len(lines)
 
 
 def test_only_the_engines_thread_calls_mxnet():
