@@ -188,7 +188,7 @@ def _is_credible(error: MemoryError, path: Path) -> bool:
     return wanted <= path.stat().st_size
 
 
-def exchange(one: Path, other: Path) -> None:
+def swap_folders(one: Path, other: Path) -> None:
     """Swap the names of two folders, in one step where the system can."""
     try:
         rename = ctypes.CDLL(None).renameat2
@@ -220,7 +220,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         for path in [*fresh.iterdir(), fresh]:
             synchronise(path)
         if target.exists():
-            exchange(fresh, target)
+            swap_folders(fresh, target)
         else:
             fresh.rename(target)
         synchronise(target.parent)

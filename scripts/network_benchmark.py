@@ -146,14 +146,14 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
         reduce_gradients(parameters)
 
     def measure(what: str, act: Callable[[], None]) -> dict[str, Any]:
-        communicator.gather_object("ready")
+        communicator.allgather_object("ready")
         before = {address: read_traffic(network_name, address) for address in addresses if communicator.is_primary}
-        communicator.gather_object("set")
+        communicator.allgather_object("set")
         started, computed = time.perf_counter(), time.process_time()
         for _ in range(case.steps):
             act()
         mx.nd.waitall()
-        communicator.gather_object("done")
+        communicator.allgather_object("done")
         seconds = (time.perf_counter() - started) / case.steps
         cpu_seconds = (time.process_time() - computed) / case.steps
         if communicator.is_primary:

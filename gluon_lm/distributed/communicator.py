@@ -76,15 +76,15 @@ class Communicator(ABC):
         Always called with the same parameters in the same order.
         """
 
-    def gather_object(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Every worker's value (plain JSON values), by rank, on every worker; all wait until all are here."""
         if self.size > 1:
             raise NotImplementedError
         return [value]
 
-    def exchange(self, numbers: Sequence[float]) -> np.ndarray:
+    def allgather(self, numbers: Sequence[float]) -> np.ndarray:
         """Every worker's numbers, as many from each, on every worker: float64 of shape (size, len(numbers))."""
-        return np.array(self.gather_object(list(numbers)), dtype=np.float64)
+        return np.array(self.allgather_object(list(numbers)), dtype=np.float64)
 
     def gather_arrays(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Every worker's arrays, by rank, on rank 0; on the others they may be missing."""
@@ -93,12 +93,12 @@ class Communicator(ABC):
         packed = [(a.dtype.str, a.shape, base64.b64encode(a.tobytes()).decode("ascii")) for a in arrays]
         return [
             [np.frombuffer(base64.b64decode(data), dtype).reshape(shape) for dtype, shape, data in worker]
-            for worker in self.gather_object(packed)
+            for worker in self.allgather_object(packed)
         ]
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every worker; all wait until all are here."""
-        return self.gather_object(value)[0]
+        return self.allgather_object(value)[0]
 
     def heartbeat(self, step: int) -> None:
         """Called before each step: this worker gets on. What else takes long has `gluon_lm.heartbeat`."""

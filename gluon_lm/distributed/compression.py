@@ -38,7 +38,7 @@ class GradientScales:
     def observe(
         self,
         gradients_DP: Sequence[Sequence[mx.nd.NDArray]],
-        exchange: Callable[[Sequence[float]], np.ndarray],
+        allgather: Callable[[Sequence[float]], np.ndarray],
     ) -> None:
         """Take in one step's gradients as they would be compressed.
 
@@ -46,11 +46,11 @@ class GradientScales:
         ----------
         gradients_DP : sequence of sequences of NDArray
             Of each of D devices, or of what else compresses by itself, the P parameters' gradients.
-        exchange : callable
-            `Communicator.exchange`: the scales are to be the same for all workers.
+        allgather : callable
+            `Communicator.allgather`: the scales are to be the same for all workers.
         """
         sums = [square_sums(gradients) for gradients in gradients_DP]
-        sums_WP = exchange(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
+        sums_WP = allgather(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
         self._square_sums = self._square_sums + sums_WP.sum(axis=0)
         self._steps += 1
         if self._steps == CALIBRATION_STEPS:

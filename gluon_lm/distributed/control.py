@@ -97,7 +97,7 @@ class Control:
         Parameters
         ----------
         rank : int
-            From 0, another one for each worker; `gather` orders by it.
+            From 0, another one for each worker; `allgather` orders by it.
 
         Raises
         ------
@@ -107,7 +107,7 @@ class Control:
         self._say("join", rank)
         self._hear()
 
-    def gather(self, value: Any) -> list[Any]:
+    def allgather(self, value: Any) -> list[Any]:
         """Every worker's value (plain JSON values, up to some megabytes), by rank; waits until all are here.
 
         Raises
@@ -115,7 +115,7 @@ class Control:
         DistributedError
             Where the launcher is gone.
         """
-        self._say("gather", self._step, value)
+        self._say("allgather", self._step, value)
         return self._hear()
 
     def alive(self, step: int | None = None) -> None:

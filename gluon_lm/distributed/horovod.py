@@ -105,7 +105,7 @@ class HorovodCommunicator(Communicator):
         uuid = identity(device.device_id) if device.device_type == "gpu" else None
         # Slurm and Kubernetes have each process see its own GPU as the first, and containers have names of their own.
         place = [socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), str(device)]
-        gpus = self.gather_object(place if uuid is None else [uuid])
+        gpus = self.allgather_object(place if uuid is None else [uuid])
         shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
         if len(shared) > 1 and device.device_type == "gpu":
             raise DistributedError(
@@ -140,7 +140,7 @@ class HorovodCommunicator(Communicator):
         if self._scales is None:
             self._add_up(gradients)
         elif self._scales.factors is None:
-            self._scales.observe([gradients], self.exchange)
+            self._scales.observe([gradients], self.allgather)
             self._add_up(gradients)
         else:
             self._add_up_codes(gradients, self._scales.factors)
@@ -163,7 +163,7 @@ class HorovodCommunicator(Communicator):
             self._make_codecs([gradient.size for gradient in gradients], factors)
         parts = [(codec, gradients[which]) for which, codec in reversed(self._codecs)]
         for number, bytes_B in enumerate([codec.encode(part) for codec, part in parts]):
-            bytes_WB = self._allgather(f"codes.{number}", bytes_B).reshape((self.size, -1))
+            bytes_WB = self._allgather_array(f"codes.{number}", bytes_B).reshape((self.size, -1))
             codec, part = parts[number]
             codec.decode(bytes_WB, part)
 
@@ -180,19 +180,19 @@ class HorovodCommunicator(Communicator):
 
     # ---------------------------------------------------------------- objects
 
-    def gather_object(self, value):
+    def allgather_object(self, value):
         line = json.dumps(value).encode("ascii") + b"\n"
-        gathered = self._allgather("object", mx.nd.array(np.frombuffer(line, np.uint8), dtype="uint8"))
+        gathered = self._allgather_array("object", mx.nd.array(np.frombuffer(line, np.uint8), dtype="uint8"))
         return [json.loads(part) for part in gathered.asnumpy().tobytes().splitlines()]
 
-    def exchange(self, numbers):
+    def allgather(self, numbers):
         own = np.array(numbers, dtype=np.float64)
         # As bytes: MXNet's conversions would go by way of float32.
-        gathered = self._allgather(f"numbers.{own.size}", mx.nd.array(own.view(np.uint8), dtype="uint8"))
+        gathered = self._allgather_array(f"numbers.{own.size}", mx.nd.array(own.view(np.uint8), dtype="uint8"))
         return gathered.asnumpy().view(np.float64).reshape(self.size, own.size)
 
     def gather_arrays(self, arrays):
-        shapes = self.gather_object([[array.dtype.str, array.shape] for array in arrays])
+        shapes = self.allgather_object([[array.dtype.str, array.shape] for array in arrays])
         workers = [list(arrays)] if self.is_primary else []
         # One after the other, so that no process holds more than one worker's arrays that it has no use for.
         for rank in range(1, self.size):
@@ -211,7 +211,7 @@ class HorovodCommunicator(Communicator):
                 workers.append(received)
         return workers
 
-    def _allgather(self, name: str, array: mx.nd.NDArray) -> mx.nd.NDArray:
+    def _allgather_array(self, name: str, array: mx.nd.NDArray) -> mx.nd.NDArray:
         with self._together():
             return self._hvd.allgather(array, name=name)
 

@@ -48,7 +48,7 @@ class KVStoreCommunicator(Communicator):
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         factors = self._scales.factors if self._scales else None
         if self._scales and factors is None:
-            self._scales.observe(list(zip(*(parameter.list_grad() for parameter in parameters))), self.exchange)
+            self._scales.observe(list(zip(*(parameter.list_grad() for parameter in parameters))), self.allgather)
         store = self._open_store(parameters, compress=factors is not None)
         add_up_at_scale(parameters, factors, lambda key, grads: store.pushpull(key, grads, out=grads, priority=-key))
         if self._scales and factors is None and self._scales.factors:

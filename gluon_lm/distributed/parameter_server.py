@@ -66,8 +66,8 @@ class ParameterServer(Communicator):
         devices = f"{len(self.devices)} devices each ({first} to {last})" if last != first else f"one each ({first})"
         return f"{self.size} workers, {devices}, KVStore {self._kind}{compression}"
 
-    def gather_object(self, value):
-        return self._control.gather(value)
+    def allgather_object(self, value):
+        return self._control.allgather(value)
 
     def heartbeat(self, step):
         self._control.alive(step)
@@ -90,11 +90,11 @@ class ParameterServer(Communicator):
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         factors = self._scales.factors if self._scales else None
         if self._scales and factors is None:
-            self._scales.observe([list(map(_sum_of_devices, parameters))], self.exchange)
+            self._scales.observe([list(map(_sum_of_devices, parameters))], self.allgather)
         if factors and not self._is_compressing:
             self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
             self._is_compressing = True
-            self.gather_object("compressing")  # rank 0 has told the servers before anyone pushes
+            self.allgather_object("compressing")  # rank 0 has told the servers before anyone pushes
             # MXNet cuts a large array among the servers at other places once it is compressed.
             self._first_key = len(parameters)
             self._make_keys(parameters)

@@ -303,7 +303,7 @@ class Supervisor(EventLoop):
         elif all(worker.code is not None for worker in self._workers):
             self._finish(code_when_stopped if any(worker.code for worker in self._workers) else 0)
         else:
-            self._check_exchange()
+            self._check_allgather()
 
     # ------------------------------------------------------------ what workers say
 
@@ -316,12 +316,12 @@ class Supervisor(EventLoop):
             self._fail(f"{member.full_name} has rank {rank}; there are {len(self._workers)} workers, from 0 on")
         member.rank = rank
         self._idle_s = 0.0
-        self._hear_gather(agent, name, None, None)
+        self._hear_allgather(agent, name, None, None)
 
-    def _hear_gather(self, agent: _Agent, name: str, step: int | None, value: Any) -> None:
+    def _hear_allgather(self, agent: _Agent, name: str, step: int | None, value: Any) -> None:
         member = self._members[name]
         member.is_waiting, member.step, member.value = True, step, value
-        self._check_exchange()
+        self._check_allgather()
 
     def _hear_alive(self, agent: _Agent, name: str, step: int | None) -> None:
         self._members[name].step = step
@@ -331,7 +331,7 @@ class Supervisor(EventLoop):
         self._members[name].has_left = True
         self._idle_s = 0.0
 
-    def _check_exchange(self) -> None:
+    def _check_allgather(self) -> None:
         """Give all workers the values of all when the last one is here; fail where one has ended without coming.
 
         One that has only said that it leaves may be about to fail, and then says why at its end.

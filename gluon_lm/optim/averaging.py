@@ -53,14 +53,14 @@ class WeightAverage:
     def in_place_of_weights(self) -> Iterator[None]:
         """Within it the device's weights are the means; afterwards they are as before. Before any step: no change."""
         if self.count:
-            self._exchange()
+            self._swap()
         try:
             yield
         finally:
             if self.count:
-                self._exchange()
+                self._swap()
 
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         for name, mean in self._means.items():
             weight = self._weights[name]
             held = weight.copy()

@@ -38,7 +38,7 @@ def check_alike(own: dict[str, object], communicator: Communicator) -> None:
     DistributedError
         Naming what differs, and where.
     """
-    facts = communicator.gather_object(own)
+    facts = communicator.allgather_object(own)
     for what in dict.fromkeys(name for fact in facts for name in fact):  # one may resume where another begins
         expected, *_ = values = [fact.get(what, "none") for fact in facts]
         others = {rank: value for rank, value in enumerate(values) if value != expected}

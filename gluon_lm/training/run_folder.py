@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, exchange, temporary_sibling
+from ..files import atomic_write, swap_folders, temporary_sibling
 from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
@@ -137,7 +137,7 @@ class RunFolder:
             with contextlib.ExitStack() as stack:
                 for run in [self, *map(RunFolder, finetunings(self._place))]:
                     stack.enter_context(run.held())
-                exchange(fresh, self._place)
+                swap_folders(fresh, self._place)
             return
         try:
             fresh.rename(self._place)

@@ -153,7 +153,7 @@ class TrainingStep:
         # The only read-back of a step in float32: whether to update at all depends on it.
         own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
         grad_norm = 0.0 if has_overflowed else self._gradient_norm() / window.num_targets
-        loss_sums_W, grad_norms_W, notes_W = self._communicator.exchange([own_loss_sum, grad_norm, note()]).T
+        loss_sums_W, grad_norms_W, notes_W = self._communicator.allgather([own_loss_sum, grad_norm, note()]).T
         # All have the same gradient; rank 0's norm, so that all clip it alike to the last bit.
         is_finite = np.isfinite(grad_norms_W).all()
         loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
@@ -205,7 +205,7 @@ class TrainingStep:
         ]
         is_finite = all(flag.asscalar() for flag in flags)
         # All or none: a worker that went on would wait for the others, and compression would keep what is no number.
-        if not self._communicator.exchange([is_finite]).all():
+        if not self._communicator.allgather([is_finite]).all():
             return False
         for grads in gradients_of_devices:
             for grad in grads:

@@ -195,7 +195,7 @@ class Trainer:
                 is_whole = heeded is None
                 if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
                     is_whole &= self._test_best(stop, heeded)
-                self._communicator.gather_object("done")
+                self._communicator.allgather_object("done")
             self._note_end("finished" if is_whole else "stopped")
             return 0 if is_whole else stop.exit_code
         except (Exception, KeyboardInterrupt) as error:
@@ -296,7 +296,7 @@ class Trainer:
         if communicator.size > 1:
             for parameter in parameters:
                 checksum = zlib.crc32(parameter.data(first).asnumpy(), checksum)
-        found = communicator.gather_object([checksum, apart])
+        found = communicator.allgather_object([checksum, apart])
         others = [rank for rank, (of_worker, _) in enumerate(found) if of_worker != found[0][0]]
         if others:
             raise DistributedError(

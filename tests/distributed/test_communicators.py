@@ -95,7 +95,7 @@ def communicator(request):
 def test_one_process_is_rank_0_of_1(communicator):
     assert (communicator.rank, communicator.size, communicator.is_primary) == (0, 1, True)
     assert communicator.broadcast_object({"lr": 5.0, "best": None}) == {"lr": 5.0, "best": None}
-    assert communicator.gather_object({"a": 1}) == [{"a": 1}]
+    assert communicator.allgather_object({"a": 1}) == [{"a": 1}]
 
 
 def test_description_is_one_line_that_names_the_devices(communicator):

@@ -130,9 +130,9 @@ def run_first(folder):
         notes.keep(f"{compression}/parameters", [parameter.data().asnumpy() for parameter in parameters])
 
     communicator = HorovodCommunicator([CPU])
-    notes.keep("gathered", communicator.gather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
+    notes.keep("gathered", communicator.allgather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
     notes.keep("broadcast", communicator.broadcast_object([rank, 0.1]))
-    notes.keep("exchanged", [communicator.exchange([rank + 0.1, np.nan, 1e300])])
+    notes.keep("exchanged", [communicator.allgather([rank + 0.1, np.nan, 1e300])])
     arrays = [np.full((rank + 1, 2), rank + 0.1), np.arange(3, dtype=np.float32) + rank]
     for worker, found in enumerate(communicator.gather_arrays(arrays)):
         if communicator.is_primary:
@@ -225,7 +225,7 @@ def run_slow(folder):
 def run_different(folder):
     """Each rank exchanges something else, as where they were started with other flags."""
     communicator = HorovodCommunicator([CPU])
-    communicator.exchange([0.0] * (communicator.rank + 1))
+    communicator.allgather([0.0] * (communicator.rank + 1))
 
 
 def run_asleep(folder):
@@ -700,7 +700,7 @@ def test_nccl_is_refused_for_processes_on_one_gpu_and_not_for_those_that_see_the
         monkeypatch.setattr(gpus, "DRIVER", str(driver))
         communicator, told = object.__new__(HorovodCommunicator), []
         communicator.devices, communicator.rank = [mx.gpu(0)], 0
-        communicator.gather_object = lambda own: told.append(own) or [own, *others]
+        communicator.allgather_object = lambda own: told.append(own) or [own, *others]
         communicator._refuse_shared_gpus()
         return told[0]
 

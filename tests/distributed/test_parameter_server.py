@@ -72,9 +72,9 @@ def run_worker(folder, kvstore, num_devices, threshold):
     communicator.broadcast_parameters(parameters)
     values = [np.unique(array.asnumpy()) for parameter in parameters for array in parameter.list_data()]
     notes.keep("parameters", values)
-    notes.keep("gathered", communicator.gather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
+    notes.keep("gathered", communicator.allgather_object({"rank": rank, "text": "né\n" * rank, "none": None}))
     notes.keep("broadcast", communicator.broadcast_object([rank, 0.1]))
-    notes.keep("exchanged", [communicator.exchange([rank + 0.1, np.nan, 1e300])])
+    notes.keep("exchanged", [communicator.allgather([rank + 0.1, np.nan, 1e300])])
     for step in range(NUM_STEPS):
         found = reduce(communicator, parameters, [draw(step, rank, i) for i in range(len(devices))])
         for arrays in found[1:]:
@@ -88,7 +88,7 @@ def run_worker(folder, kvstore, num_devices, threshold):
         gradients[-1][0][0, 0] = np.nan
     notes.keep("not finite", reduce(communicator, parameters, gradients)[0])
     notes.write()
-    communicator.gather_object("end")
+    communicator.allgather_object("end")
     communicator.close()
 
 

@@ -496,9 +496,9 @@ def test_the_next_words_are_on_their_way_before_gradients_are_waited_for(monkeyp
     events = []
 
     class Watched(SingleDevice):
-        def exchange(self, numbers):
-            events.append("exchange")
-            return super().exchange(numbers)
+        def allgather(self, numbers):
+            events.append("allgather")
+            return super().allgather(numbers)
 
         def reduce_gradients(self, parameters):
             events.append("reduce")
@@ -507,14 +507,14 @@ def test_the_next_words_are_on_their_way_before_gradients_are_waited_for(monkeyp
     _, step = build_step(Watched([mx.cpu(0)]), loss_scale=LossScale())
     first, second = list(Streams(text(), BATCH, EOS).windows(BPTT))[:2]
     step(first, 3, 0, upcoming=second)
-    assert events == [second, "exchange", "reduce", "exchange"]
+    assert events == [second, "allgather", "reduce", "allgather"]
 
 
 def test_a_step_that_overflows_on_another_worker_is_not_taken():
     class BesideAnother(SingleDevice):
         """One of two workers; the other's gradient has overflowed, and its numbers are else the same."""
 
-        def exchange(self, numbers):
+        def allgather(self, numbers):
             return np.array([numbers, [0.0] if len(numbers) == 1 else numbers], dtype=np.float64)
 
         def reduce_gradients(self, parameters):

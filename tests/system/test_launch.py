@@ -79,7 +79,7 @@ if what == "number":
     sys.exit()
 for step in range(1, 1_000_000):
     control.alive(step)
-    requests = sum(control.gather(asked), [])
+    requests = sum(control.allgather(asked), [])
     if requests:
         print("stopped by itself", flush=True)
         control.leave()
@@ -504,7 +504,7 @@ for step in range(3):
     store.push(0, mx.nd.full((3, 4), 10 ** store.rank))
     store.pull(0, out=total)
     assert total.asnumpy().min() == total.asnumpy().max() == 111
-    assert control.gather(store.rank) == [0, 1, 2]
+    assert control.allgather(store.rank) == [0, 1, 2]
 print("added up by", store.num_workers)
 control.leave()
 """

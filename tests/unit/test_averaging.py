@@ -1,4 +1,4 @@
-"""Averaged weights: the mean in numpy, an exchange that undoes itself, and the published rule for when to begin."""
+"""Averaged weights: the mean in numpy, a swap that undoes itself, and the published rule for when to begin."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def test_a_worker_joins_and_gathers(launcher):
     assert launcher.hear() == ["join", 1]
     values = [{"digits": 0.1 + 0.2, "name": "naïve\n"}, [None, True, -(2**60)]]
     launcher.answer(values)
-    assert control.gather(values[1]) == values
-    assert launcher.hear() == ["gather", None, values[1]]
+    assert control.allgather(values[1]) == values
+    assert launcher.hear() == ["allgather", None, values[1]]
     control.leave()
     assert launcher.hear() == ["leave"]
     control.alive()  # it writes a text, it may be
@@ -66,10 +66,10 @@ def test_values_larger_than_a_pipe_go_through(launcher):
     reader.start()
     writer = threading.Thread(target=launcher.answer, args=([value, value],))
     writer.start()
-    assert control.gather(value) == [value, value]
+    assert control.allgather(value) == [value, value]
     reader.join()
     writer.join()
-    assert heard == [["gather", None, value]]
+    assert heard == [["allgather", None, value]]
 
 
 def test_alive_says_the_newest_step_a_few_times_a_second(launcher, monkeypatch):
@@ -87,7 +87,7 @@ def test_alive_says_the_newest_step_a_few_times_a_second(launcher, monkeypatch):
     assert said[0] == ["alive", 1] and said[-1] == ["alive", 100]
 
 
-@pytest.mark.parametrize("act", [lambda c: c.gather(1), lambda c: c.join(0), lambda c: c.alive()])
+@pytest.mark.parametrize("act", [lambda c: c.allgather(1), lambda c: c.join(0), lambda c: c.alive()])
 def test_a_launcher_that_is_gone_is_an_error_and_leaving_is_none(launcher, act):
     control = Control.from_environment()
     launcher.says.close()
@@ -101,7 +101,7 @@ def test_a_launcher_that_goes_while_a_worker_waits_is_an_error(launcher):
     launcher.answers.write(b'["answer", [1')
     launcher.answers.close()
     with pytest.raises(DistributedError, match="is gone"):
-        control.gather(1)
+        control.allgather(1)
 
 
 def test_the_channel_belongs_to_one_process(launcher):

@@ -32,7 +32,7 @@ class TwoWorkers(SingleDevice):
         super().__init__([mx.cpu()])
         self._change = change
 
-    def gather_object(self, value):
+    def allgather_object(self, value):
         return [value, self._change(value)]
 
 
