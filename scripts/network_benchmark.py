@@ -110,6 +110,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
 
     from gluon_lm.data.windows import Streams
     from gluon_lm.distributed.devices import create_communicator
+    from gluon_lm.heartbeat import beat
     from gluon_lm.models import LanguageModel
     from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
@@ -130,11 +131,11 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
 
     def take_step() -> None:
         done = next(steps_taken)
-        communicator.heartbeat(done)
+        beat(done)
         step(next(windows), SEED, done)
 
     def exchange() -> None:
-        communicator.heartbeat(next(steps_taken))
+        beat(next(steps_taken))
         reduce_gradients(parameters)
         mx.nd.waitall()
 

@@ -100,9 +100,6 @@ class Communicator(ABC):
         """Rank 0's value, on every worker; all wait until all are here."""
         return self.allgather_object(value)[0]
 
-    def heartbeat(self, step: int) -> None:
-        """Called before each step: this worker gets on. What else takes long has `gluon_lm.heartbeat`."""
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""
         return {}

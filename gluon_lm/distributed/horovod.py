@@ -84,7 +84,7 @@ class HorovodCommunicator(Communicator):
                 "scripts/install_horovod.sh"
             )
         self._watch = _Watch(self._hvd, timeout_s)
-        listen(self._watch.beat)
+        listen(lambda step: self._watch.beat())
         if self.size == 1 and compression != "none":
             raise DistributedError(
                 f"--gctype {compression}: there is one process, so no gradient travels and there is nothing to "
@@ -129,9 +129,6 @@ class HorovodCommunicator(Communicator):
             for parameter in parameters:
                 parameter.data(self.devices[0]).wait_to_read()
                 self._watch.beat()
-
-    def heartbeat(self, step):
-        self._watch.beat()
 
     # ---------------------------------------------------------------- gradients
 

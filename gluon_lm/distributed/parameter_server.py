@@ -69,9 +69,6 @@ class ParameterServer(Communicator):
     def allgather_object(self, value):
         return self._control.allgather(value)
 
-    def heartbeat(self, step):
-        self._control.alive(step)
-
     def broadcast_parameters(self, parameters):
         self._make_keys(parameters)
         for key, parameter in enumerate(parameters):

@@ -23,6 +23,7 @@ from ..distributed.communicator import Communicator
 from ..distributed.devices import memory_in_use
 from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
+from ..heartbeat import beat
 from ..logs import DETAIL, LOGGER, NOTICE, RESULT
 from ..memory import Need, explaining_memory_errors, peak_memory
 from ..metrics import perplexity
@@ -318,7 +319,7 @@ class Trainer:
             self._step.states = None
         lr = state.lr * epoch.relative_length(state.window)
         self._step.trainer.set_learning_rate(lr if lr > _SMALLEST_LR else 0)
-        self._communicator.heartbeat(self.state.step)
+        beat(state.step)
         window = self._upcoming or epoch.window(state.window)
         self._upcoming = epoch.window(state.window + 1) if state.window + 1 < len(epoch) else None
         result = self._step(

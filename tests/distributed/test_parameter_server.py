@@ -19,6 +19,7 @@ from processes import Found, Notes
 
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.parameter_server import ParameterServer
+from gluon_lm.heartbeat import beat
 
 pytestmark = pytest.mark.timeout(300)
 SHAPES = [(6, 4), (26, 65), (5,)]
@@ -81,7 +82,7 @@ def run_worker(folder, kvstore, num_devices, threshold):
             for array, first in zip(arrays, found[0]):
                 np.testing.assert_array_equal(array, first)
         notes.keep(f"sum{step}", found[0])
-        communicator.heartbeat(step)
+        beat(step)
     notes.keep("state", communicator.state_dict())
     gradients = [draw(NUM_STEPS, rank, i) for i in range(len(devices))]
     if rank == communicator.size - 1:

@@ -27,7 +27,7 @@ def beats(monkeypatch):
     """A list that grows by one with each heartbeat."""
     beats = []
     monkeypatch.setattr(heartbeat, "_listeners", [])
-    heartbeat.listen(lambda: beats.append(len(beats)))
+    heartbeat.listen(lambda step: beats.append(len(beats)))
     return beats
 
 
@@ -131,6 +131,15 @@ def test_each_piece_of_long_work_is_a_heartbeat_shown_or_not(monkeypatch, beats,
             before = len(beats)
             bar.update()
             assert len(beats) > before, done
+
+
+def test_a_heartbeat_says_the_step_where_there_is_one(monkeypatch):
+    heard = []
+    monkeypatch.setattr(heartbeat, "_listeners", [])
+    heartbeat.listen(heard.append)
+    heartbeat.beat(3)
+    heartbeat.beat()
+    assert heard == [3, None]
 
 
 def test_files_are_written_and_read_with_heartbeats(tmp_path, beats):
