@@ -40,8 +40,8 @@ class StepResult(NamedTuple):
     num_targets : int
     grad_norm : float
         Global L2 norm of the mean loss's gradient, before clipping.
-    notes : list of float
-        What each worker noted.
+    stop_signals : list of int
+        The signal by which each worker was asked to stop; 0 where it was not.
     was_taken : bool
         Whether the parameters were updated; not where a scaled gradient overflowed, whose norm is NaN.
     """
@@ -49,7 +49,7 @@ class StepResult(NamedTuple):
     loss_sum: float
     num_targets: int
     grad_norm: float
-    notes: list[float]
+    stop_signals: list[int]
     was_taken: bool = True
 
 
@@ -113,7 +113,7 @@ class TrainingStep:
         window: Window,
         seed: int,
         step: int,
-        note: Callable[[], float] = lambda: 0.0,
+        stop_signal: Callable[[], int] = lambda: 0,
         upcoming: Window | None = None,
     ) -> StepResult:
         """Take one step.
@@ -125,8 +125,8 @@ class TrainingStep:
         seed, step : int
             The run's seed, and the steps taken before. They, the worker's rank and the device decide the dropout masks,
             they and the place of its columns in the batch what a device samples, and nothing else does.
-        note : callable
-            Gives a number that every worker is to know after this step.
+        stop_signal : callable
+            Gives the signal by which this worker was asked to stop, or 0; every worker knows it after this step.
         upcoming : Window, optional
             The next step's, which is sent to the devices while they are busy with this one.
 
@@ -153,7 +153,9 @@ class TrainingStep:
         # The only read-back of a step in float32: whether to update at all depends on it.
         own_loss_sum = sum(float(loss.asscalar()) for loss in loss_sums)
         grad_norm = 0.0 if has_overflowed else self._gradient_norm() / window.num_targets
-        loss_sums_W, grad_norms_W, notes_W = self._communicator.allgather([own_loss_sum, grad_norm, note()]).T
+        numbers = [own_loss_sum, grad_norm, stop_signal()]
+        loss_sums_W, grad_norms_W, signals_W = self._communicator.allgather(numbers).T
+        stop_signals = signals_W.astype(int).tolist()
         # All have the same gradient; rank 0's norm, so that all clip it alike to the last bit.
         is_finite = np.isfinite(grad_norms_W).all()
         loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
@@ -174,14 +176,14 @@ class TrainingStep:
                 )
             self._loss_scale.update(has_overflowed)
         if has_overflowed:
-            return StepResult(loss_sum, window.num_targets, np.nan, notes_W.tolist(), was_taken=False)
+            return StepResult(loss_sum, window.num_targets, np.nan, stop_signals, was_taken=False)
         clip_factor = 1.0
         if self._clip_norm is not None and grad_norm > self._clip_norm:
             clip_factor = self._clip_norm / grad_norm
         if self._updates_rows:
             self.trainer._optimizer.rows = self._filled.by_index
         self.trainer.update(window.num_targets / clip_factor)
-        return StepResult(loss_sum, window.num_targets, grad_norm, notes_W.tolist())
+        return StepResult(loss_sum, window.num_targets, grad_norm, stop_signals)
 
     def rehearse(self, window: Window) -> None:
         """Go through a window forwards and backwards, and leave everything as it was but the memory that this takes.

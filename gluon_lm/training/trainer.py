@@ -326,10 +326,10 @@ class Trainer:
             window,
             self.config.training.seed,
             state.step,
-            note=lambda: stop.signal or 0,
+            stop_signal=lambda: stop.signal or 0,
             upcoming=self._upcoming,
         )
-        self._agreed_signal = int(max(result.notes))
+        self._agreed_signal = max(result.stop_signals)
         if self._average is not None and result.was_taken:
             self._average.update()
         if self._loss_scale is not None and not result.was_taken:
