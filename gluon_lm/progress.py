@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from .heartbeat import beat
 from .logs import has_bars, is_quiet, is_terminal, print_to_stderr
@@ -14,6 +14,8 @@ from .metrics import perplexity
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from .training.step import StepResult
 
 _PLAIN_INTERVAL_S = 10.0
 _BAR_DELAY_S = 0.5
@@ -105,6 +107,22 @@ def counted(items: Iterable[_Item], total: float | None, desc: str | None, unit:
             bar.update(1)
 
 
+class Place(NamedTuple):
+    """How far an epoch has come.
+
+    Attributes
+    ----------
+    epoch : int
+        From 1.
+    window, windows : int
+        Steps done in the epoch, and in all of it.
+    """
+
+    epoch: int
+    window: int
+    windows: int
+
+
 class TrainingBar:
     """Where a training run is, on a terminal: a bar for the epoch, and a line of figures below it.
 
@@ -134,34 +152,16 @@ class TrainingBar:
         self._next_drawing = 0.0
         self._losses = self._targets = self._seconds = self._steps = 0.0  # of late: older steps count ever less
 
-    def show(
-        self,
-        epoch: int,
-        window: int,
-        windows: int,
-        step: int,
-        lr: float,
-        loss: float,
-        targets: int,
-        norm: float,
-        seconds: float,
-    ) -> None:
+    def show(self, place: Place, step: int, lr: float, result: StepResult, seconds: float) -> None:
         """Take note of a step.
 
         Parameters
         ----------
-        epoch : int
-            From 0.
-        window, windows : int
-            Steps done in the epoch, and in all of it.
+        place : Place
         step : int
             Steps done in the run.
         lr : float
-        loss : float
-            Sum over the step's targets, in nats.
-        targets : int
-        norm : float
-            Of the gradient.
+        result : StepResult
         seconds : float
             That the step took.
         """
@@ -169,9 +169,11 @@ class TrainingBar:
             return
         now = time.monotonic()
         keep = math.exp(-seconds / _MEMORY_S)
-        self._losses, self._targets = keep * self._losses + loss, keep * self._targets + targets
+        self._losses = keep * self._losses + result.loss_sum
+        self._targets = keep * self._targets + result.num_targets
         self._seconds, self._steps = keep * self._seconds + seconds, keep * self._steps + 1
-        at = epoch + window / windows
+        epoch, window, windows = place
+        at = epoch - 1 + window / windows
         if self._started_at is None:
             self._started_at, self._started = at, now
         if now < self._next_drawing:
@@ -181,14 +183,14 @@ class TrainingBar:
         if self._max_steps is not None:
             end = min(end, at + (self._max_steps - step) / windows)
         left = [f"{_clock(min(windows - window, (end - at) * windows) * self._seconds / self._steps)} left"]
-        if end > epoch + 1 and at > self._started_at:
+        if end > epoch and at > self._started_at:
             left.append(f"{_clock((end - at) * (now - self._started) / (at - self._started_at))} to the end")
         mean = self._losses / self._targets
-        self._bar.set_description_str(f"epoch {epoch + 1:3d}/{self._epochs}", refresh=False)
+        self._bar.set_description_str(f"epoch {epoch:3d}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(", ".join(left), refresh=False)
         self._bar.total, self._bar.n = windows, window
         self._figures.set_description_str(
-            f"loss {mean:5.2f} | ppl {perplexity(mean):8.2f} | lr {lr:g} | norm {norm:.3f} | "
+            f"loss {mean:5.2f} | ppl {perplexity(mean):8.2f} | lr {lr:g} | norm {result.grad_norm:.3f} | "
             f"{self._targets / self._seconds if self._seconds else 0:.0f} tokens/s",
             refresh=False,
         )

@@ -31,7 +31,7 @@ from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
 from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
-from ..progress import TrainingBar
+from ..progress import Place, TrainingBar
 from ..tracking import MetricsFile, TensorBoard, write_status
 from .checkpoint import TRAINING_TEXT, Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
 from .loss_scale import LossScale
@@ -251,27 +251,12 @@ class Trainer:
             started, interval.lr = time.perf_counter(), state.lr
             result = self._take_step(stop)
             interval.add(result)
-            self._show(result, time.perf_counter() - started)
+            self._bar.show(self._place(), state.step, state.lr, result, time.perf_counter() - started)
             if state.step % CHECK_EVERY == 0:
                 self._check_agreement()
             if state.window % training.log_interval == 0:  # on the same grid after a resume
                 self._log_interval(interval)
                 interval = _Interval(time.perf_counter())
-
-    def _show(self, result: StepResult, seconds: float) -> None:
-        """Have the progress bar show a step that was taken, in so many seconds."""
-        epoch, window, windows = self._place()
-        self._bar.show(
-            epoch - 1,
-            window,
-            windows,
-            self.state.step,
-            self.state.lr,
-            result.loss_sum,
-            result.num_targets,
-            result.grad_norm,
-            seconds,
-        )
 
     def _must_stop(self, stop: StopRequest) -> bool:
         """Whether a signal asks to stop, which all workers must know after the same step."""
@@ -514,10 +499,10 @@ class Trainer:
             before_window=before_window,
         )
 
-    def _place(self) -> tuple[int, int, int]:
-        """The epoch, from 1 on, its windows that are done, and how many it has; at its end all are done."""
+    def _place(self) -> Place:
         state, windows = self.state, len(self._epoch[1])
-        return (state.epoch + 1, state.window, windows) if state.window else (state.epoch, windows, windows)
+        # At the end of an epoch all its windows are done.
+        return Place(state.epoch + 1, state.window, windows) if state.window else Place(state.epoch, windows, windows)
 
     def _log_interval(self, interval: _Interval) -> None:
         state = self.state

@@ -12,7 +12,8 @@ import pytest
 from gluon_lm import heartbeat
 from gluon_lm.files import file_hash, read_arrays, synchronise, write_arrays
 from gluon_lm.logs import LOGGER, is_quiet, logging_for_file
-from gluon_lm.progress import PlainProgress, TrainingBar, progress_bar
+from gluon_lm.progress import Place, PlainProgress, TrainingBar, progress_bar
+from gluon_lm.training.step import StepResult
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,8 @@ def test_the_training_bar_tells_the_mean_and_the_time_that_is_left(monkeypatch):
     for step in range(1, 16):
         clock[0] += 0.5 + 5 * (step == 11)
         epoch, window = divmod(step - 1, 10)
-        bar.show(epoch, window + 1, 10, step, lr=0.25, loss=40 * 3.0, targets=40, norm=1.5, seconds=0.5)
+        result = StepResult(loss_sum=40 * 3.0, num_targets=40, grad_norm=1.5, stop_signals=[0])
+        bar.show(Place(epoch + 1, window + 1, 10), step, 0.25, result, seconds=0.5)
     told = terminal.getvalue()
     bar.close()
     # Of 40 steps 25 are left; the 14 since the first one took 12 s. Five of them end the epoch, half a second each.
