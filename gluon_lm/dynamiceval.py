@@ -55,7 +55,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     prepare_process()
     from .data import load_corpus
     from .distributed.devices import resolve_single_device
-    from .evaluation.dynamic import cached_statistics, dynamic_evaluate
+    from .evaluation.dynamic import dynamic_evaluate, gradient_statistics
     from .training.checkpoint import TRAINING_TEXT, load_model_and_state
     from .training.run_folder import find_run
 
@@ -80,8 +80,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
     for doubt in corpus.doubts():
         LOGGER.warning("%s", doubt)
     eos = vocabulary.eos_id
-    statistics = cached_statistics(
-        run.path / FOLDER,
+    statistics = gradient_statistics(
         model,
         corpus.train,
         eos,
@@ -89,6 +88,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
         bptt=options.bptt,
         batch_size=options.batch_size,
         max_batches=options.max_batches,
+        folder=run.path / FOLDER,
         progress="squared gradients",
     )
     result = dynamic_evaluate(

@@ -61,6 +61,7 @@ def gradient_statistics(
     bptt: int = 5,
     batch_size: int = 100,
     max_batches: int | None = None,
+    folder: Path | None = None,
     progress: str | None = None,
 ) -> GradientStatistics:
     """Go through the training text and add up the squares of each window's gradient. All dropout is off.
@@ -81,6 +82,9 @@ def gradient_statistics(
         N, streams that the text is cut into.
     max_batches : int, optional
         Windows to stop after; by default all are taken.
+    folder : Path, optional
+        Where the statistics are kept, so that they are computed once for a model, a text and a way to cut it. A file
+        that is damaged is said to be and made anew; a folder that cannot be written in costs the file only.
     progress : str, optional
         What to call the work in a progress bar.
 
@@ -97,45 +101,29 @@ def gradient_statistics(
             f"{len(ids)} training tokens are less than one window for each stream, --batch-size {batch_size} x --bptt "
             f"{bptt}, {batch_size * bptt} in all; lower these or add text"
         )
+    path = None
+    if folder is not None:
+        path = folder / f"gradients-{_key(model, ids, eos, bptt, batch_size, max_batches)[:24]}.npz"
+        kept = _load(path, model)
+        if kept is not None:
+            return kept
     streams = Streams(ids, batch_size, eos)
     num_windows = -(-streams.num_rows // bptt)
     if max_batches is not None:
         num_windows = min(num_windows, max_batches)
-    reader = _Reader(model, device, batch_size, "the run itself has diverged, so use an earlier checkpoint of it")
-    sums = [mx.nd.zeros_like(gradient) for gradient in reader.gradients]
+    advice = "the run itself has diverged, so use an earlier checkpoint of it"
+    gradient_pass = _GradientPass(model, device, batch_size, advice)
+    sums = [mx.nd.zeros_like(gradient) for gradient in gradient_pass.gradients]
     with progress_bar(total=min(num_windows * bptt * batch_size, len(ids)), desc=progress, unit="token") as bar:
         for window in itertools.islice(streams.windows(bptt), num_windows):
-            reader.read(window)
-            for square_sum, gradient in zip(sums, reader.gradients):
+            gradient_pass.read(window)
+            for square_sum, gradient in zip(sums, gradient_pass.gradients):
                 square_sum += mx.nd.square(gradient / window.num_targets)
             bar.update(window.num_targets)
-    reader.total_loss()  # must be finite
-    names = reader.model.named_parameters()
-    return GradientStatistics({name: s.asnumpy() for name, s in zip(names, sums)}, num_windows)
-
-
-def cached_statistics(
-    folder: Path,
-    model: LanguageModel,
-    ids: np.ndarray,
-    eos: int,
-    device: mx.Context,
-    *,
-    bptt: int = 5,
-    batch_size: int = 100,
-    max_batches: int | None = None,
-    progress: str | None = None,
-) -> GradientStatistics:
-    """As `gradient_statistics`, but computed once for a model, a text and a way to cut it, and then kept in `folder`.
-
-    A file that is damaged is said to be and made anew; a folder that cannot be written in costs the file only.
-    """
-    path = folder / f"gradients-{_key(model, ids, eos, bptt, batch_size, max_batches)[:24]}.npz"
-    statistics = _load(path, model)
-    if statistics is None:
-        statistics = gradient_statistics(
-            model, ids, eos, device, bptt=bptt, batch_size=batch_size, max_batches=max_batches, progress=progress
-        )
+    gradient_pass.total_loss()  # must be finite
+    names = gradient_pass.model.named_parameters()
+    statistics = GradientStatistics({name: s.asnumpy() for name, s in zip(names, sums)}, num_windows)
+    if path is not None:
         _save(path, statistics)
     return statistics
 
@@ -188,7 +176,7 @@ def dynamic_evaluate(
         If the loss stops being finite.
     """
     check_ids(model, ids)
-    reader = _Reader(model, device, 1, f"the learning rate is likely too high: lower --lr (now {lr:g})")
+    gradient_pass = _GradientPass(model, device, 1, f"the learning rate is likely too high: lower --lr (now {lr:g})")
     trained = {name: parameter.data(device) for name, parameter in model.named_parameters().items()}
     root_squares = statistics.root_squares(of_mean)
     mean_sum = sum(root.mean() for root in root_squares.values())
@@ -206,22 +194,22 @@ def dynamic_evaluate(
             parameter.grad(device),
             on_device(lr / (bptt * (root_squares[name] + epsilon))),
         )
-        for name, parameter in reader.model.named_parameters().items()
+        for name, parameter in gradient_pass.model.named_parameters().items()
     ]
     with progress_bar(total=len(ids), desc=progress, unit="token") as bar:
         for window in Streams(ids, 1, eos).windows(bptt):
-            reader.read(window)
+            gradient_pass.read(window)
             for current, origin, change, kept, gradient, rate in terms:
                 change *= kept
                 gradient *= rate
                 change -= gradient
                 mx.nd.elemwise_add(origin, change, out=current)
             bar.update(window.num_targets)
-    return Evaluation(reader.total_loss(), len(ids))
+    return Evaluation(gradient_pass.total_loss(), len(ids))
 
 
-class _Reader:
-    """A copy of a model, without dropout, that reads a text window by window and has the gradient of each.
+class _GradientPass:
+    """A pass over a text, window by window, by a copy of a model without dropout, that has the gradient of each window.
 
     Parameters
     ----------

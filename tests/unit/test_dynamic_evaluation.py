@@ -11,9 +11,10 @@ import pytest
 import reference
 from builders import VOCAB_SIZE, build_model, relative_error, values_of
 
+from gluon_lm.data.windows import Streams
 from gluon_lm.errors import DataError, TrainingDiverged
 from gluon_lm.evaluation import dynamic
-from gluon_lm.evaluation.dynamic import cached_statistics, dynamic_evaluate, gradient_statistics
+from gluon_lm.evaluation.dynamic import dynamic_evaluate, gradient_statistics
 from gluon_lm.evaluation.static import evaluate
 from gluon_lm.logs import LOGGER
 
@@ -183,14 +184,14 @@ def test_a_text_that_does_not_fit_is_refused():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Counts the times that a training text is gone through."""
+    """Grows by one each time that a training text is gone through."""
     calls = []
 
-    def counted(*args, **how):
-        calls.append(how)
-        return gradient_statistics(*args, **how)
+    def counted(*args):
+        calls.append(args)
+        return Streams(*args)
 
-    monkeypatch.setattr(dynamic, "gradient_statistics", counted)
+    monkeypatch.setattr(dynamic, "Streams", counted)
     return calls
 
 
@@ -207,7 +208,8 @@ def said():
 
 
 def cached(folder, model, ids=TRAINING_TEXT, **how):
-    return cached_statistics(folder, model, ids, EOS, mx.cpu(0), **{"bptt": BPTT, "batch_size": BATCH_SIZE, **how})
+    how = {"bptt": BPTT, "batch_size": BATCH_SIZE, **how}
+    return gradient_statistics(model, ids, EOS, mx.cpu(0), folder=folder, **how)
 
 
 def assert_same(found, expected):
