@@ -13,7 +13,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from .data.vocabulary import EOS
+from .data.vocabulary import EOS, Vocabulary
 from .metrics import finite_or_none, perplexity
 from .prediction import Predictor
 
@@ -37,6 +37,12 @@ class LineScore:
     words: list[str]
     log_probs: np.ndarray
     is_unknown: list[bool]
+
+    @classmethod
+    def of(cls, line: Sequence[str], log_probs: np.ndarray, vocabulary: Vocabulary) -> LineScore:
+        """The scores of a line without its ``<eos>``, from the log-probabilities with it."""
+        words = [*line, EOS]
+        return cls(words, log_probs, [word not in vocabulary for word in words])
 
     @property
     def log_prob(self) -> float:
@@ -110,5 +116,4 @@ def _score_batch(predictor: Predictor, lines: list[Sequence[str]]) -> Iterator[L
     )
     log_probs_TN = -losses_R.asnumpy().reshape(targets_TN.shape)
     for n, line in enumerate(lines):
-        words = [*line, EOS]
-        yield LineScore(words, log_probs_TN[: len(words), n], [word not in vocabulary for word in words])
+        yield LineScore.of(line, log_probs_TN[: len(line) + 1, n], vocabulary)

@@ -10,8 +10,22 @@ from collections.abc import Iterator, Sequence
 import mxnet as mx
 import numpy as np
 
+from ..data import Vocabulary
 from ..prediction import Predictor
 from .sampling import AS_IS, Sampler, Sampling
+
+
+def begin_text(
+    vocabulary: Vocabulary, prompt: Sequence[str] | None, seed: int, index: int
+) -> tuple[list[int], np.random.Generator]:
+    """The ids that text number `index` of a seed begins with, and where its random numbers come from.
+
+    These are ``<eos>`` and the prompt, or without one a word drawn evenly from the vocabulary.
+    """
+    rng = np.random.default_rng([seed, index])
+    if prompt is None:
+        return [int(rng.integers(len(vocabulary)))], rng
+    return [vocabulary.eos_id, *vocabulary.encode(prompt).tolist()], rng
 
 
 def generate(
@@ -49,15 +63,11 @@ def generate(
         The next word of each text, ``<eos>`` at the end of a line; None once the text has ended.
     """
     vocabulary, device = predictor.vocabulary, predictor.device
-    rngs = [np.random.default_rng([seed, n]) for n in range(num_samples)]
-    if prompt is None:
-        states = predictor.begin_state(num_samples)
-        last_N = [rng.integers(len(vocabulary)) for rng in rngs]
-    else:
-        *before, last = [vocabulary.eos_id, *vocabulary.encode(prompt)]
-        last_N = [last] * num_samples
-        read = predictor.read(np.array(before, np.int32)[:, None], predictor.begin_state(1))  # once for all texts
-        states = [mx.nd.repeat(state_1NH, num_samples, axis=1) for state_1NH in read]
+    beginnings, rngs = zip(*(begin_text(vocabulary, prompt, seed, n) for n in range(num_samples)))
+    last_N = [ids[-1] for ids in beginnings]
+    before_T = np.array(beginnings[0][:-1], np.int32)  # the same for all texts, so it is read once
+    read = predictor.read(before_T[:, None], predictor.begin_state(1))
+    states = [mx.nd.repeat(state_1NH, num_samples, axis=1) for state_1NH in read]
     sampler = Sampler(predictor.network, [sampling] * num_samples, len(vocabulary), vocabulary.unk_id, device)
     tokens_1N = mx.nd.array([last_N], ctx=device, dtype="int32")
     has_ended = [False] * num_samples

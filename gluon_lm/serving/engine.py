@@ -19,7 +19,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from ..data.vocabulary import EOS, Vocabulary
+from ..data import Vocabulary
+from ..generation.generator import begin_text
 from ..generation.sampling import AS_IS, Sampler, Sampling
 from ..logs import LOGGER
 from ..models import State
@@ -69,16 +70,22 @@ class TextRequest:
 
 
 class _Text:
-    """A text at work: its last word, which is its next input, and where its random numbers come from."""
+    """A text at work: its last word, which is its next input, and where its random numbers come from.
+
+    The words before that one are read first, and `states` are those after them; None: the zero state.
+    """
 
     def __init__(
-        self, request: TextRequest, done: Future[list[str]], on_word: Callable[[str], None] | None, words: Vocabulary
+        self,
+        request: TextRequest,
+        done: Future[list[str]],
+        on_word: Callable[[str], None] | None,
+        vocabulary: Vocabulary,
     ) -> None:
         self.request, self.done, self.on_word = request, done, on_word
         self.words: list[str] = []
-        self.prompt_ids = None if request.prompt is None else (words.eos_id, *words.encode(request.prompt).tolist())
-        self.rng = np.random.default_rng([request.seed, request.index])
-        self.last_word = int(self.rng.integers(len(words))) if self.prompt_ids is None else -1
+        ids, self.rng = begin_text(vocabulary, request.prompt, request.seed, request.index)
+        self.before, self.last_word = tuple(ids[:-1]), ids[-1]
         self.states: State | None = None
 
 
@@ -184,14 +191,14 @@ class Engine:
         ]
 
         def begin() -> None:
-            by_prompt: dict[tuple[int, ...], list[_Text]] = {}
+            by_before: dict[tuple[int, ...], list[_Text]] = {}
             for text in texts:
-                if text.prompt_ids is None:
-                    self._waiting.append(text)
+                if text.before:
+                    by_before.setdefault(text.before, []).append(text)
                 else:
-                    by_prompt.setdefault(text.prompt_ids, []).append(text)
-            for prompt_ids, alike in by_prompt.items():
-                self._pieces.append(([text.done for text in alike], self._read_prompt(prompt_ids, alike)))
+                    self._waiting.append(text)
+            for before, alike in by_before.items():
+                self._pieces.append(([text.done for text in alike], self._read_prompt(before, alike)))
 
         self._accept(futures, begin)
         return futures
@@ -318,15 +325,15 @@ class Engine:
             if next(pieces, pieces) is not pieces:
                 self._pieces.append((futures, pieces))
 
-    def _read_prompt(self, ids: Sequence[int], texts: Sequence[_Text]) -> Iterator[None]:
-        """Read a prompt once for all texts that go on from it."""
+    def _read_prompt(self, before: Sequence[int], texts: Sequence[_Text]) -> Iterator[None]:
+        """Read the words before the last of a prompt once for all texts that go on from it."""
         states = self._predictor.begin_state(1)
-        for start in range(0, len(ids) - 1, _WORDS_PER_PIECE):
-            piece = ids[start : min(start + _WORDS_PER_PIECE, len(ids) - 1)]
+        for start in range(0, len(before), _WORDS_PER_PIECE):
+            piece = before[start : start + _WORDS_PER_PIECE]
             states = self._predictor.read(np.array(piece, np.int32)[:, None], states)
             yield
         for text in texts:
-            text.states, text.last_word = states, ids[-1]
+            text.states = states
             self._waiting.append(text)
 
     def _score(
@@ -347,8 +354,7 @@ class Engine:
                 if num_read >= _WORDS_PER_PIECE:  # short lines are one piece together
                     num_read = 0
                     yield
-            is_unknown = [word not in self._vocabulary for word in [*line, EOS]]
-            scores.append(LineScore([*line, EOS], np.concatenate(log_probs), is_unknown))
+            scores.append(LineScore.of(line, np.concatenate(log_probs), self._vocabulary))
         _finish(future, scores)
 
     def _losses(self, tokens: Sequence[int], targets: Sequence[int], states: State) -> tuple[mx.nd.NDArray, State]:
