@@ -16,7 +16,7 @@ import mxnet as mx
 
 from .data.windows import Window
 from .inputs import Inputs, copy_inputs
-from .models import Head, LanguageModel, SampledSoftmax, State
+from .models import Head, LanguageModel, State, TrainingHead
 
 CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
 CHUNK_LOGITS = 1 << 27  # of a chunk, 512 MiB: above 131,072 words fewer softmaxes, for the sake of memory
@@ -34,7 +34,7 @@ def row_chunks(num_rows: int, softmaxes_per_row: int, logits_width: int = 1) -> 
 
 
 def _chunks(
-    head: Head | SampledSoftmax, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
+    head: TrainingHead, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
 ) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]]:
     """Chunks of rows: where they are, their features, their targets, and room for their logits."""
     features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
@@ -44,7 +44,7 @@ def _chunks(
 
 
 def backward_through_head(
-    head: Head | SampledSoftmax,
+    head: TrainingHead,
     features_TNF: mx.nd.NDArray,
     targets_R: mx.nd.NDArray,
     loss_scale: float = 1.0,
@@ -56,8 +56,7 @@ def backward_through_head(
 
     Parameters
     ----------
-    head : Head or SampledSoftmax
-        With the latter, the loss is that of the sample.
+    head : TrainingHead
     features_TNF : NDArray
         What `Head.features` gives, detached.
     targets_R : NDArray of int32
@@ -89,7 +88,7 @@ def backward_through_model(
     device: mx.Context,
     penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
     inputs: Inputs | None = None,
-    sample: SampledSoftmax | None = None,
+    head: TrainingHead | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[mx.nd.NDArray, State]:
     """Loss of a window, and its gradient added to the model's, whose ``grad_req`` is ``"add"``.
@@ -106,8 +105,8 @@ def backward_through_model(
         Takes the last layer's output with and without dropout, and gives terms whose gradient is added as well.
     inputs : tuple of NDArray, optional
         What `copy_inputs` gives for the window, where it was called before.
-    sample : SampledSoftmax, optional
-        What the model's head drew for this window; without it the loss is exact.
+    head : TrainingHead, optional
+        What `Head.for_window` gives for this window; by default the model's head, whose loss is over all words.
     loss_scale : float
         All gradients are multiplied by it, and the loss is not.
 
@@ -124,7 +123,7 @@ def backward_through_model(
         hidden_TNH = model.output_dropout(raw_TNH)
         features_TNF = model.head.features(hidden_TNH)
         terms = penalties(hidden_TNH, raw_TNH)
-    loss_sum, grad_TNF = backward_through_head(sample or model.head, features_TNF.detach(), targets_R, loss_scale)
+    loss_sum, grad_TNF = backward_through_head(head or model.head, features_TNF.detach(), targets_R, loss_scale)
     grads = [mx.nd.full(term.shape, loss_scale, ctx=device) for term in terms]
     mx.autograd.backward([features_TNF, *terms], [grad_TNF, *grads])
     return loss_sum, [state.detach() for state in states]

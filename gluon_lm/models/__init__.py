@@ -1,7 +1,7 @@
 """Models: recurrent layers, heads, and the language model made of them."""
 
 from ..config import CELLS
-from .heads import HEADS, AdaptiveHead, Head, MixtureHead, SampledHead, SampledSoftmax, SoftmaxHead
+from .heads import HEADS, AdaptiveHead, Head, MixtureHead, SampledHead, SoftmaxHead, TrainingHead
 from .language_model import Encoder, LanguageModel, State
 from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
@@ -15,8 +15,8 @@ __all__ = [
     "MixtureHead",
     "RecurrentLayer",
     "SampledHead",
-    "SampledSoftmax",
     "SoftmaxHead",
     "State",
+    "TrainingHead",
     "UnrolledLSTMLayer",
 ]

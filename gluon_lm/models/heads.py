@@ -33,12 +33,11 @@ _NEVER = -1e30  # a logit whose probability is 0
 SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
 
-class Head(gluon.HybridBlock):
-    """Base class of output layers. Called as a block: ``hidden_..H -> log_probs_..V``.
+class TrainingHead:
+    """An output layer as training sees it on one window: features become a loss and its gradient.
 
     Attributes
     ----------
-    vocab_size : int
     softmaxes_per_row : int
     logits_width : int
         Columns of the room for logits: V, or fewer.
@@ -47,47 +46,12 @@ class Head(gluon.HybridBlock):
     """
 
     softmaxes_per_row: int = 1
-
-    def __init__(self, vocab_size: int, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.vocab_size = self.logits_width = vocab_size
-        self.products = Products()
-        self._of_thread = threading.local()
-
-    def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
-        """An array (S, V), or of another `width`, on a device. All calls from one thread share its memory.
-
-        It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
-        old place.
-        """
-        rooms: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
-        room, width = rooms.get(device), width or self.logits_width
-        if room is None or room.size < num_softmaxes * width:
-            room = rooms[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
-        return _corner(room, num_softmaxes, width)
-
-    def draw(self, rng: np.random.Generator) -> SampledSoftmax | None:
-        """What takes the head's place in training on one window, where that is another one for each window."""
-        return None
-
-    def gradient_rows(self, ids: np.ndarray, sample: SampledSoftmax | None) -> np.ndarray | None:
-        """Rows of the decoder that training with `sample` on these targets gives a gradient; None: any."""
-        return None
+    logits_width: int
+    products: Products
 
     @abstractmethod
-    def scores(self, F, hidden_RH):
-        """Log-probabilities up to a constant for each row: ``hidden_..H -> scores_..V``, in a graph or outside."""
-
-    def features(self, hidden_TNH: mx.nd.NDArray) -> mx.nd.NDArray:
-        """What the distribution after each word depends on: ``features_TNF``, here the hidden vectors themselves."""
-        return hidden_TNH
-
-    @abstractmethod
-    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded.
-
-        `logits_SV` is room for the logits.
-        """
+    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
+        """An array (S, `logits_width`) on a device. All calls from one thread share its memory."""
 
     @abstractmethod
     def backward(
@@ -111,6 +75,56 @@ class Head(gluon.HybridBlock):
             Negative log-likelihood of each target, in nats; not finite where the features are not.
         grad_RF : NDArray
             Gradient of their sum by the features.
+        """
+
+    def gradient_rows(self, ids: np.ndarray) -> np.ndarray | None:
+        """Rows of the decoder that training on these targets gives a gradient; None: any."""
+        return None
+
+
+class Head(TrainingHead, gluon.HybridBlock):
+    """Base class of output layers. Called as a block: ``hidden_..H -> log_probs_..V``.
+
+    Attributes
+    ----------
+    vocab_size : int
+    """
+
+    def __init__(self, vocab_size: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.vocab_size = self.logits_width = vocab_size
+        self.products = Products()
+        self._of_thread = threading.local()
+
+    def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
+        """As `TrainingHead.room_for_logits`, or of another `width`.
+
+        It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
+        old place.
+        """
+        rooms: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
+        room, width = rooms.get(device), width or self.logits_width
+        if room is None or room.size < num_softmaxes * width:
+            room = rooms[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
+        return _corner(room, num_softmaxes, width)
+
+    def for_window(self, rng: np.random.Generator) -> TrainingHead:
+        """What training on one window takes for the head: itself, or what it draws for that window."""
+        return self
+
+    @abstractmethod
+    def scores(self, F, hidden_RH):
+        """Log-probabilities up to a constant for each row: ``hidden_..H -> scores_..V``, in a graph or outside."""
+
+    def features(self, hidden_TNH: mx.nd.NDArray) -> mx.nd.NDArray:
+        """What the distribution after each word depends on: ``features_TNF``, here the hidden vectors themselves."""
+        return hidden_TNH
+
+    @abstractmethod
+    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded.
+
+        `logits_SV` is room for the logits.
         """
 
 
@@ -248,7 +262,7 @@ class SampledHead(SoftmaxHead):
         self._num_sampled = num_sampled
         self._probs_V = np.log1p(1 / np.arange(1.0, vocab_size + 1)) / np.log(vocab_size + 1)
 
-    def draw(self, rng):
+    def for_window(self, rng):
         # Words that arrive at random, word w at the rate p(w), come in the order in which they would first turn up
         # in draws from p, one after another.
         arrivals_V = rng.standard_exponential(self.vocab_size) / self._probs_V
@@ -259,11 +273,8 @@ class SampledHead(SoftmaxHead):
         next_arrival = arrivals_V[first[self._num_sampled]]
         return SampledSoftmax(self, np.sort(first[: self._num_sampled]), -np.expm1(-next_arrival * self._probs_V))
 
-    def gradient_rows(self, ids, sample):
-        return None if sample is None else np.append(ids, sample.ids_S)
 
-
-class SampledSoftmax:
+class SampledSoftmax(TrainingHead):
     """The loss that a `SampledHead` is trained with on one window: a softmax over each target and the same sample.
 
     Importance sampling as in Jozefowicz et al. 2016, "Exploring the Limits of Language Modeling", section 3.1: the
@@ -283,20 +294,18 @@ class SampledSoftmax:
         For each word of the vocabulary the probability of being in it.
     """
 
-    softmaxes_per_row = 1
-
     def __init__(self, head: SampledHead, ids_S: np.ndarray, expected_V: np.ndarray) -> None:
         self._head, self.ids_S, self.expected_V = head, ids_S, expected_V
-        self.logits_width, self.products = len(ids_S) + 1, head.products
+        self.products = head.products
+        self.logits_width = len(ids_S) + 1  # a column for the target, and one for each word of the sample
 
-    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
-        """An array (S, C) on a device: a column for the target, and one for each word of the sample."""
+    def room_for_logits(self, num_softmaxes, device):
         return self._head.room_for_logits(num_softmaxes, device, self.logits_width)
 
-    def backward(
-        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_RC: mx.nd.NDArray, loss_scale: float = 1.0
-    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """As `Head.backward`."""
+    def gradient_rows(self, ids):
+        return np.append(ids, self.ids_S)
+
+    def backward(self, features_RF, targets_R, logits_RC, loss_scale=1.0):
         ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: nothing is waited for
         ones_1F = mx.nd.ones((1, features_RF.shape[1]), ctx=device)
         features_RF.attach_grad()

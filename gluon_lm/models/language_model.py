@@ -14,7 +14,7 @@ from ..config import CELLS, ModelConfig
 from ..data.windows import Window
 from ..heartbeat import beat
 from .dropout import Dropout, drop
-from .heads import HEADS, SampledSoftmax
+from .heads import HEADS, TrainingHead
 from .precision import HalfProducts, check_half_precision, in_float16
 from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
@@ -170,10 +170,13 @@ class LanguageModel(gluon.HybridBlock):
                 named[name] = parameter
         return named
 
-    def gradient_rows(self, window: Window, sample: SampledSoftmax | None) -> dict[str, np.ndarray]:
-        """Rows outside of which training on a window gives no gradient, for parameters that have such: ids by name."""
+    def gradient_rows(self, window: Window, head: TrainingHead) -> dict[str, np.ndarray]:
+        """Rows outside of which training on a window gives no gradient, for parameters that have such: ids by name.
+
+        `head` is what `Head.for_window` gave for that window.
+        """
         words = window.tokens_TN.reshape(-1)
-        by_head = self.head.gradient_rows(window.targets_TN.reshape(-1)[: window.num_targets], sample)
+        by_head = head.gradient_rows(window.targets_TN.reshape(-1)[: window.num_targets])
         if by_head is None:
             return {} if self.config.tied else {"encoder.embedding.weight": words}
         if self.config.tied:

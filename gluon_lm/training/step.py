@@ -236,13 +236,13 @@ class TrainingStep:
                 if columns.num_targets:
                     penalties = partial(self._penalties, columns.num_targets, window)
                     inputs = self._inputs.take(window, column, column + part_width, device)
-                    sample = self._model.head.draw(np.random.default_rng([_SAMPLES, seed, step, column]))
+                    head = self._model.head.for_window(np.random.default_rng([_SAMPLES, seed, step, column]))
                     loss_sum, states = backward_through_model(
-                        self._model, columns, states, device, penalties, inputs, sample, loss_scale
+                        self._model, columns, states, device, penalties, inputs, head, loss_scale
                     )
                     loss_sums.append(loss_sum)
                     if self._updates_rows:
-                        for name, rows in self._model.gradient_rows(columns, sample).items():
+                        for name, rows in self._model.gradient_rows(columns, head).items():
                             filled.setdefault(name, []).append(rows)
                 parts.append(states)
             after.append(parts[0] if len(parts) == 1 else [mx.nd.concat(*same, dim=1) for same in zip(*parts)])

@@ -27,7 +27,7 @@ V, S = 60, 12
 
 def draws(count, vocab_size=V, num_sampled=S):
     head = SampledHead(vocab_size, 3, num_sampled)
-    return [head.draw(np.random.default_rng(seed)) for seed in range(count)]
+    return [head.for_window(np.random.default_rng(seed)) for seed in range(count)]
 
 
 def assert_within_five_errors(samples, expected):
@@ -77,7 +77,7 @@ def test_loss_and_gradients_agree_with_numpy(tied, rows_in_chunk, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", rows_in_chunk)
     model = build_model(vocab_size=V, tied=tied, num_sampled=S)
     width = model.encoder.layer_sizes[-1]
-    parameters, sample = values_of(model), model.head.draw(np.random.default_rng(2))
+    parameters, sample = values_of(model), model.head.for_window(np.random.default_rng(2))
     hidden_RH = np.random.RandomState(1).randn(24, width).astype(np.float32)
     targets_R = np.random.RandomState(2).randint(0, V, 24)
     targets_R[:6] = sample.ids_S[[0, 0, 3, -1, -1, 5]]  # words that the sample has too, and some twice
@@ -90,7 +90,7 @@ def test_loss_and_gradients_agree_with_numpy(tied, rows_in_chunk, monkeypatch):
     found = gradients_of(model)
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) < 1e-5, name
-    filled = model.head.gradient_rows(targets_R, sample)
+    filled = sample.gradient_rows(targets_R)
     for name in expected:
         assert not np.delete(found[name], filled, axis=0).any()
 
@@ -121,7 +121,7 @@ def test_a_model_that_has_the_words_frequencies_is_left_alone():
     head.decoder.bias.set_data(mx.nd.log(mx.nd.array(counts_W)))
     found, uncorrected = [], []
     for seed in range(300):
-        sample = head.draw(np.random.default_rng(seed))
+        sample = head.for_window(np.random.default_rng(seed))
         head.decoder.bias.zero_grad()
         backward_through_head(sample, mx.nd.zeros((len(targets_R), 5)), int32(targets_R))
         found.append(head.decoder.bias.grad().asnumpy())
@@ -157,7 +157,7 @@ head.room_for_logits(8, mx.cpu())[:] = 0
 mx.nd.waitall()
 before = peak()
 for seed in range(6):
-    backward_through_head(head.draw(np.random.default_rng(seed)) or head, features, targets)
+    backward_through_head(head.for_window(np.random.default_rng(seed)), features, targets)
     mx.nd.waitall()
 print(peak() - before)
 """
@@ -200,14 +200,14 @@ def train(step, steps, seed=3):
 @pytest.fixture
 def drawn(monkeypatch):
     """The samples that all heads draw, in order."""
-    found, draw = [], SampledHead.draw
+    found, draw = [], SampledHead.for_window
 
     def note(head, rng):
         sample = draw(head, rng)
         found.append(sample.ids_S.tolist())
         return sample
 
-    monkeypatch.setattr(SampledHead, "draw", note)
+    monkeypatch.setattr(SampledHead, "for_window", note)
     return found
 
 
