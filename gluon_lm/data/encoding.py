@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -333,9 +334,7 @@ def build_vocabulary(
         provisional = folder / "provisional.i32"
         word_ids = _GrowingIds()
         num_lines = _write_ids(text, tokenizer, word_ids, provisional)
-        counts_V = np.zeros(len(word_ids), np.int64)
-        for ids in _blocks(provisional):
-            counts_V += np.bincount(ids, minlength=len(counts_V))
+        counts_V = _count(_mapped(provisional), len(word_ids))
         vocabulary = Vocabulary.from_counts(list(word_ids), counts_V.tolist(), min_freq=min_freq, max_size=max_size)
         vocabulary.save(folder / _VOCABULARY)
 
@@ -346,7 +345,7 @@ def build_vocabulary(
 
         def remap(into: Path) -> dict[str, Any]:
             with open(into / _IDS, "wb") as file:
-                for ids in _blocks(provisional):
+                for ids in _blocks(_mapped(provisional)):
                     file.write(final_V[ids].astype(_DTYPE, copy=False).data)
             return asdict(Counts(num_lines, int(counts_V.sum()), num_unk, num_unk - written_unk))
 
@@ -377,13 +376,25 @@ def encode_text(cache: Cache, text: Text, tokenizer: str, vocabulary: Vocabulary
         word_ids = _KnownIds(vocabulary)
         num_lines = _write_ids(text, tokenizer, word_ids, folder / _IDS)
         num_tokens = num_unk = 0
-        for ids in _blocks(folder / _IDS):
+        for ids in _blocks(_mapped(folder / _IDS)):
             num_tokens += len(ids)
             num_unk += int(np.count_nonzero(ids == vocabulary.unk_id))
         return asdict(Counts(num_lines, num_tokens, num_unk, word_ids.num_replaced))
 
     folder, counts = cache.entry(_ids_key(text, tokenizer, vocabulary), build)
-    return np.memmap(folder / _IDS, dtype=_DTYPE, mode="r"), Counts(**counts)
+    return _mapped(folder / _IDS), Counts(**counts)
+
+
+def first_rise(ids: np.ndarray, vocabulary: Vocabulary) -> str | None:
+    """Where a vocabulary first leaves the order of falling frequency in a text, in words; None where it keeps it."""
+    counts_V = _count(ids, len(vocabulary))
+    rises = np.flatnonzero(np.diff(counts_V) > 0)
+    if not len(rises):
+        return None
+    first = int(rises[0])
+    words = vocabulary.decode([first, first + 1])
+    shown = [f"{reprlib.repr(word)} ({count} times)" for word, count in zip(words, counts_V[first:])]
+    return f"line {first + 1} has {' before '.join(shown)}"
 
 
 def _ids_key(text: Text, tokenizer: str, vocabulary: Vocabulary) -> list[Any]:
@@ -428,9 +439,20 @@ def _write_ids(text: Text, tokenizer: str, word_ids: Mapping[str, int], path: Pa
     return num_lines
 
 
-def _blocks(path: Path) -> Iterator[np.ndarray]:
-    """The ids in a file, in blocks of bounded size."""
-    ids = np.memmap(path, dtype=_DTYPE, mode="r")
+def _mapped(path: Path) -> np.ndarray:
+    return np.memmap(path, dtype=_DTYPE, mode="r")
+
+
+def _count(ids: np.ndarray, num_words: int) -> np.ndarray:
+    """How often each word occurs."""
+    counts_V = np.zeros(num_words, np.int64)
+    for block in _blocks(ids):  # numpy counts in int64: of the whole, twice the text
+        counts_V += np.bincount(block, minlength=num_words)
+    return counts_V
+
+
+def _blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Ids in blocks of bounded size."""
     for start in range(0, len(ids), _BLOCK_TOKENS):
         beat()
         yield ids[start : start + _BLOCK_TOKENS]

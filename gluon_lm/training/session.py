@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import reprlib
 from pathlib import Path
-
-import numpy as np
 
 from ..config import (
     Config,
@@ -21,6 +18,7 @@ from ..config import (
 )
 from ..config.sections import fields_by_name
 from ..data import Corpus, Vocabulary, load_corpus
+from ..data.encoding import first_rise
 from ..distributed.communicator import Communicator
 from ..distributed.devices import create_communicator, free_memory, merged_elements, workers_sharing_memory
 from ..errors import ConfigError, DistributedError
@@ -46,8 +44,6 @@ from .checkpoint import (
 from .command import TrainCommand
 from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink
 from .trainer import Trainer
-
-_BLOCK_TOKENS = 1 << 22
 
 
 def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
@@ -263,21 +259,12 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
     # The order is that of the text which the vocabulary was made from, maybe another run's.
     is_new = initial is None or (command.init_from is None and "num_sampled" in command.settings and model.num_sampled)
     if model.needs_frequency_order and is_new:
-        counts_V = np.zeros(len(vocabulary), np.int64)
-        for start in range(0, len(corpus.train), _BLOCK_TOKENS):  # numpy counts in int64: twice the text
-            counts_V += np.bincount(corpus.train[start : start + _BLOCK_TOKENS], minlength=len(vocabulary))
-        rises = np.flatnonzero(np.diff(counts_V) > 0)
-        if len(rises):
-            first = int(rises[0])
-            words = vocabulary.decode([first, first + 1])
-            shown = " before ".join(
-                f"{reprlib.repr(word)} ({counts_V[first + i]} times)" for i, word in enumerate(words)
-            )
+        rise = first_rise(corpus.train, vocabulary)
+        if rise is not None:
             fix = "leave --vocab out, or bring the lines of its file in that order"
             problems.append(
                 f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
-                f"frequency in the training text, and line {first + 1} has {shown}; "
-                + (fix if initial is None else "leave it out")
+                f"frequency in the training text, and {rise}; " + (fix if initial is None else "leave it out")
             )
     if problems:
         raise ConfigError(problems)

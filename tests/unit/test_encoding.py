@@ -19,7 +19,16 @@ from hypothesis import given, settings, strategies as st
 
 import gluon_lm
 from gluon_lm.data import Vocabulary, encoding
-from gluon_lm.data.encoding import Cache, Counts, Span, Text, build_vocabulary, default_cache_dir, encode_text
+from gluon_lm.data.encoding import (
+    Cache,
+    Counts,
+    Span,
+    Text,
+    build_vocabulary,
+    default_cache_dir,
+    encode_text,
+    first_rise,
+)
 from gluon_lm.data.tokenizers import TOKENIZERS
 from gluon_lm.errors import DataError
 
@@ -71,6 +80,7 @@ def log_messages():
 
 
 # ---------------------------------------------------------------- against the naive encoder
+
 
 PIECES = ["a", "b", "Ü", "丿", " ", "\n", "\n", "\r\n", "\t", "\u00a0", " <unk> "]
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
@@ -154,6 +164,16 @@ def test_a_reader_of_the_progress_that_is_gone_is_no_fault_of_the_disk(tmp_path)
 
     with pytest.raises(BrokenPipeError):
         Cache(tmp_path / "cache").entry(["key"], build)
+
+
+def test_where_the_frequency_first_rises_is_found_whatever_the_size_of_a_block(monkeypatch):
+    vocabulary = Vocabulary(("the", "<eos>", "<unk>", "cat", "dog"))
+    for size in (1, 4, 100):
+        monkeypatch.setattr(encoding, "_BLOCK_TOKENS", size)
+        assert first_rise(np.array([0, 1, 0, 3, 2, 1, 0], np.int32), vocabulary) is None
+        assert first_rise(np.array([4, 0, 3, 4, 3, 2, 1, 4], np.int32), vocabulary) == (
+            "line 3 has '<unk>' (1 times) before 'cat' (2 times)"
+        )
 
 
 # ---------------------------------------------------------------- tokenizers
