@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import choice, option, optional, pathname
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
@@ -25,12 +25,9 @@ class ExportOptions(Section):
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_export, argv)
-
-
-def _export(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "export",
         "Write a run's model as files that MXNet, or an ONNX runtime, runs without this package.",

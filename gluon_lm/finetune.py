@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cli import CommandParser, DebugOptions, run_command
+from .cli import CommandParser, DebugOptions, as_command
 from .config import SECTIONS, Section, Setting, TrainingConfig, option, resolve, switch
 from .errors import ConfigError
 from .logs import log_to_terminal
@@ -100,12 +100,9 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     return FinetuneCommand(parsed.run, options.continue_train, command)
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_finetune, argv)
-
-
-def _finetune(argv: Sequence[str]) -> int:
     parsed = parse_finetune(argv)
     command, is_continued = parsed.command, parsed.is_continued
     run, checkpoint = find_run(parsed.run)

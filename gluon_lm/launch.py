@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, normalise_argv, run_command
+from .cli import CommandParser, DebugOptions, as_command, normalise_argv
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
 from .data import Vocabulary, load_corpus
 from .distributed.cluster import Host, parameter_server, read_hosts
@@ -36,12 +36,9 @@ class ClusterOptions(Section):
     port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: one that is free")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_launch, argv)
-
-
-def _launch(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "launch",
         "Train with several workers and MXNet's parameter server; the flags after -- are those of train.",
@@ -49,7 +46,7 @@ def _launch(argv: Sequence[str]) -> int:
         instead=dict.fromkeys(train_parser().flags, "it is a flag of train: write it after --"),
     )
     parser.add_section(ClusterOptions, "cluster")
-    words = list(argv)
+    words = list(argv or ())
     split = words.index("--") if "--" in words else len(words)
     parsed = parser.parse(words[:split])
     options = parsed.build(ClusterOptions)
