@@ -101,10 +101,15 @@ class Parsed:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
         return build(section, self.settings)
 
+    def of(self, *sections: type[Section]) -> Layer:
+        """The settings of some sections alone."""
+        names = {field.name for section in sections for field in dataclasses.fields(section)}
+        return {name: setting for name, setting in self.settings.items() if name in names}
+
     def over(self, section: _Section) -> _Section:
         """A section of a run's configuration, with what was given in place of its values."""
-        own = {field.name for field in dataclasses.fields(section)}
-        return dataclasses.replace(section, **{n: s.value for n, s in self.settings.items() if n in own})
+        given = self.of(type(section))
+        return dataclasses.replace(section, **{name: setting.value for name, setting in given.items()})
 
     @property
     def verbosity(self) -> Verbosity:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("no flags for train: add them after --, as in --workers 2 -- --data ptb --tied")
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
-    messages = [f"--{name}" for name in DebugOptions.__dataclass_fields__ if getattr(parsed.build(DebugOptions), name)]
+    messages = [setting.flag for setting in parsed.of(DebugOptions).values()]
     is_here = options.hostfile is None
     flags, command, run = _train_command([*words[split + 1 :], *messages], is_here)
     if command.print_config:

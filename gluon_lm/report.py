@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import CommandParser, DebugOptions, Section, as_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, pathname
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, output_file
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse(argv)
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
     if not options.words:
-        settings = {name: s for name, s in parsed.settings.items() if name not in DebugOptions.__dataclass_fields__}
+        settings = parsed.of(ReportOptions, DeviceConfig)
         idle = [setting.flag for name, setting in settings.items() if name not in ("output", "words")]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave one out")

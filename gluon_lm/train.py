@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, as_command, normalise_argv
+from .cli import CommandParser, as_command, normalise_argv
 from .config import INSTEAD_OF_TRAINING, SECTIONS, RunOptions, Setting, resolve, show, validate
 from .errors import ConfigError
 from .logs import log_to_terminal
@@ -48,8 +48,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
     problems: list[str] = []
     run = parsed.build(RunOptions)
-    own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
-    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
+    settings = parsed.of(*SECTIONS.values())
 
     resume = run.resume
     if run.continue_train:
