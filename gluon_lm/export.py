@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .cli import CommandParser, Section, as_command
 from .config import choice, option, optional, pathname
 from .errors import ConfigError
-from .logs import LOGGER, log_to_terminal
+from .logs import log_to_terminal
 from .runtime import prepare_process
 
 
@@ -44,20 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.format == "onnx":
         from .exporting_onnx import export_onnx
 
-        manifest = export_onnx(parsed.run, options.output)
+        export_onnx(parsed.run, options.output)
     else:
         from .exporting import export_run
 
-        manifest = export_run(parsed.run, options.output)
-    model, training = manifest["model"], manifest["training"]
-    LOGGER.info(
-        "%s %s, vocabulary %s, %s | %s",
-        model["cell"],
-        "x".join(map(str, model["layer_sizes"])),
-        f"{model['vocab_size']:,}",
-        training["checkpoint"],
-        options.output,
-    )
+        export_run(parsed.run, options.output)
     return 0
 
 

@@ -23,6 +23,7 @@ from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import digest_of, file_hash, replaced_folder, sealed
+from .logs import LOGGER
 from .memory import is_allocation_failure
 from .models import CELLS, LanguageModel
 from .prediction import Predictor, describe_model
@@ -115,6 +116,13 @@ def write_export(
                 f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
             ) from error
         bar.update(1)
+    LOGGER.info(
+        "%s, vocabulary %s, %s | %s",
+        trained.config.model.summary,
+        f"{len(trained.vocabulary):,}",
+        manifest["training"]["checkpoint"],
+        output,
+    )
     return manifest
 
 

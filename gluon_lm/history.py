@@ -200,17 +200,6 @@ class RunHistory:
         return tests[-1] if is_current else None
 
     @property
-    def model(self) -> str:
-        """The architecture in a few words: ``lstm 200x200 tied``."""
-        config = self.config.model
-        words = [config.model, "x".join(map(str, config.layer_sizes))]
-        if config.tied:
-            words.append("tied")
-        if config.num_experts:
-            words.append(f"mixture of {config.num_experts}")
-        return " ".join(words)
-
-    @property
     def corpus(self) -> str:
         """What it is trained on: a corpus of the registry, or the user's files."""
         names = [saved.corpus for saved in self.checkpoints if saved.corpus]
@@ -259,7 +248,7 @@ class RunHistory:
             "path": str(self.folder.path),
             "state": self.state,
             "reason": self.reason,
-            "model": self.model,
+            "model": self.config.model.summary,
             "corpus": self.corpus,
             "steps": self.steps,
             "epoch": self.epoch,

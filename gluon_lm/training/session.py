@@ -227,10 +227,8 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
-        "%s %s%s, %.2f million parameters | %s%s",
-        config.model.model,
-        "x".join(map(str, model.encoder.layer_sizes)),
-        ", tied" if config.model.tied else "",
+        "%s, %.2f million parameters | %s%s",
+        config.model.summary,
         num_parameters / 1e6,
         communicator.description,
         "" if config.training.amp == "none" else f" | products in {config.training.amp}",
