@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from .training.run_folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    PARAMETERS,
     STATE,
     RunFolder,
     checkpoint_step,
@@ -67,6 +65,8 @@ class SavedCheckpoint:
     loss : float or None
         On the validation text, in nats a token, where it was evaluated.
     num_bytes : int
+    num_parameters : int or None
+        Of the model; None where it does not tell.
     best_step : int or None
         The step with the lowest loss by then.
     corpus : str or None
@@ -79,6 +79,7 @@ class SavedCheckpoint:
     epoch: int
     loss: float | None
     num_bytes: int
+    num_parameters: int | None
     best_step: int | None
     corpus: str | None
     text: str | None
@@ -158,6 +159,7 @@ class RunHistory:
             int(state["training"]["epoch"]),
             next((event["loss"] for event in self.of("valid") if event["step"] == step), None),
             num_bytes,
+            int(state.get("num_parameters", 0)) or None,
             state["training"]["best_step"],
             state.get("text", {}).get("name"),
             state.get("corpus"),
@@ -218,11 +220,10 @@ class RunHistory:
         except OSError:
             return None
 
-    @functools.cached_property
+    @property
     def num_parameters(self) -> int | None:
-        """Of the model, where a checkpoint is there to count them in."""
-        saved = self.folder.saved_checkpoints()
-        return _count_numbers(saved[-1] / PARAMETERS) if saved else None
+        """Of the model, where a checkpoint tells."""
+        return self.checkpoints[-1].num_parameters if self.checkpoints else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -275,21 +276,6 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
 def _perplexity(result: dict[str, Any] | None) -> float | None:
     """Of a validation or a test; None where there is none, or it is beyond a float, which JSON cannot say."""
     return None if result is None or result["loss"] is None else finite_or_none(perplexity(result["loss"]))
-
-
-def _count_numbers(path: Path) -> int | None:
-    """How many numbers the arrays of an ``.npz`` file have, by their headers; None where these cannot be read."""
-    count = 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, _ = headers[np.lib.format.read_magic(file)](file)
-                    count += math.prod(shape)
-    except Exception:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
-        return None
-    return count
 
 
 def duration(seconds: float) -> str:

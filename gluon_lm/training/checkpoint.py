@@ -5,8 +5,8 @@
 - ``optimizer.npz``: optimiser state, by parameter name
 - ``residuals.npz``: what 2-bit compression has not sent yet, where it can be kept
 - ``carried.npz``: recurrent state between two windows, all streams side by side
-- ``state.json``: counters, decisions, the communicator's state, the sha256 of every other file, a digest of
-  itself
+- ``state.json``: counters, decisions, the communicator's state, how many parameters there are, the sha256 of every
+  other file, a digest of itself
 - ``config.yaml``, ``vocab.txt``
 """
 
@@ -187,6 +187,7 @@ def save_checkpoint(
                 "corpus": checkpoint.corpus,
                 "text": dict(checkpoint.text),
                 "num_devices": checkpoint.num_devices,
+                "num_parameters": sum(array.size for array in checkpoint.parameters.values()),
             }
             (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
         if is_best:
