@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
             "that has both with --data"
         ) from error
-    trained_on = state["text"].get(TRAINING_TEXT)
-    if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints do not say
+    if state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
         raise DataError(
             f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "
             "name that one"

@@ -217,7 +217,7 @@ class ExportedPredictor(Predictor):
         super().__init__(Vocabulary.load(folder / VOCABULARY), text["tokenizer"], device)
         self._manifest, self.path = manifest, folder
         # The graph computes all softmaxes of all rows at once.
-        width = len(self.vocabulary) * manifest["model"].get("num_experts", 1)
+        width = len(self.vocabulary) * manifest["model"]["num_experts"]
         self.rows_at_once = max(1, _ELEMENTS_AT_ONCE // width)
         self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
         names = [entry["name"] for entry in manifest["inputs"]]

@@ -69,9 +69,9 @@ class SavedCheckpoint:
         Of the model; None where it does not tell.
     best_step : int or None
         The step with the lowest loss by then.
-    corpus : str or None
-        Name of the registry's corpus that the run is trained on.
-    text : str or None
+    corpus : str
+        Name of the corpus that the run is trained on.
+    text : str
         Digest of that text and of the vocabulary.
     """
 
@@ -81,8 +81,8 @@ class SavedCheckpoint:
     num_bytes: int
     num_parameters: int | None
     best_step: int | None
-    corpus: str | None
-    text: str | None
+    corpus: str
+    text: str
 
 
 class RunHistory:
@@ -161,8 +161,8 @@ class RunHistory:
             num_bytes,
             int(state.get("num_parameters", 0)) or None,
             state["training"]["best_step"],
-            state.get("text", {}).get("name"),
-            state.get("corpus"),
+            state["text"]["name"],
+            state["corpus"],
         )
 
     def of(self, event: str) -> list[dict[str, Any]]:
@@ -204,13 +204,14 @@ class RunHistory:
     @property
     def corpus(self) -> str:
         """What it is trained on: a corpus of the registry, or the user's files."""
-        names = [saved.corpus for saved in self.checkpoints if saved.corpus]
-        return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
+        if self.checkpoints:
+            return self.checkpoints[-1].corpus
+        return " ".join(Path(name).name for name in self.config.data.data)
 
     @property
     def text(self) -> str | None:
         """A digest of its text and vocabulary; None where no checkpoint is there to tell."""
-        return next((saved.text for saved in reversed(self.checkpoints) if saved.text), None)
+        return self.checkpoints[-1].text if self.checkpoints else None
 
     @functools.cached_property
     def vocab_size(self) -> int | None:

@@ -241,7 +241,7 @@ def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
 
 
 def _read_training(values: Mapping[str, Any]) -> TrainingState:
-    """From JSON; `TypeError` where a value is none of its field."""
+    """From JSON; `TypeError` or `KeyError` where a value is none of its field, or is not there."""
     nothing = type(None)
     types: dict[str, tuple[type, ...]] = {
         "int": (int,),
@@ -251,7 +251,7 @@ def _read_training(values: Mapping[str, Any]) -> TrainingState:
         "list[float]": (list,),
     }
     for declared in dataclasses.fields(TrainingState):
-        value = values.get(declared.name, declared.default)
+        value = values[declared.name]
         if not isinstance(value, types[str(declared.type)]):
             raise TypeError(f"{declared.name} is {show(value)}")
     return TrainingState(**values)
