@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cli import CommandParser, DebugOptions, as_command, normalise_argv
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
-from .data import Vocabulary, load_corpus
+from .data import Vocabulary
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
@@ -68,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     if is_here:
         log_to_terminal(command.verbosity)
-        vocabulary = None if run is None else Vocabulary.load(run.vocabulary)
         # What is wrong with the text is said once, and the workers find it encoded.
-        of_run = run is not None and "data" not in command.settings
-        load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
+        command.load_corpus(None if run is None else Vocabulary.load(run.vocabulary))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()
