@@ -22,7 +22,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import digest_of, file_hash, replaced_folder, sealed
+from .files import check_folder, digest_of, file_hash, replaced_folder, sealed
 from .logs import LOGGER
 from .memory import is_allocation_failure
 from .models import CELLS, LanguageModel
@@ -89,7 +89,11 @@ def write_export(
         Writes the model's files into a folder and returns what the manifest says of its inputs and outputs.
     """
     output = Path(output)
-    _check_free(output)
+    if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
+        raise ConfigError(
+            f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
+        )
+    check_folder("--output", output)
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name)
         bar.update(1)
@@ -178,20 +182,6 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
             *({"name": name, "next": state["name"]} for name, state in zip(new_states, states)),
         ],
     }
-
-
-def _check_free(output: Path) -> None:
-    if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
-        raise ConfigError(
-            f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
-        )
-    if Path.cwd().is_relative_to(os.path.realpath(output)):
-        raise ConfigError(
-            f"--output {output}: this command runs in the folder that would be replaced; go to another one first"
-        )
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output {output}: no folder can be made in {parent}; name another one")
 
 
 def _may_be_replaced(output: Path) -> bool:
