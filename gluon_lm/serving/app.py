@@ -16,7 +16,7 @@ from typing import Any, Optional, Union
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
@@ -29,7 +29,7 @@ from ..generation.sampling import Sampling
 from ..prediction import Predictor
 from . import schemas
 from .engine import Busy, Closed, Engine, TextRequest
-from .guard import OUTCOME, WORK, Guard
+from .guard import OUTCOME, WORK, Guard, error_response
 from .limits import Limits
 from .metrics import RequestMetrics
 
@@ -300,12 +300,7 @@ def _event(data: dict[str, Any], kind: Optional[str] = None) -> str:
 
 
 def _answer_errors(app: FastAPI, limits: Limits) -> None:
-    """Answer every error with its reason, as plain text to a form and as JSON otherwise."""
-
-    def answer(request: Request, status: int, detail: Any, headers: Any = None) -> Response:
-        if request.scope["path"] == "/" and request.method == "POST":
-            return PlainTextResponse(f"{detail}\n", status, headers)
-        return JSONResponse({"detail": detail}, status, headers)
+    """Answer every error as the guard does."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: Any) -> Response:
@@ -315,19 +310,20 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
         is_unread = all(tuple(problem["loc"]) == ("body",) for problem in problems)
         if is_unread and "json" not in request.headers.get("content-type", "").lower():
             problems = [{"loc": ["body"], "msg": "send JSON, with Content-Type: application/json", "type": "json_type"}]
-        body = json.dumps({"detail": problems})
-        return Response(body, 422, media_type="application/json")
+        return error_response(request.scope, 422, problems)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: Any) -> Response:
         if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to what no parser can read
-            return answer(request, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}])
+            return error_response(
+                request.scope, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
+            )
         headers = {"Allow": _methods_of(app, request)} if error.status_code == 405 else error.headers
-        return answer(request, error.status_code, error.detail, headers)
+        return error_response(request.scope, error.status_code, error.detail, headers)
 
     async def not_done(request: Request, error: Exception) -> Response:
         status, reason = _refusal(error, limits)
-        return answer(request, status, reason, {"Retry-After": "1"})
+        return error_response(request.scope, status, reason, {"Retry-After": "1"})
 
     for kind in (Busy, Closed, asyncio.TimeoutError):
         app.add_exception_handler(kind, not_done)
