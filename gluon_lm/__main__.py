@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gluon_lm import __version__
-from gluon_lm.cli import run_command
+from gluon_lm.cli import as_command
 from gluon_lm.config import nearest, show
 from gluon_lm.errors import ConfigError
 
@@ -44,7 +44,9 @@ def _list_commands() -> str:
     )
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+@as_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names, or list the commands."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_list_commands())
         return 0
@@ -56,11 +58,6 @@ def _dispatch(argv: Sequence[str]) -> int:
         hint = nearest(command, COMMANDS)
         raise ConfigError(f"{show(command)}: must be a command, one of {', '.join(COMMANDS)}{hint}")
     return int(import_module(f"gluon_lm.{command}").main(rest))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names, or list the commands."""
-    return run_command(_dispatch, argv)
 
 
 if __name__ == "__main__":

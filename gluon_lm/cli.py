@@ -1,7 +1,7 @@
 """The command line: parsers made from the fields of `gluon_lm.config`, and how a command ends.
 
-A command is ``main(argv=None) -> int``, which hands its work to `run_command`. What needs MXNet is imported
-inside that work, so that ``--help`` is quick and a machine without MXNet gets an answer.
+A command is ``main(argv=None) -> int``, run `as_command`. What needs MXNet is imported inside it, so that ``--help`` is
+quick and a machine without MXNet gets an answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import os
 import re
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from gluon_lm.config import (
     SECTIONS,
@@ -41,6 +42,7 @@ from gluon_lm.logs import LOGGER, Verbosity
 from gluon_lm.memory import is_allocation_failure
 
 _Section = TypeVar("_Section", bound=Section)
+_Main = TypeVar("_Main", bound=Callable[..., int])
 _RUN = "named_run"
 _NUMBER = re.compile(r"-(\d|\.\d)[\d.,eE+-]*$")
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
@@ -99,10 +101,15 @@ class Parsed:
         """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
         return build(section, self.settings)
 
+    def of(self, *sections: type[Section]) -> Layer:
+        """The settings of some sections alone."""
+        names = {field.name for section in sections for field in dataclasses.fields(section)}
+        return {name: setting for name, setting in self.settings.items() if name in names}
+
     def over(self, section: _Section) -> _Section:
         """A section of a run's configuration, with what was given in place of its values."""
-        own = {field.name for field in dataclasses.fields(section)}
-        return dataclasses.replace(section, **{n: s.value for n, s in self.settings.items() if n in own})
+        given = self.of(type(section))
+        return dataclasses.replace(section, **{name: setting.value for name, setting in given.items()})
 
     @property
     def verbosity(self) -> Verbosity:
@@ -327,6 +334,16 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def as_command(main: _Main) -> _Main:
+    """Make a function the ``main`` of a command: `run_command` calls it, with the words of the command line."""
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        return run_command(main, argv)
+
+    return cast(_Main, run)
 
 
 def _explain(error: Exception) -> list[str]:

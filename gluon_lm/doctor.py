@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli import CommandParser, run_command
+from .cli import CommandParser, as_command
 from .config import Section, option, switch
 from .control_groups import processor_share
 from .gpus import has_machine_code, lacks_machine_code, query_driver
@@ -43,12 +43,9 @@ class DoctorOptions(Section):
     json: bool = option(False, switch(), "print one JSON object")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 2 where MXNet cannot be used."""
-    return run_command(_doctor, argv)
-
-
-def _doctor(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "doctor",
         "Say what MXNet finds on this machine: versions, GPUs, libraries, cores, settings, and what is wrong.",

@@ -6,19 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, run_command
+from .cli import CommandParser, as_command
 from .config import DataConfig
 from .data.corpora import CORPORA, SPLITS, find_spec, unknown_corpus
 from .errors import ConfigError
 from .logs import LOGGER, log_to_terminal
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_download, argv)
-
-
-def _download(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "download",
         "Fetch corpora and check every file; what is there already is not fetched again.",

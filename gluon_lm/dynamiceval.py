@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, real, switch
 from .errors import DataError
 from .logs import LOGGER, RESULT, log_to_terminal
@@ -33,12 +33,9 @@ class DynamicOptions(Section):
     val: bool = option(False, switch(), "evaluate the validation text and not the test text, to tune the values above")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_dynamiceval, argv)
-
-
-def _dynamiceval(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "dynamiceval",
         "Perplexity of a run that goes on learning from the text, each window after it was predicted.",
@@ -70,8 +67,7 @@ def _dynamiceval(argv: Sequence[str]) -> int:
             f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
             "that has both with --data"
         ) from error
-    trained_on = state["text"].get(TRAINING_TEXT)
-    if trained_on not in (None, corpus.hashes["train"]):  # the first checkpoints do not say
+    if state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
         raise DataError(
             f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "
             "name that one"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, Parsed, Section, run_command
+from .cli import CommandParser, Parsed, Section, as_command
 from .config import DataConfig, DeviceConfig, choice, integer, option, real, show, switch
 from .data.corpora import find_spec
 from .errors import ConfigError
@@ -39,12 +39,9 @@ class EvaluateOptions(Section):
     )
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_evaluate, argv)
-
-
-def _evaluate(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "evaluate",
         "Loss, perplexity and bits per word of a run, exact over every token.",

@@ -6,10 +6,10 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import choice, option, optional, pathname
 from .errors import ConfigError
-from .logs import LOGGER, log_to_terminal
+from .logs import log_to_terminal
 from .runtime import prepare_process
 
 
@@ -25,12 +25,9 @@ class ExportOptions(Section):
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_export, argv)
-
-
-def _export(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "export",
         "Write a run's model as files that MXNet, or an ONNX runtime, runs without this package.",
@@ -47,20 +44,11 @@ def _export(argv: Sequence[str]) -> int:
     if options.format == "onnx":
         from .exporting_onnx import export_onnx
 
-        manifest = export_onnx(parsed.run, options.output)
+        export_onnx(parsed.run, options.output)
     else:
         from .exporting import export_run
 
-        manifest = export_run(parsed.run, options.output)
-    model, training = manifest["model"], manifest["training"]
-    LOGGER.info(
-        "%s %s, vocabulary %s, %s | %s",
-        model["cell"],
-        "x".join(map(str, model["layer_sizes"])),
-        f"{model['vocab_size']:,}",
-        training["checkpoint"],
-        options.output,
-    )
+        export_run(parsed.run, options.output)
     return 0
 
 

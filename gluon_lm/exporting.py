@@ -22,7 +22,8 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import digest_of, file_hash, replaced_folder, sealed
+from .files import check_folder, digest_of, file_hash, replaced_folder, sealed
+from .logs import LOGGER
 from .memory import is_allocation_failure
 from .models import CELLS, LanguageModel
 from .prediction import Predictor, describe_model
@@ -88,7 +89,11 @@ def write_export(
         Writes the model's files into a folder and returns what the manifest says of its inputs and outputs.
     """
     output = Path(output)
-    _check_free(output)
+    if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
+        raise ConfigError(
+            f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
+        )
+    check_folder("--output", output)
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name)
         bar.update(1)
@@ -115,6 +120,13 @@ def write_export(
                 f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
             ) from error
         bar.update(1)
+    LOGGER.info(
+        "%s, vocabulary %s, %s | %s",
+        trained.config.model.summary,
+        f"{len(trained.vocabulary):,}",
+        manifest["training"]["checkpoint"],
+        output,
+    )
     return manifest
 
 
@@ -172,20 +184,6 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_free(output: Path) -> None:
-    if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
-        raise ConfigError(
-            f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
-        )
-    if Path.cwd().is_relative_to(os.path.realpath(output)):
-        raise ConfigError(
-            f"--output {output}: this command runs in the folder that would be replaced; go to another one first"
-        )
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output {output}: no folder can be made in {parent}; name another one")
-
-
 def _may_be_replaced(output: Path) -> bool:
     """Whether nothing but an export, whole or not, would be lost."""
     try:
@@ -209,7 +207,7 @@ class ExportedPredictor(Predictor):
         super().__init__(Vocabulary.load(folder / VOCABULARY), text["tokenizer"], device)
         self._manifest, self.path = manifest, folder
         # The graph computes all softmaxes of all rows at once.
-        width = len(self.vocabulary) * manifest["model"].get("num_experts", 1)
+        width = len(self.vocabulary) * manifest["model"]["num_experts"]
         self.rows_at_once = max(1, _ELEMENTS_AT_ONCE // width)
         self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
         names = [entry["name"] for entry in manifest["inputs"]]

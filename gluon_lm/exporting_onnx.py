@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import ModelConfig
+from .config import SMALLEST_FLOAT32, ModelConfig
 from .errors import MissingDependency
 from .exporting import TrainedModel, state_layout, write_export
-from .models.heads import SMALLEST_FLOAT32
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 _OPSET, _IR_VERSION = 17, 8

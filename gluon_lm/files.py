@@ -265,6 +265,25 @@ def output_file(flag: str, name: str) -> Path:
     return path
 
 
+def check_folder(flag: str, path: Path) -> None:
+    """Make sure that a folder can be made where a flag says, or take the place of the one that is there.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot.
+    """
+    if path.exists() and Path.cwd().is_relative_to(os.path.realpath(path)):
+        raise ConfigError(
+            f"{flag} {path}: this command runs in the folder that would be replaced; go to another one first"
+        )
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{flag} {path}: {parent} is not a directory; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: no permission to write in {parent}; name another folder")
+
+
 @contextlib.contextmanager
 def open_output(path: Path | None) -> Iterator[IO[str]]:
     """Standard output, or a UTF-8 file that takes the place of `path` when the block ends well."""

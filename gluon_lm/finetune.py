@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cli import CommandParser, DebugOptions, run_command
+from .cli import CommandParser, as_command
 from .config import SECTIONS, Section, Setting, TrainingConfig, option, resolve, switch
 from .errors import ConfigError
 from .logs import log_to_terminal
@@ -81,16 +81,11 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         raise ConfigError(
             "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
         )
-    own = FinetuneOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
-    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
-    settings |= {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
+    settings = parsed.of(*SECTIONS.values()) | {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
     if not options.continue_train:  # the run's own bound is on the run's own steps
         settings.setdefault("max_steps", Setting(None, "finetune"))
     command = TrainCommand(
         **vars(resolve(settings, default_recipe=None)),
-        save=None,
-        resume=None,
-        init_from=None,
         overwrite=options.overwrite,
         print_config=options.print_config,
         dry_run=options.dry_run,
@@ -100,12 +95,9 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     return FinetuneCommand(parsed.run, options.continue_train, command)
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_finetune, argv)
-
-
-def _finetune(argv: Sequence[str]) -> int:
     parsed = parse_finetune(argv)
     command, is_continued = parsed.command, parsed.is_continued
     run, checkpoint = find_run(parsed.run)

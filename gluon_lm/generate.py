@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, pathname, pathnames, real, show, switch, text
 from .errors import ConfigError
 from .files import open_output, output_file
@@ -47,12 +47,9 @@ class GenerateOptions(Section):
     log_interval: int = option(100, integer(), "words between two lines of progress, with --outf")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_generate, argv)
-
-
-def _generate(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "generate",
         f"Write text with a run or an exported model, {WORDS_PER_LINE} words a line.",

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from .training.run_folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    PARAMETERS,
     STATE,
     RunFolder,
     checkpoint_step,
@@ -67,11 +65,13 @@ class SavedCheckpoint:
     loss : float or None
         On the validation text, in nats a token, where it was evaluated.
     num_bytes : int
+    num_parameters : int or None
+        Of the model; None where it does not tell.
     best_step : int or None
         The step with the lowest loss by then.
-    corpus : str or None
-        Name of the registry's corpus that the run is trained on.
-    text : str or None
+    corpus : str
+        Name of the corpus that the run is trained on.
+    text : str
         Digest of that text and of the vocabulary.
     """
 
@@ -79,9 +79,10 @@ class SavedCheckpoint:
     epoch: int
     loss: float | None
     num_bytes: int
+    num_parameters: int | None
     best_step: int | None
-    corpus: str | None
-    text: str | None
+    corpus: str
+    text: str
 
 
 class RunHistory:
@@ -158,9 +159,10 @@ class RunHistory:
             int(state["training"]["epoch"]),
             next((event["loss"] for event in self.of("valid") if event["step"] == step), None),
             num_bytes,
+            int(state.get("num_parameters", 0)) or None,
             state["training"]["best_step"],
-            state.get("text", {}).get("name"),
-            state.get("corpus"),
+            state["text"]["name"],
+            state["corpus"],
         )
 
     def of(self, event: str) -> list[dict[str, Any]]:
@@ -200,26 +202,16 @@ class RunHistory:
         return tests[-1] if is_current else None
 
     @property
-    def model(self) -> str:
-        """The architecture in a few words: ``lstm 200x200 tied``."""
-        config = self.config.model
-        words = [config.model, "x".join(map(str, config.layer_sizes))]
-        if config.tied:
-            words.append("tied")
-        if config.num_experts:
-            words.append(f"mixture of {config.num_experts}")
-        return " ".join(words)
-
-    @property
     def corpus(self) -> str:
         """What it is trained on: a corpus of the registry, or the user's files."""
-        names = [saved.corpus for saved in self.checkpoints if saved.corpus]
-        return names[-1] if names else " ".join(Path(name).name for name in self.config.data.data)
+        if self.checkpoints:
+            return self.checkpoints[-1].corpus
+        return " ".join(Path(name).name for name in self.config.data.data)
 
     @property
     def text(self) -> str | None:
         """A digest of its text and vocabulary; None where no checkpoint is there to tell."""
-        return next((saved.text for saved in reversed(self.checkpoints) if saved.text), None)
+        return self.checkpoints[-1].text if self.checkpoints else None
 
     @functools.cached_property
     def vocab_size(self) -> int | None:
@@ -229,11 +221,10 @@ class RunHistory:
         except OSError:
             return None
 
-    @functools.cached_property
+    @property
     def num_parameters(self) -> int | None:
-        """Of the model, where a checkpoint is there to count them in."""
-        saved = self.folder.saved_checkpoints()
-        return _count_numbers(saved[-1] / PARAMETERS) if saved else None
+        """Of the model, where a checkpoint tells."""
+        return self.checkpoints[-1].num_parameters if self.checkpoints else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -259,7 +250,7 @@ class RunHistory:
             "path": str(self.folder.path),
             "state": self.state,
             "reason": self.reason,
-            "model": self.model,
+            "model": self.config.model.summary,
             "corpus": self.corpus,
             "steps": self.steps,
             "epoch": self.epoch,
@@ -286,21 +277,6 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
 def _perplexity(result: dict[str, Any] | None) -> float | None:
     """Of a validation or a test; None where there is none, or it is beyond a float, which JSON cannot say."""
     return None if result is None or result["loss"] is None else finite_or_none(perplexity(result["loss"]))
-
-
-def _count_numbers(path: Path) -> int | None:
-    """How many numbers the arrays of an ``.npz`` file have, by their headers; None where these cannot be read."""
-    count = 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, _ = headers[np.lib.format.read_magic(file)](file)
-                    count += math.prod(shape)
-    except Exception:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
-        return None
-    return count
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, normalise_argv, run_command
+from .cli import CommandParser, DebugOptions, as_command, normalise_argv
 from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
-from .data import Vocabulary, load_corpus
+from .data import Vocabulary
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
@@ -36,12 +36,9 @@ class ClusterOptions(Section):
     port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: one that is free")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_launch, argv)
-
-
-def _launch(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "launch",
         "Train with several workers and MXNet's parameter server; the flags after -- are those of train.",
@@ -49,7 +46,7 @@ def _launch(argv: Sequence[str]) -> int:
         instead=dict.fromkeys(train_parser().flags, "it is a flag of train: write it after --"),
     )
     parser.add_section(ClusterOptions, "cluster")
-    words = list(argv)
+    words = list(argv or ())
     split = words.index("--") if "--" in words else len(words)
     parsed = parser.parse(words[:split])
     options = parsed.build(ClusterOptions)
@@ -57,7 +54,7 @@ def _launch(argv: Sequence[str]) -> int:
         raise ConfigError("no flags for train: add them after --, as in --workers 2 -- --data ptb --tied")
     if options.local and options.hostfile is not None:
         raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
-    messages = [f"--{name}" for name in DebugOptions.__dataclass_fields__ if getattr(parsed.build(DebugOptions), name)]
+    messages = [setting.flag for setting in parsed.of(DebugOptions).values()]
     is_here = options.hostfile is None
     flags, command, run = _train_command([*words[split + 1 :], *messages], is_here)
     if command.print_config:
@@ -71,10 +68,8 @@ def _launch(argv: Sequence[str]) -> int:
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     if is_here:
         log_to_terminal(command.verbosity)
-        vocabulary = None if run is None else Vocabulary.load(run.vocabulary)
         # What is wrong with the text is said once, and the workers find it encoded.
-        of_run = run is not None and "data" not in command.settings
-        load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
+        command.load_corpus(None if run is None else Vocabulary.load(run.vocabulary))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()

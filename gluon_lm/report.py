@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import CommandParser, DebugOptions, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, pathname
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, output_file
@@ -36,12 +36,9 @@ class ReportOptions(Section):
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the texts")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_report, argv)
-
-
-def _report(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "report",
         "Write curves, results, configurations, texts and checkpoints of runs as one HTML page, and plots as PNG.",
@@ -53,7 +50,7 @@ def _report(argv: Sequence[str]) -> int:
     parsed = parser.parse(argv)
     options, device_config = parsed.build(ReportOptions), parsed.build(DeviceConfig)
     if not options.words:
-        settings = {name: s for name, s in parsed.settings.items() if name not in DebugOptions.__dataclass_fields__}
+        settings = parsed.of(ReportOptions, DeviceConfig)
         idle = [setting.flag for name, setting in settings.items() if name not in ("output", "words")]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: has no effect with --words 0, which writes no texts; leave one out")

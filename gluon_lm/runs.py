@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import option, show, switch
 from .errors import CheckpointError, ConfigError
 from .history import UNTOLD, RunHistory, age, run_folders
@@ -27,12 +27,9 @@ class RunsOptions(Section):
     json: bool = option(False, switch(), "one JSON object for all of it, instead of a table")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_runs, argv)
-
-
-def _runs(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "runs",
         "List the runs in a folder: state, model, corpus, steps, best validation and test perplexity, age.",

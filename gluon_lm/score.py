@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, choice, option, optional, pathname, switch
 from .errors import ConfigError, DataError
 from .files import open_output, output_file
@@ -32,12 +32,9 @@ class ScoreOptions(Section):
     outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_score, argv)
-
-
-def _score(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "score",
         "Log-probability (base e) and perplexity of each line of a file, each line on its own, its end included.",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from .cli import CommandParser, Section, run_command
+from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, text
 from .errors import ConfigError, MissingDependency, reason
 from .logs import LOGGER, log_to_terminal, tolerate_closed_pipes
@@ -29,12 +29,9 @@ class ServeOptions(Section):
     )
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run_command(_serve, argv)
-
-
-def _serve(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "serve",
         "Serve a run or an exported model over HTTP until Ctrl-C or SIGTERM.",

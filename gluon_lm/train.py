@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, normalise_argv, run_command
+from .cli import CommandParser, as_command, normalise_argv
 from .config import INSTEAD_OF_TRAINING, SECTIONS, RunOptions, Setting, resolve, show, validate
 from .errors import ConfigError
 from .logs import log_to_terminal
@@ -17,11 +17,6 @@ from .training.run_folder import RunFolder, find_run, strip_model_suffix
 
 # Flags of gluonnlp that ask for what is always done.
 _ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    return run_command(_train, argv)
 
 
 def train_parser() -> CommandParser:
@@ -53,8 +48,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
     problems: list[str] = []
     run = parsed.build(RunOptions)
-    own = RunOptions.__dataclass_fields__.keys() | DebugOptions.__dataclass_fields__.keys()
-    settings = {name: setting for name, setting in parsed.settings.items() if name not in own}
+    settings = parsed.of(*SECTIONS.values())
 
     resume = run.resume
     if run.continue_train:
@@ -140,7 +134,9 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
     return command, run, checkpoint
 
 
-def _train(argv: Sequence[str]) -> int:
+@as_command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
     command, run, checkpoint = resolve_run(parse_train(argv))
     if command.print_config:
         print(command.describe(), end="")

@@ -5,6 +5,7 @@ Where values come from, highest first: flags, ``--config``, the recipe, the defa
 
 from .elsewhere import INSTEAD_OF_TRAINING
 from .kinds import (
+    SMALLEST_FLOAT32,
     Kind,
     choice,
     integer,
@@ -52,6 +53,7 @@ __all__ = [
     "OptimConfig",
     "RunOptions",
     "SECTIONS",
+    "SMALLEST_FLOAT32",
     "Section",
     "Setting",
     "TAIL_FACTOR",

@@ -213,6 +213,16 @@ class ModelConfig(Section):
         return [self.hidden_size] * (self.num_layers - 1) + [self.last_hidden_size or default]
 
     @property
+    def summary(self) -> str:
+        """The architecture in a few words: ``lstm 200x200 tied``."""
+        words = [self.model, "x".join(map(str, self.layer_sizes))]
+        if self.tied:
+            words.append("tied")
+        if self.num_experts:
+            words.append(f"mixture of {self.num_experts}")
+        return " ".join(words)
+
+    @property
     def head(self) -> str:
         """The output layer: a name in `gluon_lm.models.HEADS`."""
         if self.num_experts:

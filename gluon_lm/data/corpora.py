@@ -336,49 +336,47 @@ def _published(spec: CorpusSpec, texts: Texts) -> _Source:
     return _Source(spec.name, spec.licence, texts, spec.tokenizer)
 
 
-def find_spec(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA) -> CorpusSpec | None:
+def find_spec(name: str) -> CorpusSpec | None:
     """The registered corpus of this name or alias, None if there is none."""
-    names = ((spec, map(key_of, (spec.name, *spec.aliases))) for spec in corpora.values())
+    names = ((spec, map(key_of, (spec.name, *spec.aliases))) for spec in CORPORA.values())
     return next((spec for spec, of_spec in names if key_of(name) in of_spec), None)
 
 
-def unknown_corpus(name: str, corpora: Mapping[str, CorpusSpec] = CORPORA, otherwise: str = "") -> str:
+def unknown_corpus(name: str, otherwise: str = "") -> str:
     """The message for a name that is no corpus, nor what it may be otherwise."""
-    names = [known for spec in corpora.values() for known in (spec.name, *spec.aliases)]
+    names = [known for spec in CORPORA.values() for known in (spec.name, *spec.aliases)]
     hint = nearest(key_of(Path(name).name), names)
-    return f"{show(name)}: must be a corpus ({', '.join(corpora)}){otherwise}{hint}"
+    return f"{show(name)}: must be a corpus ({', '.join(CORPORA)}){otherwise}{hint}"
 
 
-def _find_source(
-    data: Sequence[str], data_dir: Path, splits: Sequence[str], corpora: Mapping[str, CorpusSpec]
-) -> _Source:
+def _find_source(data: Sequence[str], data_dir: Path, splits: Sequence[str]) -> _Source:
     if len(data) == len(SPLITS):
         paths = dict(zip(SPLITS, (Path(name) for name in data)))
-        return _own(_folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits}, corpora)
+        return _own(_folder_name(paths["train"].parent), {split: Text.of(paths[split]) for split in splits})
     (name,) = data
-    spec = find_spec(name, corpora)
+    spec = find_spec(name)
     if spec is not None:
         return _published(spec, spec.texts(spec.default_folder(data_dir), splits))
     path = Path(name)
     if path.is_file():
         return _Source(path.stem, _OWN_LICENCE, _split_file(path, splits))
-    spec = find_spec(path.name, corpora)
+    spec = find_spec(path.name)
     if path.is_dir():
         found = {split: _candidates(path, split) for split in splits}
         there = {split: Text.of(paths[0]) for split, paths in found.items() if paths}
         # A folder named as a corpus that lacks some of its files, or all, is where these are downloaded to.
         if spec is None or len(there) == len(splits) or (there and not spec.has(there)):
-            return _own(_folder_name(path), {split: _only(path, split, found[split]) for split in splits}, corpora)
+            return _own(_folder_name(path), {split: _only(path, split, found[split]) for split in splits})
     elif path.exists():
         raise DataError(f"{path}: is neither a folder nor a regular file; name a folder or text files")
     if spec is None:
-        raise DataError("--data " + unknown_corpus(name, corpora, ", or a folder or file that exists"))
+        raise DataError("--data " + unknown_corpus(name, ", or a folder or file that exists"))
     return _published(spec, spec.texts(path, splits))
 
 
-def _own(name: str, texts: Texts, corpora: Mapping[str, CorpusSpec]) -> _Source:
+def _own(name: str, texts: Texts) -> _Source:
     """The user's own files, or those of a published corpus under a name of the user's."""
-    spec = next((spec for spec in corpora.values() if spec.has(texts)), None)
+    spec = next((spec for spec in CORPORA.values() if spec.has(texts)), None)
     return _Source(name, _OWN_LICENCE, texts) if spec is None else _published(spec, texts)
 
 
@@ -448,7 +446,6 @@ def load_corpus(
     vocabulary: Vocabulary | None = None,
     splits: Sequence[str] = SPLITS,
     of_run: bool = False,
-    corpora: Mapping[str, CorpusSpec] = CORPORA,
 ) -> Corpus:
     """Find a text, downloading it if need be, and turn it into token ids, or find those in the cache.
 
@@ -463,8 +460,6 @@ def load_corpus(
         The parts that are wanted, of ``train``, ``valid`` and ``test``; or ``all``, alone, of a single file.
     of_run : bool
         Whether a run names the text, and not the user, who is then told how to where it is not found.
-    corpora : mapping of str to CorpusSpec
-        The registry.
 
     Returns
     -------
@@ -479,7 +474,7 @@ def load_corpus(
         vocabulary = Vocabulary.load(Path(config.vocab), "utf-8-sig")
     needed = [split for split in (*SPLITS, ALL) if split in splits or (vocabulary is None and split == "train")]
     try:
-        source = _find_source(config.data, Path(config.data_dir), needed, corpora)
+        source = _find_source(config.data, Path(config.data_dir), needed)
     except OSError as error:
         raise DataError(
             f"--data {' '.join(config.data)}: {error.filename} cannot be read ({error.strerror}); fix that, "
@@ -489,7 +484,7 @@ def load_corpus(
         if not of_run:
             raise
         raise DataError(f"{error}; if the text of the run lies elsewhere now, name its place with --data") from error
-    spec = find_spec(config.data[0], corpora)
+    spec = find_spec(config.data[0])
     if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
         LOGGER.info("--data %s: does not use --data-dir %s", " ".join(config.data), config.data_dir)
     tokenizer = config.tokenizer or source.tokenizer

@@ -23,14 +23,13 @@ import numpy as np
 from mxnet import gluon
 from mxnet.gluon import nn
 
-from ..config import TAIL_FACTOR, ModelConfig
+from ..config import SMALLEST_FLOAT32, TAIL_FACTOR, ModelConfig
 from ..indexing import set_elements, set_rows
 from .dropout import Dropout
 from .precision import Affine, Products
 
 _PARTS = 4  # in which the rows of an adaptive softmax's widest group are worked on, if that is all of a chunk's
 _NEVER = -1e30  # a logit whose probability is 0
-SMALLEST_FLOAT32 = 1.1754944e-38  # below it a probability rounds to zero; the loss then reads 87.3, not infinite
 
 
 class TrainingHead:

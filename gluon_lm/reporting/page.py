@@ -64,7 +64,7 @@ def render_page(
     sections = {heading: content for heading, content in sections.items() if content}
     values = {
         "title": escape(title),
-        "subtitle": escape(", ".join(dict.fromkeys(f"{run.corpus}: {run.model}" for run in runs))),
+        "subtitle": escape(", ".join(dict.fromkeys(f"{run.corpus}: {run.config.model.summary}" for run in runs))),
         "colours": _colours(),
         "navigation": "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
         "sections": "\n".join(
@@ -183,7 +183,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         seconds, on_gpu = run.training_seconds, run.peak_memory("device_memory")
         cells = [
             _state(run),
-            _text(run.model),
+            _text(run.config.model.summary),
             _text(run.corpus),
             _number(run.vocab_size),
             _number(run.num_parameters),

@@ -10,13 +10,14 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Match
@@ -29,7 +30,7 @@ from ..generation.sampling import Sampling
 from ..prediction import Predictor
 from . import schemas
 from .engine import Busy, Closed, Engine, TextRequest
-from .guard import OUTCOME, WORK, Guard
+from .guard import OUTCOME, WORK, Guard, error_response
 from .limits import Limits
 from .metrics import RequestMetrics
 
@@ -86,7 +87,6 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     root_path = None if root_path is None else root_path.rstrip("/")
     engine = Engine(predictor, limits.slots, limits.max_waiting)
     metrics = RequestMetrics()
-    models = schemas.RequestModels(limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -114,17 +114,39 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     )
     _answer_errors(app, limits)
 
-    async def result(futures: Iterable[Any]) -> list[Any]:
-        return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), limits.timeout)
+    served = _Served(predictor, engine, limits)
+    models = schemas.RequestModels(limits)
+    _add_form(app, served, models)
+    _add_generation(app, served, models)
+    _add_scoring(app, served, models)
+    _add_status(app, served, metrics)
+    _add_page(app, "/", "page.html", "A page to write text with", root_path)
+    _add_page(app, "/docs", "docs.html", "This description, to read", root_path)
+    return app
 
-    def prompt_of(asked: Any) -> Optional[list[str]]:
-        return None if asked.prompt is None else words_of(asked.prompt, predictor.tokenizer)
 
-    def text_requests(asked: Any, prompt: Optional[list[str]], seed: int, num_texts: int) -> list[TextRequest]:
-        sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
-        return [
-            TextRequest(asked.words, sampling, seed, index, prompt, asked.stop_at_eos) for index in range(num_texts)
-        ]
+@dataclass(frozen=True)
+class _Served:
+    """What answers are made with."""
+
+    predictor: Predictor
+    engine: Engine
+    limits: Limits
+
+    async def result(self, futures: Iterable[Any]) -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), self.limits.timeout)
+
+    def prompt_of(self, asked: Any) -> Optional[list[str]]:
+        return None if asked.prompt is None else words_of(asked.prompt, self.predictor.tokenizer)
+
+
+def _text_requests(asked: Any, prompt: Optional[list[str]], seed: int, num_texts: int) -> list[TextRequest]:
+    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.suppress_unk)
+    return [TextRequest(asked.words, sampling, seed, index, prompt, asked.stop_at_eos) for index in range(num_texts)]
+
+
+def _add_form(app: FastAPI, served: _Served, models: schemas.RequestModels) -> None:
+    """Text for a form."""
 
     @app.post(
         "/",
@@ -139,10 +161,14 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         except ValidationError as error:
             raise HTTPException(400, "; ".join(map(_in_words, error.errors()))) from None
         seed = _seed_of(asked)
-        request.scope[WORK] += engine.generate(text_requests(asked, prompt_of(asked), seed, 1))
-        (words,) = await result(request.scope[WORK])
+        request.scope[WORK] += served.engine.generate(_text_requests(asked, served.prompt_of(asked), seed, 1))
+        (words,) = await served.result(request.scope[WORK])
         text = "".join(f"{line}\n" for line in lines_of(words))
         return PlainTextResponse(text, headers={"X-Seed": str(seed), "X-Content-Type-Options": "nosniff"})
+
+
+def _add_generation(app: FastAPI, served: _Served, models: schemas.RequestModels) -> None:
+    """Texts, whole or word by word."""
 
     @app.post(
         "/v1/generate",
@@ -159,45 +185,57 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     )
     async def generate(request: Request, asked: models.Generate) -> Any:  # type: ignore[name-defined]
         seed = _seed_of(asked)
-        prompt = prompt_of(asked)
-        requests = text_requests(asked, prompt, seed, asked.n)
-        given = {"seed": seed, "unknown": predictor.vocabulary.unknown(prompt or [])}
+        prompt = served.prompt_of(asked)
+        requests = _text_requests(asked, prompt, seed, asked.n)
+        given = {"seed": seed, "unknown": served.predictor.vocabulary.unknown(prompt or [])}
         if not asked.stream:
-            request.scope[WORK] += engine.generate(requests)
-            return given | _texts(await result(request.scope[WORK]))
-        loop, written = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
-
-        def on_word(index: int, word: str) -> None:
-            loop.call_soon_threadsafe(written.put_nowait, {"index": index, "word": word})
-
-        request.scope[WORK] += engine.generate(requests, on_word)
-        texts = asyncio.ensure_future(result(request.scope[WORK]))
-
-        def end(texts: asyncio.Future[Any]) -> None:
-            if not texts.cancelled():
-                texts.exception()  # or, where nobody is there to hear of it, asyncio complains
-            written.put_nowait(None)
-
-        texts.add_done_callback(end)
-
-        async def events() -> AsyncIterator[str]:
-            yield _event(given, "start")
-            is_open = True
-            while is_open:
-                words = [await written.get()]
-                while not written.empty():
-                    words.append(written.get_nowait())
-                is_open = None not in words  # a word that was under way when the time was up may come after it
-                yield "".join(_event(word) for word in words if word is not None)
-            error = texts.exception()
-            if error is None:
-                yield _event(given | _texts(texts.result()), "done")
-            else:
-                request.scope[OUTCOME], reason = _refusal(error, limits)
-                yield _event({"detail": reason}, "error")
-
+            request.scope[WORK] += served.engine.generate(requests)
+            return given | _texts(await served.result(request.scope[WORK]))
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+        events = _events(served, request, requests, given)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def _events(
+    served: _Served, request: Request, requests: list[TextRequest], given: dict[str, Any]
+) -> AsyncIterator[str]:
+    """Put texts to work; the events that tell of them, from the words `given` at the start to the end."""
+    loop, written = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
+
+    def on_word(index: int, word: str) -> None:
+        loop.call_soon_threadsafe(written.put_nowait, {"index": index, "word": word})
+
+    request.scope[WORK] += served.engine.generate(requests, on_word)
+    texts = asyncio.ensure_future(served.result(request.scope[WORK]))
+
+    def end(texts: asyncio.Future[Any]) -> None:
+        if not texts.cancelled():
+            texts.exception()  # or, where nobody is there to hear of it, asyncio complains
+        written.put_nowait(None)
+
+    texts.add_done_callback(end)
+
+    async def events() -> AsyncIterator[str]:
+        yield _event(given, "start")
+        is_open = True
+        while is_open:
+            words = [await written.get()]
+            while not written.empty():
+                words.append(written.get_nowait())
+            is_open = None not in words  # a word that was under way when the time was up may come after it
+            yield "".join(_event(word) for word in words if word is not None)
+        error = texts.exception()
+        if error is None:
+            yield _event(given | _texts(texts.result()), "done")
+        else:
+            request.scope[OUTCOME], reason = _refusal(error, served.limits)
+            yield _event({"detail": reason}, "error")
+
+    return events()
+
+
+def _add_scoring(app: FastAPI, served: _Served, models: schemas.RequestModels) -> None:
+    """How likely lines are."""
 
     @app.post(
         "/v1/score",
@@ -207,18 +245,15 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     )
     async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
         lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other sign ends a line
-        request.scope[WORK].append(engine.score([TOKENIZERS[predictor.tokenizer](line) for line in lines]))
-        (scores,) = await result(request.scope[WORK])
+        tokenize = TOKENIZERS[served.predictor.tokenizer]
+        request.scope[WORK].append(served.engine.score([tokenize(line) for line in lines]))
+        (scores,) = await served.result(request.scope[WORK])
         return {"lines": [score.as_json() for score in scores]}
 
-    _add_status(app, engine, metrics, predictor, limits)
-    _add_page(app, "/", "page.html", "A page to write text with", root_path)
-    _add_page(app, "/docs", "docs.html", "This description, to read", root_path)
-    return app
 
-
-def _add_status(app: FastAPI, engine: Engine, metrics: RequestMetrics, predictor: Predictor, limits: Limits) -> None:
+def _add_status(app: FastAPI, served: _Served, metrics: RequestMetrics) -> None:
     """What is served, whether it works, and its figures."""
+    predictor, engine, limits = served.predictor, served.engine, served.limits
 
     @app.get("/v1/model", summary="What is served", response_model=schemas.ModelAnswer)
     async def model() -> Any:
@@ -300,12 +335,7 @@ def _event(data: dict[str, Any], kind: Optional[str] = None) -> str:
 
 
 def _answer_errors(app: FastAPI, limits: Limits) -> None:
-    """Answer every error with its reason, as plain text to a form and as JSON otherwise."""
-
-    def answer(request: Request, status: int, detail: Any, headers: Any = None) -> Response:
-        if request.scope["path"] == "/" and request.method == "POST":
-            return PlainTextResponse(f"{detail}\n", status, headers)
-        return JSONResponse({"detail": detail}, status, headers)
+    """Answer every error as the guard does."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: Any) -> Response:
@@ -315,19 +345,20 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
         is_unread = all(tuple(problem["loc"]) == ("body",) for problem in problems)
         if is_unread and "json" not in request.headers.get("content-type", "").lower():
             problems = [{"loc": ["body"], "msg": "send JSON, with Content-Type: application/json", "type": "json_type"}]
-        body = json.dumps({"detail": problems})
-        return Response(body, 422, media_type="application/json")
+        return error_response(request.scope, 422, problems)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: Any) -> Response:
         if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to what no parser can read
-            return answer(request, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}])
+            return error_response(
+                request.scope, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
+            )
         headers = {"Allow": _methods_of(app, request)} if error.status_code == 405 else error.headers
-        return answer(request, error.status_code, error.detail, headers)
+        return error_response(request.scope, error.status_code, error.detail, headers)
 
     async def not_done(request: Request, error: Exception) -> Response:
         status, reason = _refusal(error, limits)
-        return answer(request, status, reason, {"Retry-After": "1"})
+        return error_response(request.scope, status, reason, {"Retry-After": "1"})
 
     for kind in (Busy, Closed, asyncio.TimeoutError):
         app.add_exception_handler(kind, not_done)

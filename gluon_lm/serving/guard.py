@@ -10,9 +10,11 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Future
 from typing import Any
+
+from starlette.responses import Response
 
 from ..logs import LOGGER
 from .metrics import RequestMetrics
@@ -85,8 +87,8 @@ class Guard:
             refusal = await self._answer(scope, receive, note_status)
             if not is_whole:
                 has_begun, status = bool(status), refusal[0]
-                if not has_begun:
-                    await _refuse(note_status, *refusal, is_form=(scope["method"], scope["path"]) == ("POST", "/"))
+                if not has_begun and status != _CLIENT_GONE:
+                    await error_response(scope, *refusal)(scope, receive, note_status)
         finally:
             status = scope.get(OUTCOME, status)
             work: list[Future[Any]] = scope[WORK]
@@ -171,14 +173,13 @@ def _replay(body: bytes, gone: asyncio.Future[None]) -> Receive:
     return receive
 
 
-async def _refuse(send: Send, status: int, reason: str, is_form: bool) -> None:
-    if status == _CLIENT_GONE:
-        return
-    body = f"{reason}\n".encode() if is_form else json.dumps({"detail": reason}).encode()
-    kind = b"text/plain; charset=utf-8" if is_form else b"application/json"
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def error_response(
+    scope: MutableMapping[str, Any], status: int, detail: Any, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An error with its reason: plain text to a form, JSON otherwise."""
+    if (scope["method"], scope["path"]) == ("POST", "/"):
+        return Response(f"{detail}\n", status, headers, "text/plain")
+    return Response(json.dumps({"detail": detail}), status, headers, "application/json")
 
 
 def _printable(sent: str) -> str:

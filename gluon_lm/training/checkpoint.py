@@ -5,8 +5,8 @@
 - ``optimizer.npz``: optimiser state, by parameter name
 - ``residuals.npz``: what 2-bit compression has not sent yet, where it can be kept
 - ``carried.npz``: recurrent state between two windows, all streams side by side
-- ``state.json``: counters, decisions, the communicator's state, the sha256 of every other file, a digest of
-  itself
+- ``state.json``: counters, decisions, the communicator's state, how many parameters there are, the sha256 of every
+  other file, a digest of itself
 - ``config.yaml``, ``vocab.txt``
 """
 
@@ -187,6 +187,7 @@ def save_checkpoint(
                 "corpus": checkpoint.corpus,
                 "text": dict(checkpoint.text),
                 "num_devices": checkpoint.num_devices,
+                "num_parameters": sum(array.size for array in checkpoint.parameters.values()),
             }
             (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
         if is_best:
@@ -240,7 +241,7 @@ def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
 
 
 def _read_training(values: Mapping[str, Any]) -> TrainingState:
-    """From JSON; `TypeError` where a value is none of its field."""
+    """From JSON; `TypeError` or `KeyError` where a value is none of its field, or is not there."""
     nothing = type(None)
     types: dict[str, tuple[type, ...]] = {
         "int": (int,),
@@ -250,7 +251,7 @@ def _read_training(values: Mapping[str, Any]) -> TrainingState:
         "list[float]": (list,),
     }
     for declared in dataclasses.fields(TrainingState):
-        value = values.get(declared.name, declared.default)
+        value = values[declared.name]
         if not isinstance(value, types[str(declared.type)]):
             raise TypeError(f"{declared.name} is {show(value)}")
     return TrainingState(**values)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, Layer, get, origins_in, resolve, show, validate
+from ..data import Corpus, Vocabulary, load_corpus
 from ..errors import ConfigError
 from ..logs import Verbosity
 
@@ -69,6 +70,11 @@ class TrainCommand:
     def base(self) -> str | None:
         """The run over whose configuration the flags are laid."""
         return self.init_from if self.resume is None else self.resume
+
+    def load_corpus(self, vocabulary: Vocabulary | None) -> Corpus:
+        """The text, read with the vocabulary of the run that goes on or is begun with; None: no other run."""
+        of_run = vocabulary is not None and "data" not in self.settings
+        return load_corpus(self.config.data, vocabulary=vocabulary, of_run=of_run)
 
     def describe(self) -> str:
         """The answer to ``--print-config``: YAML with the source of each value behind it."""

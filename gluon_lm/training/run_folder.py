@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, swap_folders, temporary_sibling
+from ..files import atomic_write, check_folder, swap_folders, temporary_sibling
 from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
@@ -83,16 +83,7 @@ class RunFolder:
                     f"--overwrite --save {self.path}: is not a run of ours (config.yaml and checkpoints/), "
                     "so it is not replaced; name another folder"
                 )
-            if Path.cwd().is_relative_to(self._place):
-                raise ConfigError(
-                    f"--overwrite --save {self.path}: this command runs in the folder that would be replaced; go to "
-                    "another one first"
-                )
-        parent = next(p for p in self.path.absolute().parents if p.exists())
-        if not parent.is_dir():
-            raise ConfigError(f"--save {self.path}: {parent} is not a directory; name another folder")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"--save {self.path}: no permission to write in {parent}; name another folder")
+        check_folder("--save", self.path)
 
     @contextlib.contextmanager
     def created(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> Iterator[None]:

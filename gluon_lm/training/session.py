@@ -17,7 +17,7 @@ from ..config import (
     vocabulary_problems,
 )
 from ..config.sections import fields_by_name
-from ..data import Corpus, Vocabulary, load_corpus
+from ..data import Corpus, Vocabulary
 from ..data.encoding import first_rise
 from ..distributed.communicator import Communicator
 from ..distributed.devices import create_communicator, free_memory, merged_elements, workers_sharing_memory
@@ -102,8 +102,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     checkpoint, vocabulary = None, None
     if initial is not None:
         initial, checkpoint, vocabulary = load_by_name(initial, _load_to_begin_with)
-    of_run = initial is not None and "data" not in command.settings
-    corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
+    corpus = command.load_corpus(vocabulary)
     if command.save is None:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
         run.check_free(overwrite=False)
@@ -135,8 +134,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         is_named = path is not None
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
-        vocabulary, of_run = Vocabulary.load(path / VOCABULARY), "data" not in command.settings
-        corpus = load_corpus(command.config.data, vocabulary=vocabulary, of_run=of_run)
+        corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         optim_of_checkpoint = read_config(path / CONFIG).optim
         lr_of_checkpoint = optim_of_checkpoint.lr
@@ -223,10 +221,8 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     num_parameters = sum(math.prod(parameter.shape) for parameter in model.named_parameters().values())
     LOGGER.info("%s", corpus.describe())
     LOGGER.info(
-        "%s %s%s, %.2f million parameters | %s%s",
-        config.model.model,
-        "x".join(map(str, model.encoder.layer_sizes)),
-        ", tied" if config.model.tied else "",
+        "%s, %.2f million parameters | %s%s",
+        config.model.summary,
         num_parameters / 1e6,
         communicator.description,
         "" if config.training.amp == "none" else f" | products in {config.training.amp}",

@@ -234,7 +234,9 @@ def registry(*mirrors) -> dict[str, PublishedCorpus]:
 
 def load(folder: Path, *mirrors, name: str = "tiny-1"):
     config = DataConfig(data=(name,), data_dir=str(folder.parent))
-    return load_corpus(config, corpora=registry(*mirrors))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gluon_lm.data.corpora.CORPORA", registry(*mirrors))
+        return load_corpus(config)
 
 
 def test_files_in_place_need_no_network(server, folder):

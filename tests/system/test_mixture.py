@@ -31,7 +31,7 @@ def test_the_reference_page_from_training_to_dynamic_evaluation(project):
     devices = ("--no-cuda",)
     output = project.run("train", *SMALL, *flags[:-1], *devices, "--epoch", 2, "--nhidlast", 7, "--save", "PTB")
     (name,) = re.findall(r"run folder (PTB-\d{8}-\d{6})", output)
-    assert "recipe mos" in output and "8x8x7, tied" in output
+    assert "recipe mos" in output and "8x8x7 tied mixture of 3" in output
     flags = ("--dropouti", 0.4, "--dropoutl", 0.29, "--dropouth", 0.225, "--seed", 28, "--lr", 25.0)
     output = project.run("finetune", *SMALL, *flags, *devices, "--epoch", 1, "--save", name)
     assert (project.path / name / "finetune_model/best").exists()

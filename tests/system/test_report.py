@@ -11,6 +11,7 @@ import struct
 import sys
 import warnings
 
+import numpy as np
 import pytest
 from browser import EXECUTABLE, contrasts, open_browser
 from processes import events
@@ -257,6 +258,19 @@ def test_the_loss_over_a_sample_of_the_words_is_not_compared_with_the_whole(fold
     assert [curve.run for curve in panels["Validation perplexity"].curves] == [0, 1]
     assert [curve.run for curve in panels["Training perplexity"].curves] == [0]
     assert [curve.run for curve in panels["Training perplexity, over a sample of the words"].curves] == [1]
+
+
+def test_a_checkpoint_tells_how_many_parameters_it_has(folder, tmp_path):
+    with np.load(folder / NAMES[0] / "latest/parameters.npz") as arrays:
+        assert RunHistory(folder / NAMES[0]).num_parameters == sum(array.size for array in arrays.values())
+    shutil.copytree(folder / NAMES[0], tmp_path / "silent")
+    for state in (tmp_path / "silent/checkpoints").glob("*/state.json"):
+        content = json.loads(state.read_text())
+        del content["num_parameters"]
+        state.write_text(json.dumps(content))
+    assert RunHistory(tmp_path / "silent").num_parameters is None
+    output = tmp_path / "page.html"
+    assert report([str(tmp_path / "silent"), "--words", "0", "--output", str(output)]) == 0
 
 
 def test_texts_of_one_name_do_not_compare(folder, tmp_path):

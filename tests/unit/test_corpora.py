@@ -24,9 +24,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GLUON_LM_CACHE", str(tmp_path / "cache"))
 
 
-def load(*data: object, corpora=CORPORA, vocabulary=None, splits=("train", "valid", "test"), **options):
+def load(*data: object, vocabulary=None, splits=("train", "valid", "test"), **options):
     config = DataConfig(data=tuple(map(str, data)), **options)
-    return load_corpus(config, corpora=corpora, vocabulary=vocabulary, splits=splits)
+    return load_corpus(config, vocabulary=vocabulary, splits=splits)
 
 
 def write_parts(folder: Path, naming: str = "{}.txt", valid: str = "valid") -> Path:
@@ -231,51 +231,52 @@ def test_files_without_permission(tmp_path):
 # ---------------------------------------------------------------- published corpora
 
 
-def published(parts=PARTS) -> dict[str, PublishedCorpus]:
+@pytest.fixture
+def published(monkeypatch):
     """A registry with one corpus, which no mirror has."""
     files = {
         split: PublishedFile(f"tiny.{split}.txt", "sha256:" + hashlib.sha256(text.encode()).hexdigest())
-        for split, text in parts.items()
+        for split, text in PARTS.items()
     }
     spec = PublishedCorpus("tiny-1", "CC0", aliases=("tiny",), folder="tiny", files=files)
-    return {spec.name: spec}
+    monkeypatch.setattr("gluon_lm.data.corpora.CORPORA", {spec.name: spec})
 
 
 @pytest.mark.parametrize("naming", ["tiny.{}.txt", "{}.txt", "ptb.{}.txt"])
-def test_a_corpus_by_name_by_alias_and_by_path(tmp_path, naming):
+def test_a_corpus_by_name_by_alias_and_by_path(published, tmp_path, naming):
     write_parts(tmp_path / "tiny", naming)
     for name in ("tiny-1", "tiny", "TINY_1"):
-        corpus = load(name, data_dir=str(tmp_path), corpora=published())
+        corpus = load(name, data_dir=str(tmp_path))
         check_parts(corpus)
         assert (corpus.name, corpus.licence) == ("tiny-1", "CC0")
-    assert load(tmp_path / "tiny", corpora=published()).name == "tiny-1"
+    assert load(tmp_path / "tiny").name == "tiny-1"
 
 
-def test_a_published_text_is_known_anywhere(tmp_path):
+def test_a_published_text_is_known_anywhere(published, tmp_path):
     folder = write_parts(tmp_path / "input")
-    assert load(folder, corpora=published()).name == "tiny-1"
+    assert load(folder).name == "tiny-1"
     (folder / "valid.txt").write_text("a\n")
-    corpus = load(folder, corpora=published())
+    corpus = load(folder)
     assert (corpus.name, corpus.licence) == ("input", "that of your text")
 
 
-def test_a_folder_named_like_a_corpus_with_other_text_is_the_users_own(tmp_path):
+def test_a_folder_named_like_a_corpus_with_other_text_is_the_users_own(published, tmp_path):
     folder = write_parts(tmp_path / "tiny")
     (folder / "valid.txt").write_text("a\n")
-    assert words_of(load(folder, corpora=published()), "valid") == "a <eos>"
-    message = refused("tiny", data_dir=str(tmp_path), corpora=published())
+    assert words_of(load(folder), "valid") == "a <eos>"
+    message = refused("tiny", data_dir=str(tmp_path))
     assert message.startswith(f"{folder / 'valid.txt'}: is not the file that tiny-1 was published with")
     assert f"--data {folder}" in message
     (folder / "test.txt").unlink()
-    assert "has no test text" in refused(folder, corpora=published())
+    assert "has no test text" in refused(folder)
 
 
 @pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
-def test_a_path_without_text_that_ends_like_a_corpus_means_that_corpus(tmp_path, make):
+def test_a_path_without_text_that_ends_like_a_corpus_means_that_corpus(published, tmp_path, make):
     path = tmp_path / "elsewhere" / "tiny"
     if make:
         path.mkdir(parents=True)
-    message = refused(path, corpora=published())
+    message = refused(path)
     assert message.startswith("tiny-1: could not be downloaded")
     assert f"Put tiny.train.txt, tiny.valid.txt, tiny.test.txt into {path}" in message
     assert path.exists() == make
@@ -317,7 +318,8 @@ def test_speeches_hold_out_whole_years_evenly(tmp_path, monkeypatch):
     assert names["valid"] == ["1809-Name-1.txt", "1809-Name-2.txt", "1829-Name-1.txt"]
     assert names["test"] == ["1819-Name-1.txt", "1839-Name-1.txt"]
     assert len(names["train"]) == 41 and names["train"] == sorted(names["train"])
-    corpus = load("sotu", corpora={"sotu": spec})
+    monkeypatch.setattr("gluon_lm.data.corpora.CORPORA", {"sotu": spec})
+    corpus = load("sotu")
     assert words_of(corpus, "train").startswith("Fellow citizens , it is 1800 . <eos> Fellow")
     assert words_of(corpus, "test") == " ".join(2 * ["Fellow citizens , it is <unk> . <eos>"])
 
