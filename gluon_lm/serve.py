@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,12 @@ class ServeOptions(Section):
         None,
         optional(text("PATH")),
         "path prefix under which a proxy forwards requests; a form may be sent to any path below it",
+    )
+    allowed_hosts: str | None = option(
+        None,
+        optional(text("NAME,NAME")),
+        "host names that requests may be addressed to, besides localhost and IP addresses (default: any, but on a "
+        "loopback address none)",
     )
 
 
@@ -66,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         predictor = load_predictor(parsed.run, resolve_single_device(parsed.build(DeviceConfig)))
         LOGGER.info("loaded %s", predictor.path)
-        run_server(create_app(predictor, limits, options.root_path), limits, listener)
+        hosts = options.allowed_hosts
+        if hosts is None and ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+            hosts = options.host
+        allowed = None if hosts is None else [name.strip().lower() for name in hosts.split(",")]
+        run_server(create_app(predictor, limits, options.root_path, allowed), limits, listener)
     return 0
 
 

@@ -99,9 +99,11 @@ class Server:
         self._reader.join(PATIENCE)
         return code
 
-    def ask(self, method: str, path: str, body: bytes | None = None, content_type: str | None = None) -> Answer:
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, content_type: str | None = None, **headers: str
+    ) -> Answer:
         """Send one request and read the answer whole."""
-        with self.open(method, path, body, content_type) as answer:
+        with self.open(method, path, body, content_type, **headers) as answer:
             return Answer(answer.status, dict(answer.headers.items()), answer.read().decode())
 
     def ask_json(self, path: str, body: object) -> Answer:
@@ -109,12 +111,12 @@ class Server:
 
     @contextlib.contextmanager
     def open(
-        self, method: str, path: str, body: bytes | None = None, content_type: str | None = None
+        self, method: str, path: str, body: bytes | None = None, content_type: str | None = None, **headers: str
     ) -> Iterator[http.client.HTTPResponse]:
         """Send one request; the answer is to be read, and the client goes away when the block is left."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
         try:
-            headers = {} if content_type is None else {"Content-Type": content_type}
+            headers |= {} if content_type is None else {"Content-Type": content_type}
             connection.request(method, path, body, headers)
             yield connection.getresponse()
         finally:

@@ -44,6 +44,7 @@ _Responses = dict[Union[int, str], dict[str, Any]]
 _REFUSALS = {
     408: "The request came too slowly.",
     413: "The request is too long.",
+    421: "It is addressed to a host name that is not the server's.",
     429: "Too much is waiting already; try again later.",
     503: "The server is stopping, or the time was up.",
 }
@@ -66,7 +67,12 @@ _EVENT = {
 }
 
 
-def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path: Optional[str] = None) -> FastAPI:
+def create_app(
+    predictor: Predictor,
+    limits: Optional[Limits] = None,
+    root_path: Optional[str] = None,
+    allowed_hosts: Optional[Iterable[str]] = None,
+) -> FastAPI:
     """The application that serves a model.
 
     Parameters
@@ -77,6 +83,8 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
     root_path : str, optional
         Where a proxy puts the application, such as ``/expose/ID``. Paths may have it in front or not; a form may be
         sent to any path below it.
+    allowed_hosts : iterable of str, optional
+        As of `gluon_lm.serving.guard.Guard`.
 
     Returns
     -------
@@ -111,6 +119,7 @@ def create_app(predictor: Predictor, limits: Optional[Limits] = None, root_path:
         timeout=limits.timeout,
         root_path=root_path,
         post_paths=frozenset({"/v1/generate", "/v1/score"}),
+        allowed_hosts=None if allowed_hosts is None else frozenset(allowed_hosts),
     )
     _answer_errors(app, limits)
 

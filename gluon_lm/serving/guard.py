@@ -7,12 +7,15 @@ goes away or the time is up, and what it had put to work is then given up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.responses import Response
 
@@ -50,6 +53,9 @@ class Guard:
         A prefix that is taken from paths, where they have it.
     post_paths : collection of str
         Below `root_path`, POST to any path but these goes to ``/``.
+    allowed_hosts : collection of str, optional
+        Host names that requests may be addressed to, besides localhost and IP addresses; others are refused with 421,
+        for in a browser any page can have a name of its own resolve to this machine. None: all.
     """
 
     def __init__(
@@ -60,9 +66,10 @@ class Guard:
         timeout: float,
         root_path: str | None = None,
         post_paths: frozenset[str] = frozenset(),
+        allowed_hosts: frozenset[str] | None = None,
     ) -> None:
         self._app, self._metrics, self._max_body, self._timeout = app, metrics, max_body, timeout
-        self._root_path, self._post_paths = root_path, post_paths
+        self._root_path, self._post_paths, self._allowed_hosts = root_path, post_paths, allowed_hosts
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,6 +129,9 @@ class Guard:
             return _CLIENT_GONE, "the client went away"
         if len(body) > self._max_body:
             return 413, f"the request is longer than {self._max_body} bytes"
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if self._allowed_hosts is not None and not _is_among(host, self._allowed_hosts):
+            return 421, f"Host {_printable(host)}: is none of this server's names; see --allowed-hosts of serve"
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:
@@ -180,6 +190,17 @@ def error_response(
     if (scope["method"], scope["path"]) == ("POST", "/"):
         return Response(f"{detail}\n", status, headers, "text/plain")
     return Response(json.dumps({"detail": detail}), status, headers, "application/json")
+
+
+def _is_among(host: str, allowed: frozenset[str]) -> bool:
+    """Whether a Host header is empty, or names this machine, an IP address or one of the allowed names."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return not host or name == "localhost" or name.endswith(".localhost") or name in allowed
 
 
 def _printable(sent: str) -> str:

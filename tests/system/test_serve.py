@@ -54,7 +54,7 @@ def multipart(fields, file=None):
 def raw_request(asked):
     """The bytes of a request for text, for a client that does with its socket as it likes."""
     body = json.dumps(asked).encode()
-    head = ["POST /v1/generate HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    head = ["POST /v1/generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
@@ -270,13 +270,13 @@ def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
     server.ask("GET", "/a%0Ab%1b")
     until(lambda: any(line.startswith("127.0.0.1 GET /a%0Ab%1b 404 ") for line in server.lines))
     with socket.create_connection((server.host, server.port), PATIENCE) as client:
-        client.sendall(b"GET /\x7f\xe2\x80\xa8 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET /\x7f\xe2\x80\xa8 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 pass
     with socket.create_connection((server.host, server.port), PATIENCE) as client:
         forged = b"X-Forwarded-For: 9.9.9.9 GET / 200 0.001 s\x1b[31m\x85"
-        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + forged + b"\r\nConnection: close\r\n\r\n")
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + forged + b"\r\nConnection: close\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 pass
@@ -356,6 +356,32 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
         )
 
 
+@pytest.mark.parametrize(
+    "flags, allowed, refused",
+    [
+        (
+            (),
+            ["localhost", "LOCALHOST:80", "lm.localhost", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", ""],
+            ["a.example"],
+        ),
+        (
+            ("--allowed-hosts", "a.example, B.example"),
+            ["a.example:80", "b.example", "localhost"],
+            ["c.example", "[::1"],
+        ),
+    ],
+)
+def test_what_is_addressed_to_another_host_is_refused_for_it_is_from_some_page_in_a_browser(
+    run, flags, allowed, refused
+):
+    with Server(run, *flags) as server:
+        for host in allowed:
+            assert server.ask("GET", "/v1/model", Host=host).status == 200, host
+        for host in refused:
+            answer = server.ask("GET", "/v1/model", Host=host)
+            assert answer.status == 421 and "--allowed-hosts" in answer.json["detail"], host
+
+
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
     with Server(run, "--slots", 2, "--max-words", ENDLESS, "--timeout", 2) as server:
         with socket.socket() as reader:
@@ -377,7 +403,7 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
         until(lambda: server.num_answered(503) == 3)
         assert server.num_answered(200) == 1
         with socket.create_connection((server.host, server.port), PATIENCE) as client:
-            client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+            client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
             assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
         assert server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0
         # At shutdown, too, and with the other signal.
@@ -405,7 +431,7 @@ def test_ctrl_c_twice_stops_at_once_and_without_a_traceback(run):
         with server.stream(words=100_000) as events:
             assert next(events)[0] == "start" and next(events)[0] == "word"
             with socket.create_connection((server.host, server.port), PATIENCE) as half:
-                half.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\nhalf")
+                half.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
                 server.process.send_signal(signal.SIGINT)
                 until(lambda: any(line.startswith("SIGINT: finishing 1 text") for line in server.lines))
                 assert server.stop(signal.SIGINT) == 0
@@ -456,7 +482,7 @@ def test_a_client_that_reads_nothing_of_a_long_answer_is_let_go(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         ended = pool.submit(server.run, [listener])
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
-            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(1)
             until(lambda: not server.server_state.connections)
             server.should_exit = True
