@@ -60,12 +60,16 @@ is_whole() {
     [ -z "${PYTHON:-}" ] || [ "$(describe_python "$PYTHON")" = "$described" ]
 }
 
+# Debian packages, as root. A machine that has just booted may be installing others, which is waited for.
+can_install() { command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; }
+apt_get() { DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@" </dev/null >/dev/null 2>&1; }
+
 # Debian's Python makes no environments without it.
 install_venv() {
-    if command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+    if can_install; then
         echo "installing $1"
-        { apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$1"; } \
-            </dev/null >/dev/null 2>&1 || true
+        apt_get update || true
+        apt_get install --no-install-recommends "$1" || true
     fi
 }
 

@@ -15,12 +15,11 @@ install_debian_packages() {
     needs cmake cmake                                       # Horovod
     needs make make
     needs g++ g++
-    if [ ${#missing[@]} -gt 0 ] && command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq </dev/null >/dev/null 2>&1 || true
+    if [ ${#missing[@]} -gt 0 ] && can_install; then
+        apt_get update || true
         for package in "${missing[@]}"; do
             echo "installing $package for the tests"
-            apt-get install -qq -y --no-install-recommends "$package" </dev/null >/dev/null 2>&1 ||
+            apt_get install --no-install-recommends "$package" ||
                 echo "$package cannot be installed; the tests that need it are skipped"
         done
     fi

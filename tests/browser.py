@@ -34,8 +34,9 @@ _CONTRASTS = """(selector) => {
 @contextlib.contextmanager
 def open_browser() -> Iterator[Any]:
     """A Chromium of its own, through playwright."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=60_000)  # of two cores that others use too, one draws
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=EXECUTABLE, args=["--no-sandbox", "--disable-gpu"])
         yield browser

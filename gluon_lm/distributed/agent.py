@@ -63,6 +63,7 @@ class Agent(EventLoop):
         super().__init__()
         self._supervisor, self._timeout_s = supervisor, timeout_s
         self._children: dict[str, _Child] = {}
+        self._reserved: socket.socket | None = None
         self._quiet_s = 0.0
         self._is_ending = self._is_urgent = False
 
@@ -84,15 +85,16 @@ class Agent(EventLoop):
         self._quiet_s = 0.0
 
     def on_port(self, address: str, port: int) -> None:
-        """Find a port that a process can listen on at an address of this machine; 0: any."""
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ps-lite sets it
-            try:
-                probe.bind((address, port))
-            except OSError as error:
-                self._supervisor.send("no_port", address, port, error.strerror)
-            else:
-                self._supervisor.send("port", probe.getsockname()[1])
+        """Reserve a port for a process that is to listen on it at an address of this machine; 0: any."""
+        self._reserved = socket.socket()
+        # So that the process, which sets it too, can listen there, and no other one is given the port meanwhile.
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._reserved.bind((address, port))
+        except OSError as error:
+            self._supervisor.send("no_port", address, port, error.strerror)
+        else:
+            self._supervisor.send("port", self._reserved.getsockname()[1])
 
     def on_start(self, processes: list[dict[str, Any]]) -> None:
         """Start processes; each has a name, argv and env, and is a worker or not."""

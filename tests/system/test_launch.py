@@ -5,6 +5,7 @@ The workers are small programs that only use their channel to the launcher; one 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -188,8 +189,8 @@ class Cluster:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (folder / "environ").read_bytes().decode().split("\0")
-                command = (folder / "cmdline").read_bytes().decode()
+                environment = os.fsdecode((folder / "environ").read_bytes()).split("\0")
+                command = os.fsdecode((folder / "cmdline").read_bytes())
             except OSError:
                 continue
             if self._marker in environment and in_environment in ["", *environment] and in_command in command:
@@ -226,7 +227,8 @@ def cluster(tmp_path):
     cluster = Cluster(tmp_path)
     yield cluster
     for pid in cluster.pids():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_output_has_names_and_all_ends_when_the_workers_have_finished(cluster):
@@ -337,7 +339,8 @@ def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(clu
     cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
     cluster.wait_for("third step", times=2)
     for pid in cluster.pids() if whom == "all" else [cluster.process.pid]:
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by the signal to another one
+            os.kill(pid, number)
     lines = cluster.end(code)
     assert sorted(lines[-2:]) == ["[worker 0] stopped by itself", "[worker 1] stopped by itself"]
 
@@ -371,7 +374,7 @@ def test_ctrl_c_after_another_signal_waits_for_nobody_and_sigterm_is_patient(clu
     time.sleep(1)
     assert cluster.process.poll() is None
     cluster.process.send_signal(signal.SIGINT)
-    assert "[worker 0] will not stop" in cluster.end(code=143)[-2:]
+    assert cluster.end(code=143)[-1].endswith("] will not stop")
 
 
 def test_workers_on_other_machines_run_over_ssh(cluster):

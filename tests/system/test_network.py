@@ -227,7 +227,7 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
     hosts = network.addresses
     with Sshd(project.path / "sshd", hosts, network) as sshd:
         cluster = start_cluster(
-            project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=20, network=network
+            project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=30, network=network
         )
         wait_for((project.path / "run/latest").exists, cluster, 120)
         network.cut(hosts[1])
@@ -247,7 +247,7 @@ def test_horovods_processes_end_on_both_sides_of_the_cut(project, network):
         horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--network-interfaces", "eth0", "-np", "2"]
         train = [sys.executable, "-m", "gluon_lm.train", "--horovod", *FLAGS, *flags, "--epochs", 1000, "--save", "run"]
         command = network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *map(str, train))
-        cluster = start(project, sshd, command, OMP_NUM_THREADS="1", HOROVOD_GLOO_TIMEOUT_SECONDS="5")
+        cluster = start(project, sshd, command, OMP_NUM_THREADS="1", HOROVOD_GLOO_TIMEOUT_SECONDS="10")
         wait_for((project.path / "run/latest").exists, cluster, 120)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)

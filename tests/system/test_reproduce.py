@@ -75,7 +75,7 @@ def processes_about(folder: Path) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if str(folder) in (entry / "cmdline").read_text().replace("\0", " "):
+            if os.fsencode(folder) in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             pass

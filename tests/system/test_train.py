@@ -335,7 +335,8 @@ def test_sigterm_ends_the_test_of_a_finished_training_which_resuming_does_anew(p
     test_text = project.path / "text/test.txt"
     test_text.write_text(test_text.read_text() * 16000)  # so that the test takes seconds
     process = project.start_training("run", "--epochs", 1)
-    wait_for((project.path / "run/latest").exists, process)  # which is linked after `best`
+    wait_for((project.path / "run/latest").exists, process)
+    wait_for(lambda: "training ends at step" in (project.path / "run/log.txt").read_text(), process)
     time.sleep(0.5)
     process.terminate()
     output, _ = process.communicate(timeout=60)

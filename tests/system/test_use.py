@@ -104,7 +104,7 @@ def test_a_prompt_that_is_not_utf_8_is_written_as_it_can_be(run):
         (("run", "--top-p", 1.5), "--top-p 1.5: must be"),
         (("run", "--outf", "no/such/folder.txt"), "must be a file in a folder that exists"),
         (("run", "--outf", "/dev"), "--outf /dev: must be a file"),
-        (("run", "--outf", "/dev/fd/77"), "--outf /dev/fd/77: cannot be written to (Bad file descriptor)"),
+        (("run", "--outf", "/dev/fd/987654"), "--outf /dev/fd/987654: cannot be written to (Bad file descriptor)"),
         (("nothing",), "there is no such run"),
     ],
 )
