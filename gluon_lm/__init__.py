@@ -1,7 +1,7 @@
 """gluon_lm: word-level language models in MXNet Gluon, trained on one device or several.
 
-Importing the package is light: the public names load what they need when they are first used. The one thing that it
-does is to see to it that MXNet, once something imports it, finds what it needs (`gluon_lm.compatibility`).
+Importing the package is light: the public names load what they need when they are first used. Its only side effect is
+a hook that prepares the process for MXNet when something imports that (`gluon_lm.compatibility`).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 @dataclass(frozen=True)
 class DebugOptions(Section):
-    """What every command has: how much it says."""
+    """What every command has: how much it prints."""
 
     quiet: bool = option(False, switch(), "show no progress, and print only results and warnings")
     verbose: bool = option(False, switch(), "say more about what is being done")
@@ -64,7 +64,7 @@ class DebugOptions(Section):
 
 
 class _Store(argparse.Action):
-    """Note a flag as it was spelled, with its raw value; `CommandParser.parse` reads all of them together."""
+    """Record a flag as it was spelled, with its raw value; `CommandParser.parse` reads all of them together."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         flag = option_string or ""
@@ -74,7 +74,7 @@ class _Store(argparse.Action):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help in which a flag's spellings share one place holder."""
+    """Help in which a flag's spellings share one placeholder."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
@@ -98,22 +98,22 @@ class Parsed:
     run: str | None
 
     def build(self, section: type[_Section]) -> _Section:
-        """One section of these settings, defaults elsewhere; `ConfigError` for values that contradict."""
+        """One section of these settings, defaults elsewhere; `ConfigError` for contradictory values."""
         return build(section, self.settings)
 
     def of(self, *sections: type[Section]) -> Layer:
-        """The settings of some sections alone."""
+        """The settings of the given sections only."""
         names = {field.name for section in sections for field in dataclasses.fields(section)}
         return {name: setting for name, setting in self.settings.items() if name in names}
 
     def over(self, section: _Section) -> _Section:
-        """A section of a run's configuration, with what was given in place of its values."""
+        """A section of a run's configuration, overridden by the settings that were given."""
         given = self.of(type(section))
         return dataclasses.replace(section, **{name: setting.value for name, setting in given.items()})
 
     @property
     def verbosity(self) -> Verbosity:
-        """How much the command is to say."""
+        """How much the command prints."""
         return self.build(DebugOptions).verbosity
 
 
@@ -131,7 +131,7 @@ class CommandParser(argparse.ArgumentParser):
     example : str
         One command line, shown at the end of the help.
     instead : mapping, optional
-        What to do instead of giving a flag that is not there, by flag.
+        For flags that do not exist: what to do instead, by flag.
     """
 
     def __init__(self, command: str, description: str, example: str, instead: Mapping[str, str] | None = None) -> None:
@@ -184,7 +184,7 @@ class CommandParser(argparse.ArgumentParser):
         self._instead |= {flag_of(name): "it joins devices, and this command runs on one" for name in joining}
 
     def add_data(self) -> None:
-        """Add the flags that name another text than the run's; `Parsed.over` lays them over its `DataConfig`."""
+        """Add the flags that name a text other than the run's; `Parsed.over` applies them to its `DataConfig`."""
         self.add_section(DataConfig, "data", only=("data", "data_dir", "tokenizer"), default="the run's")
 
     def add_run(self, *flags: str, or_export: bool = False) -> None:
@@ -199,7 +199,7 @@ class CommandParser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> Sequence[str]:
-        """All flags that it knows."""
+        """All flags of the command."""
         return list(self._option_string_actions)
 
     def error(self, message: str) -> NoReturn:
@@ -221,7 +221,7 @@ class CommandParser(argparse.ArgumentParser):
         Parameters
         ----------
         argv : sequence of str, optional
-            The process's own words if None.
+            The arguments; None: those of the process.
 
         Raises
         ------
@@ -292,20 +292,20 @@ def normalise_argv(argv: Sequence[str]) -> list[str]:
 
 
 def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Run a command and turn what a user can cause into lines on standard error and an exit code.
+    """Run a command, and turn errors that a user can cause into lines on standard error and an exit code.
 
     Parameters
     ----------
     work : callable
-        Takes the words of the command line, returns the exit code.
+        Takes the arguments, returns the exit code.
     argv : sequence of str, optional
-        The process's own words if None.
+        The arguments; None: those of the process.
 
     Returns
     -------
     int
         What `work` returned; 2 for an error that the user can fix, 130 for Ctrl-C, 141 where the reader of
-        the output went away, unless it is to be outlived. Anything else that is raised is a bug and passes through
+        the output went away, unless the command handles that itself. Any other exception is a bug and passes through
         with its traceback, as every error does under ``--debug``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -315,7 +315,7 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         if getattr(sys, stream) is None:  # the process was started with it closed
             setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that a terminal's encoding lacks
     try:
         code = work(words)
         LOGGER.debug("done in %.1f s", time.perf_counter() - started)
@@ -337,7 +337,7 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
 
 
 def as_command(main: _Main) -> _Main:
-    """Make a function the ``main`` of a command: `run_command` calls it, with the words of the command line."""
+    """Make a function the ``main`` of a command: `run_command` calls it, with the arguments."""
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -350,7 +350,7 @@ def _explain(error: Exception) -> list[str]:
     """The lines that tell a user what to fix; empty where the error is a bug of ours."""
     if isinstance(error, OutOfMemory) or is_allocation_failure(error):
         with contextlib.suppress(Exception):
-            sys.modules["mxnet"].nd.waitall()  # or else it says at exit what else found no memory, with tracebacks
+            sys.modules["mxnet"].nd.waitall()  # otherwise MXNet prints tracebacks of further failures at exit
     if is_allocation_failure(error):
         return [
             f"out of memory ({reason(error)}): free some, use a smaller model, process less at once (--batch-size, "

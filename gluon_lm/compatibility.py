@@ -1,8 +1,8 @@
 """What MXNet 1.9.1 expects of Python, of numpy and of the dynamic loader, supplied just before it is imported.
 
 MXNet was written for numpy 1.19 and Python 3.8. `supply_when_imported` is called when gluon_lm is imported, so that
-whoever imports MXNet after that, by whatever module, finds a world in which it works; until then nothing is loaded
-and nothing changed. gluonnlp, where it is used, needs nothing more.
+MXNet works whichever module imports it after that; until then nothing is loaded and nothing changed. gluonnlp, where
+it is used, needs nothing more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Loader(SourceFileLoader):
 
 
 def supply(package: str) -> None:
-    """Make this process one in which MXNet can be imported.
+    """Prepare this process for importing MXNet.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def supply(package: str) -> None:
     Raises
     ------
     MissingDependency
-        For a shared library or a Python package that is not there.
+        If a shared library or a Python package is missing.
     """
     from importlib.util import find_spec
     from pathlib import Path
@@ -69,12 +69,12 @@ def supply(package: str) -> None:
 
 
 def _restore_numpy() -> None:
-    """Give numpy back what MXNet uses and newer versions changed."""
+    """Restore what MXNet uses of numpy and newer versions removed or changed."""
     from functools import partial
 
     import numpy as np
 
-    names: dict[str, object] = {"bool": bool}  # removed in 1.24, and another thing again in 2.0
+    names: dict[str, object] = {"bool": bool}  # removed in 1.24; 2.0 has the name again, for another type
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         names = {
             **dict.fromkeys(("NaN", "NAN"), np.nan),
@@ -90,8 +90,8 @@ def _restore_numpy() -> None:
             # Since 1.20 these raised when they were called.
             **dict.fromkeys(("mirr", "npv", "pmt", "ppmt", "pv", "rate")),
         }
-        # MXNet hands shapes to its library as text, where "(np.int64(2), 3)" is none.
+        # MXNet passes shapes to its library as text, which cannot parse "(np.int64(2), 3)".
         np.set_printoptions(legacy="1.25")  # type: ignore[arg-type]
     for name, value in names.items():
-        if name not in vars(np):  # asked with hasattr, numpy warns of names that it is about to remove
+        if name not in vars(np):  # hasattr would make numpy warn of names that it is about to remove
             setattr(np, name, value)

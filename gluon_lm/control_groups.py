@@ -1,4 +1,4 @@
-"""Limits of Linux's control groups, of version 2 or 1: what containers and batch systems let a process have."""
+"""Limits of Linux's control groups, version 2 or 1: the resources that containers and batch systems grant a process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def free_memory(root: Path = Path("/")) -> int | None:
             counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # there is no such group, or its limit is "max"
             continue
-        # The pages of files that were read or written count as used, and the kernel gives them up when memory is
-        # wanted. Version 1 counts those of the groups below apart.
+        # The page cache counts as used, but the kernel reclaims it when memory is needed. In version 1 the total_
+        # entries include the groups below.
         reclaimable = (counts.get(f"total_{name}", counts.get(name, 0)) for name in ("inactive_file", "active_file"))
         bounds.append(max(0, free + sum(map(int, reclaimable))))
     return min(bounds, default=None)
@@ -53,7 +53,7 @@ def processor_share(root: Path = Path("/")) -> float | None:
 
 
 def _own_groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of the groups that this process is in and of those around them, and whether they are of version 2."""
+    """Folders of the groups that this process is in and of their ancestors, and whether they are of version 2."""
     try:
         memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,6 +63,6 @@ def _own_groups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
         if controllers and controller not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        names = Path(path).parts[1:]  # in a container they may be those of groups that only its host sees
+        names = Path(path).parts[1:]  # in a container, they may name groups that only its host sees
         for depth in range(len(names) + 1):
             yield top.joinpath(*names[:depth]), not controllers

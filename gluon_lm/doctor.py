@@ -1,7 +1,7 @@
 """``python -m gluon_lm.doctor [RUN]``: what MXNet finds on this machine, and how to fix what is wrong.
 
-It works where MXNet is missing or cannot be loaded, since that is when it is needed: MXNet is imported in a process of
-its own, whose end, whatever it is, becomes a line of the report.
+It also works if MXNet is missing or cannot be loaded, for that is when it is needed: MXNet is imported in a process of
+its own, and however that ends becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def examine(run_folder: Path) -> dict[str, Any]:
-    """Everything that the report says, as plain JSON values.
+    """The contents of the report, as plain JSON values.
 
     Returns
     -------
     dict
-        ``errors`` are lines about what keeps MXNet from working, ``advice`` about what could be better.
+        ``errors`` are lines on what keeps MXNet from working, ``advice`` on what could be improved.
     """
     facts: dict[str, Any] = {
         "gluon_lm": __version__,
@@ -135,9 +135,9 @@ def _examine_mxnet() -> dict[str, Any]:
 
 
 def _import_mxnet() -> dict[str, Any]:
-    """What a process says that imports MXNet, and Horovod where it is there."""
+    """The report of a process that imports MXNet, and Horovod if it is installed."""
     program = "from gluon_lm.doctor import _report_from_within; _report_from_within()"
-    # Where this package was found, it has to be found again.
+    # That process must find this package where this one did.
     path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
     try:
@@ -156,7 +156,7 @@ def _import_mxnet() -> dict[str, Any]:
 
 
 def _report_from_within() -> None:
-    """Import MXNet, and print what it says of itself as one line of JSON."""
+    """Import MXNet, and print its version and features as one line of JSON."""
     import mxnet as mx
 
     facts: dict[str, Any] = {
@@ -198,7 +198,7 @@ def _examine_gpus(builds: list[str]) -> dict[str, Any]:
 
 
 def _examine_folder(folder: Path) -> dict[str, Any]:
-    """How fast files are written where runs will lie: `_SAMPLE_BYTES`, up to and with the disk's answer."""
+    """How fast files are written where runs will be: `_SAMPLE_BYTES`, until they are on the disk."""
     existing = Path(os.path.realpath(folder))
     while not existing.is_dir():
         existing = existing.parent
@@ -220,7 +220,7 @@ def _examine_folder(folder: Path) -> dict[str, Any]:
     return facts
 
 
-# ---------------------------------------------------------------- what follows from it
+# ---------------------------------------------------------------- conclusions
 
 
 def _errors(facts: dict[str, Any]) -> list[str]:
@@ -228,7 +228,7 @@ def _errors(facts: dict[str, Any]) -> list[str]:
     if mxnet["library"] is None and mxnet["problem"]:
         pinned = " ".join(f"{name}=={version}" for name, version in mxnet["packages"].items())
         lines.append(
-            f"MXNet: {mxnet['problem']}, and its library is not where its package has it: pip install "
+            f"MXNet: {mxnet['problem']}, and its library is not where its package puts it: pip install "
             f"--force-reinstall --no-deps {pinned}"
             if pinned
             else "MXNet is not installed: pip install 'gluon_lm[cpu]', or 'gluon_lm[cu112]' for NVIDIA GPUs"
@@ -243,7 +243,7 @@ def _errors(facts: dict[str, Any]) -> list[str]:
 def _advice(facts: dict[str, Any]) -> list[str]:
     mxnet, gpus, lines = facts["mxnet"], facts["gpus"], []
     if not (3, 9) <= sys.version_info[:2] <= (3, 12):
-        lines.append(f"this package is tested on Python 3.9 to 3.12, and not on {facts['python']['version']}")
+        lines.append(f"this package is tested on Python 3.9 to 3.12, not on {facts['python']['version']}")
     packages = list(mxnet["packages"])
     if len(packages) > 1:
         lines.append(
@@ -256,9 +256,9 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     if gpus["devices"] and packages == ["mxnet"] and mxnet["features"] and "CUDA" not in mxnet["features"]:
         lines.append(f"this MXNet is built for the CPU and uses no GPU; for one: {FOR_GPUS}")
     if facts["horovod"] and not facts["horovod"]["mxnet"] and mxnet["version"]:
-        lines.append("Horovod was built without MXNet, or for another one: bash scripts/install_horovod.sh")
+        lines.append("Horovod was built without MXNet, or for another version: bash scripts/install_horovod.sh")
     if not facts["allocator"]["keeps_freed_memory"]:
-        lines.append("this C library gives freed memory back at once; on CPU, training is slower than with glibc")
+        lines.append("this C library returns freed memory at once; on CPU, training is slower than with glibc")
     if facts["run_folder"]["problem"]:
         lines.append(f"{facts['run_folder']['path']}: cannot be written ({facts['run_folder']['problem']})")
     return lines
@@ -269,7 +269,7 @@ def describe(facts: dict[str, Any]) -> str:
     mxnet, cpu, folder = facts["mxnet"], facts["cpu"], facts["run_folder"]
     packages = ", ".join(f"{name} {version}" for name, version in mxnet["packages"].items())
     speed = folder["bytes_per_second"]
-    share = "" if cpu["share"] is None else f", a control group allows the time of {cpu['share']:g}"
+    share = "" if cpu["share"] is None else f", limited to {cpu['share']:g} cores' time by a control group"
     rows = [
         ("gluon_lm", facts["gluon_lm"]),
         ("Python", f"{facts['python']['version']}, {facts['python']['executable']}"),
@@ -289,7 +289,7 @@ def describe(facts: dict[str, Any]) -> str:
         (
             "OpenMP",
             f"{facts['openmp']['threads']} threads, "
-            + ("as the environment says" if facts["openmp"]["from_environment"] else "one a core"),
+            + ("as the environment says" if facts["openmp"]["from_environment"] else "one per core"),
         ),
         (
             "run folder",
@@ -306,7 +306,7 @@ def describe(facts: dict[str, Any]) -> str:
 def _gpu_rows(gpus: dict[str, Any]) -> list[tuple[str, str]]:
     if gpus["driver"] is None:
         return [("GPUs", "no NVIDIA driver")]
-    said = {True: "machine code is there", False: "no machine code", None: "machine code unknown"}
+    said = {True: "has machine code", False: "no machine code", None: "machine code unknown"}
     driver = f"driver for CUDA {gpus['driver'] or '?'}"
     rows = [("GPUs", f"{len(gpus['devices'])}, {driver}")]
     for device in gpus["devices"]:

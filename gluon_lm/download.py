@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = CommandParser(
         "download",
-        "Fetch corpora and check every file; what is there already is not fetched again.",
+        "Fetch corpora and verify every file; files that are there already are not fetched again.",
         "python -m gluon_lm.download wikitext-2 ptb",
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"corpora: {', '.join(CORPORA)}")

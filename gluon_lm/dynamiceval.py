@@ -24,13 +24,13 @@ class DynamicOptions(Section):
         0.001, real(0, above=True), "added to the root of the squared gradients before dividing by it"
     )
     lr: float = option(0.002, real(0, above=True), "learning rate")
-    ms: bool = option(False, switch(), "use the root of the mean of the squared gradients, not of their sum")
+    ms: bool = option(False, switch(), "use the root mean square of the gradients, not the root of the sum")
     bptt: int = option(5, integer(), "words in a window, which are predicted first and then learnt from")
     batch_size: int = option(100, integer(), "streams of the training text, for the squared gradients")
     max_batches: int | None = option(
         None, optional(integer(), -1), "windows of the training text to take (default: all of it)"
     )
-    val: bool = option(False, switch(), "evaluate the validation text and not the test text, to tune the values above")
+    val: bool = option(False, switch(), "evaluate the validation text, not the test text, to tune the values above")
 
 
 @as_command
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = CommandParser(
         "dynamiceval",
-        "Perplexity of a run that goes on learning from the text, each window after it was predicted.",
+        "Perplexity of a run that keeps learning from the text, from each window after predicting it.",
         "python -m gluon_lm.dynamiceval runs/latest --lamb 0.075",
     )
     parser.add_section(DynamicOptions, "dynamic evaluation")
@@ -64,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
     except DataError as error:
         raise DataError(
-            f"{error}; dynamic evaluation needs the training text of the run besides the {split} text: name a text "
+            f"{error}; dynamic evaluation needs the training text of the run as well as the {split} text: name a text "
             "that has both with --data"
         ) from error
     if state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
         raise DataError(
-            f"--data {' '.join(data.data)}: has another training text than the one that {run.path} was trained on; "
+            f"--data {' '.join(data.data)}: its training text is not the one that {run.path} was trained on; "
             "name that one"
         )
     LOGGER.info("%s | %s", checkpoint, corpus.describe())

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and that a command answers with one line and exit code 2.
+"""The errors that a user can cause, which a command reports in one line, with exit code 2.
 
 A message names the value, the rule that it breaks, and what to do instead.
 """
@@ -13,7 +13,7 @@ class GluonLMError(Exception):
 
 
 class ConfigError(GluonLMError):
-    """Flags or a YAML file ask for something that cannot be.
+    """Flags or a YAML file ask for something that is not possible.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class TrainingDiverged(GluonLMError):
 
 
 class OutOfMemory(GluonLMError):
-    """There is not as much memory as the work takes."""
+    """There is less memory than the work takes."""
 
 
 class MissingDependency(GluonLMError):
@@ -51,8 +51,8 @@ class MissingDependency(GluonLMError):
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
+    """The message of an error, on one line; its type if it has none."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # MXNet's messages begin with where in its library they come from.
+    # MXNet's messages begin with the place in its library that they come from.
     line = lines[-1] if lines[0].startswith("Traceback ") else lines[0]
     return " ".join(line.removeprefix("MXNetError: ").split())

@@ -26,14 +26,14 @@ class EvaluateOptions(Section):
         choice("train", "valid", "test", "all"),
         "part of the corpus (default: test; all of it where --data is one file)",
     )
-    eval_batch_size: int = option(1, integer(), "pieces that the text is cut into and that are read side by side")
+    eval_batch_size: int = option(1, integer(), "pieces into which the text is cut, to be read side by side")
     bptt: int | None = option(None, integer(), "words in a window; the result is the same for any")
     cache: bool = option(
-        False, switch(), "mix in a neural cache: words that came in contexts like the present one gain probability"
+        False, switch(), "mix in a neural cache: words seen in contexts like the current one gain probability"
     )
     window: int = option(2000, integer(), "positions that the cache looks back at")
-    # A product of hidden vectors and a theta beyond this could be more than a float32 holds.
-    theta: float = option(0.662, real(0, 1e6), "how strongly the cache prefers positions like the present one")
+    # A product of hidden vectors and a larger theta could overflow float32.
+    theta: float = option(0.662, real(0, 1e6), "how strongly the cache prefers positions like the current one")
     cache_weight: float = option(
         0.1279, real(0, 1), "the cache's share of the probability", "lambda", "lambdas", "lambdasm"
     )
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m gluon_lm.evaluate runs/latest --split test",
         instead={
             "--model": "a run knows its own model; leave it out",
-            "--model-name": "no trained model ships; name a run that was trained here",
+            "--model-name": "no trained models are included; name a run that was trained here",
             "--path-to-params-file": "parameters of another system cannot be read; name a run that was trained here",
         },
     )
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     else:
         LOGGER.info(
-            "%d streams, each begun from <eos> and the zero state, so that %d contexts are cut; all %s tokens count",
+            "%d streams, each begun from <eos> and the zero state, which cuts %d contexts; all %s tokens count",
             num_streams,
             num_streams - 1,
             f"{result.num_tokens:,}",

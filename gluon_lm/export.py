@@ -20,7 +20,7 @@ class ExportOptions(Section):
     output: str | None = option(
         None,
         optional(pathname("DIR")),
-        "folder to write, needed; an older export in it is replaced (default: none)",
+        "folder to write (required); an older export in it is replaced (default: none)",
     )
     format: str = option("symbol", choice("symbol", "onnx"), "MXNet symbol and parameters, or ONNX")
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed = parser.parse(argv)
     options = parsed.build(ExportOptions)
     if options.output is None:
-        raise ConfigError("--output: names the folder to write and is needed; add --output DIR")
+        raise ConfigError("--output: is required, the folder to write; add --output DIR")
     log_to_terminal(parsed.verbosity)
     prepare_process()
     if options.format == "onnx":

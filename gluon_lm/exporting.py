@@ -1,7 +1,8 @@
 """Symbol and parameter files that run with MXNet alone, and loading them back.
 
 An exported folder holds ``model-symbol.json``, ``model-0000.params``, ``vocab.txt`` and ``manifest.json``. The graph's
-inputs are ``tokens``, of shape (T, N), and flat states; its outputs log-probabilities (T, N, V) and the new states.
+inputs are ``tokens``, of shape (T, N), and the states as a flat list; its outputs are log-probabilities (T, N, V) and
+the new states.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A checkpoint as it is exported: its model on the CPU, all dropout taken out, and what is known of it."""
+    """A checkpoint as it is exported: its model on the CPU, without dropout, and a description."""
 
     model: LanguageModel
     vocabulary: Vocabulary
@@ -52,7 +53,7 @@ def is_exported(path: Path) -> bool:
 
 
 def export_run(name: str | Path | None, output: str | Path) -> dict[str, Any]:
-    """Write a run's model as symbol and parameters; an exported folder of that name is replaced when all is written.
+    """Write a run's model as symbol and parameters; an older export of that name is replaced once all is written.
 
     Parameters
     ----------
@@ -79,14 +80,14 @@ def export_run(name: str | Path | None, output: str | Path) -> dict[str, Any]:
 def write_export(
     name: str | Path | None, output: str | Path, kind: str, write_model: Callable[[TrainedModel, Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Make an exported folder in one step: at each moment it is absent or whole, the old one or the new one.
+    """Make an exported folder atomically: at any time it is absent or complete, the old one or the new one.
 
     Parameters
     ----------
     kind : str
-        ``symbol`` or ``onnx``, noted in the manifest.
+        ``symbol`` or ``onnx``, recorded in the manifest.
     write_model : callable
-        Writes the model's files into a folder and returns what the manifest says of its inputs and outputs.
+        Writes the model's files into a folder and returns the manifest's entries on its inputs and outputs.
     """
     output = Path(output)
     if (output.exists() or output.is_symlink()) and not _may_be_replaced(output):
@@ -97,7 +98,7 @@ def write_export(
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name)
         bar.update(1)
-        target = Path(os.path.realpath(output))  # a link to an export stays one
+        target = Path(os.path.realpath(output))  # a link to an export stays a link
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replaced_folder(target) as fresh:
@@ -137,7 +138,7 @@ def load_trained(name: str | Path | None) -> TrainedModel:
         state = verify_checkpoint(path)
         config = read_config(path / CONFIG)
         vocabulary = Vocabulary.load(path / VOCABULARY)
-        with mx.name.NameManager():  # its names do not depend on what was made before
+        with mx.name.NameManager():  # its names do not depend on models made before
             model = LanguageModel(config.model.without_dropout(), len(vocabulary), prefix="")
         model.initialize_parameters(0, [mx.cpu()])
         set_parameters(model, load_arrays(path / PARAMETERS_OF_RUN), path)
@@ -149,7 +150,7 @@ def load_trained(name: str | Path | None) -> TrainedModel:
 
 
 def state_layout(config: ModelConfig) -> list[dict[str, Any]]:
-    """The recurrent state as it goes in and out: name, layer, what it is, and shape of each array."""
+    """The recurrent state as it goes in and out: name, layer, kind and shape of each array."""
     kinds = ("hidden", "cell")[: CELLS[config.cell].num_states]
     arrays = [(layer, kind, size) for layer, size in enumerate(config.layer_sizes) for kind in kinds]
     return [
@@ -167,10 +168,10 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
     parameters = {f"arg:{p.name}": p.data() for p in trained.model.named_parameters().values()}
     try:
         mx.nd.save(str(folder / PARAMETERS), parameters)
-        # MXNet's writer does not notice when the last block of a file finds the disk full; its reader does.
+        # MXNet's writer does not notice that the disk is full at the last block of a file; its reader does.
         mx.nd.load(str(folder / PARAMETERS))
     except mx.MXNetError as error:
-        raise OSError(f"{PARAMETERS} was not written whole") from error
+        raise OSError(f"{PARAMETERS} was not written completely") from error
     log_probs, *new_states = outputs.list_outputs()
     return {
         "inputs": [
@@ -185,7 +186,7 @@ def _write_symbol(trained: TrainedModel, folder: Path) -> dict[str, Any]:
 
 
 def _may_be_replaced(output: Path) -> bool:
-    """Whether nothing but an export, whole or not, would be lost."""
+    """Whether nothing but an export, complete or not, would be lost."""
     try:
         names = {path.name for path in output.iterdir()}
         if not names:
@@ -212,10 +213,10 @@ class ExportedPredictor(Predictor):
         self._state_sizes = [entry["shape"][2] for entry in manifest["inputs"][1:]]
         names = [entry["name"] for entry in manifest["inputs"]]
         with warnings.catch_warnings():
-            # Tokens may be of any type, so that C programs can give floats; MXNet warns that it cannot tell.
+            # Tokens may be of any type, so that C programs can pass floats; MXNet warns that it cannot infer the type.
             warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
             self.network = gluon.SymbolBlock.imports(str(folder / SYMBOL), names, str(folder / PARAMETERS), ctx=device)
-            # The graph without its head, for text of which only the state counts.
+            # The graph without its head, for text of which only the state is needed.
             new_states, inputs = mx.sym.load(str(folder / SYMBOL))[1:], [mx.sym.var(name) for name in names]
             self._encoder = gluon.SymbolBlock(new_states, inputs, self.network.params)
         for block in (self.network, self._encoder):
@@ -233,7 +234,7 @@ class ExportedPredictor(Predictor):
 
     def _read(self, tokens_TN, states):
         new_states = self._encoder(tokens_TN, *states)
-        return new_states if isinstance(new_states, list) else [new_states]  # a single one comes by itself
+        return new_states if isinstance(new_states, list) else [new_states]  # a single one is not in a list
 
 
 def load_exported(folder: str | Path, device: mx.Context | None = None) -> ExportedPredictor:
@@ -242,7 +243,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
     Raises
     ------
     CheckpointError
-        If a file is missing or not as it was written.
+        If a file is missing or was changed.
     """
     folder = Path(folder)
     try:
@@ -262,7 +263,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         return predictor
     except GluonLMError:
         raise
-    except Exception as error:  # what MXNet raises for a graph that it cannot read or run has no common base
+    except Exception as error:  # MXNet's errors for a graph that it cannot read or run have no common base class
         if is_allocation_failure(error):
             raise
         raise CheckpointError(
@@ -271,7 +272,7 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
 
 
 def _try_out(predictor: ExportedPredictor) -> None:
-    """Predict a word, so that files which fit each other and make no model are refused before they are used."""
+    """Predict a word, to refuse files that match each other but make no working model before they are used."""
     if predictor.tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer {show(predictor.tokenizer)} is unknown")
     before = predictor.begin_state(1)

@@ -1,8 +1,7 @@
-"""The same export as an ONNX graph, which onnxruntime runs: ``model.onnx`` in place of the symbol and parameters.
+"""The same export as an ONNX graph, which onnxruntime runs: ``model.onnx`` instead of the symbol and parameters.
 
-The graph is made with the operators of opset 17, one LSTM, GRU or RNN operator a layer, a layer with layer
-normalisation as a Scan over time. Matrices hold a block of H rows for each gate; MXNet and ONNX order the blocks
-differently.
+The graph uses the operators of opset 17: one LSTM, GRU or RNN operator per layer, or a Scan over time for a layer with
+layer normalisation. Matrices hold a block of H rows for each gate; MXNet and ONNX order the blocks differently.
 
 Shapes: T time, N streams, I input width, H hidden width, E embedding width, V vocabulary, R rows (T x N), K experts,
 D = K x E, S softmaxes (R x K).
@@ -24,7 +23,7 @@ MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 _OPSET, _IR_VERSION = 17, 8
 _MAX_FILE_BYTES = (1 << 31) - (1 << 24)  # protobuf's limit, less the graph; beyond it the weights get their own file
 _LAYER_NORM_EPSILON = 1e-5  # of MXNet's operator
-# The operator of each cell, where MXNet has the block of each of ONNX's gates, and what else the operator is told.
+# The operator of each cell, the position in MXNet's order of each of ONNX's gates, and further attributes.
 # MXNet: input, forget, candidate, output; reset, update, candidate. ONNX: input, output, forget, candidate; update,
 # reset, candidate.
 _CELLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -36,7 +35,7 @@ _CELLS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
 
 
 def export_onnx(name: str | Path | None, output: str | Path) -> dict[str, Any]:
-    """Write a run's model as ONNX; an exported folder of that name is replaced when all is written.
+    """Write a run's model as ONNX; an older export of that name is replaced once all is written.
 
     Parameters and errors are those of `gluon_lm.exporting.export_run`, and:
 
@@ -100,7 +99,7 @@ def _write_onnx(trained: TrainedModel, folder: Path) -> dict[str, Any]:
         producer_name="gluon_lm",
         producer_version=__version__,
     )
-    proto.graph.initializer.extend(graph.initializers)  # last, because the helpers copy what they are given
+    proto.graph.initializer.extend(graph.initializers)  # last, because the helpers copy their arguments
     is_large = sum(len(tensor.raw_data) for tensor in graph.initializers) > _MAX_FILE_BYTES
     onnx.save_model(proto, str(folder / MODEL), save_as_external_data=is_large, location=WEIGHTS, size_threshold=0)
     return {"opset": _OPSET, "inputs": inputs, "outputs": outputs}
@@ -114,7 +113,7 @@ class _Graph:
     parameters : mapping of str to ndarray
         The model's, by name.
     prefix : str
-        Of the names that are made up: a graph within a graph must not use those of the outer one.
+        Of generated names: a graph within a graph must not use those of the outer one.
     """
 
     def __init__(self, parameters: Mapping[str, np.ndarray], prefix: str = "") -> None:
@@ -123,7 +122,7 @@ class _Graph:
         self.initializers: list[Any] = []
 
     def add(self, operator: str, inputs: list[str], outputs: str | list[str] | None = None, **attributes: Any) -> str:
-        """Add a node; returns the name of its first output, which is made up where none is given."""
+        """Add a node; returns the name of its first output, which is generated if none is given."""
         from onnx import helper
 
         name = f"{self._prefix}{operator}_{len(self.nodes)}"
@@ -170,7 +169,7 @@ def _add_layer(graph: _Graph, cell: str, layer: int, inputs_TNI: str, old: list[
 
 
 def _add_layer_norm_lstm(graph: _Graph, layer: int, inputs_TNI: str, old: list[str], new: list[str]) -> str:
-    """As `gluon_lm.models.UnrolledLSTMLayer`, whose norms stand where the operator LSTM has none."""
+    """As `gluon_lm.models.UnrolledLSTMLayer`, which normalises where the operator LSTM cannot."""
     from onnx import TensorProto, helper
 
     prefix = f"encoder.layers.{layer}"
@@ -221,7 +220,7 @@ def _add_layer_norm_lstm(graph: _Graph, layer: int, inputs_TNI: str, old: list[s
 
 
 def _add_logits(graph: _Graph, inputs_SE: str) -> str:
-    """The decoder. Its matrix is the embedding's where the model is tied, so it is not transposed beforehand."""
+    """The decoder. Its matrix is the embedding's if the model is tied, so it is not transposed in advance."""
     name = "head.decoder.weight"
     weight_VE = graph.weight(name) if name in graph.parameters else "encoder.embedding.weight"
     return graph.add("Gemm", [inputs_SE, weight_VE, graph.weight("head.decoder.bias")], transB=1)

@@ -1,4 +1,4 @@
-"""Files that other processes may use at the same time, and that a kill must not leave half-written."""
+"""Files that other processes may use at the same time, and that a killed process must not leave half-written."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
-# What file systems answer, those of clusters above all, that cannot synchronise a folder.
+# Errors of file systems, mainly those of clusters, that cannot synchronise a folder.
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_LONG_AGO_S = 24 * 3600  # longer than anything takes to be written
+_LONG_AGO_S = 24 * 3600  # longer than it takes to write anything
 
 
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
@@ -45,10 +45,10 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A hidden name in the same folder for what will take the place of `path`; no other process has the same.
+    """A hidden name in the same folder for what will replace `path`; no other process gets the same.
 
-    Their numbers would not do: on several machines, and in containers, they repeat. What killed processes left behind
-    under such names long ago is removed.
+    Process ids would not do: they repeat on several machines, and in containers. What killed processes left under such
+    names long ago is removed.
     """
     for remains in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
         with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def synchronise(path: Path) -> None:
-    """Have a file, or a folder where its file system can, written to the disk itself."""
+    """Have a file, or a folder if its file system supports that, written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,7 +71,7 @@ def synchronise(path: Path) -> None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of what the process has open already, where a path says so."""
+    """The number of the open file descriptor that a path names, if it does."""
     name = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
     found = re.fullmatch("(?:/dev|/proc/self)/fd/([0-9]+)", name)
     return int(found[1]) if found else None
@@ -83,14 +83,14 @@ def _is_device_or_pipe(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends well, and else leaves no trace.
+    """A binary file that replaces `path` if the block ends without an error, and otherwise leaves no trace.
 
-    A link stays, and what it names is replaced; a device or a pipe is written to, and so is what a process has open
+    A link stays, and its target is replaced; a device or a pipe is written to, and so is an open file descriptor
     (``/dev/stdout``, ``/dev/fd/3``).
     """
     descriptor = _descriptor(path)
     if descriptor is not None or _is_device_or_pipe(path):
-        # What is open already would, opened anew, be written to from another place on.
+        # A file that is open already would, if opened again, be written from another position on.
         with open(path, "wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb") as file:
             yield file
         return
@@ -104,19 +104,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         fresh.replace(target)
     except BaseException as error:
         fresh.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(fresh)):  # a full disk is not told by name
+        if isinstance(error, OSError) and error.filename in (None, str(fresh)):  # a full disk names no file
             error.filename = str(path)
         raise
     synchronise(target.parent)
 
 
 class AppendedText:
-    """A UTF-8 text file that grows by whole pieces: one that finds the disk full leaves nothing of itself.
+    """A UTF-8 text file that grows by whole pieces: one that does not fit on the disk leaves nothing behind.
 
     Parameters
     ----------
     path : Path
-        Made if it is not there.
+        Created if it does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -124,30 +124,30 @@ class AppendedText:
         self._file = open(path, "ab", buffering=0)
 
     def write(self, text: str) -> None:
-        """Append `text`; `OSError`, which names the file, where that fails."""
+        """Append `text`; if that fails, `OSError` names the file."""
         rest = text.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
         end = self._file.seek(0, os.SEEK_END)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            with contextlib.suppress(OSError):  # what `error` says matters more
+            with contextlib.suppress(OSError):  # `error` matters more
                 self._file.truncate(end)
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def flush(self) -> None:
-        """Nothing waits to be written; a stream of `logging` must have this."""
+        """Does nothing, as nothing is buffered; `logging` expects it of a stream."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def write_arrays(path: Path | BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write named arrays as an ``.npz`` file, uncompressed, each as soon as it comes.
+    """Write named arrays as an ``.npz`` file, uncompressed, each as soon as it arrives.
 
-    `numpy.savez` needs all at once, takes none named ``file``, and on a full disk leaves a writer that complains once
-    more.
+    `numpy.savez` needs all at once, takes none named ``file``, and on a full disk leaves a writer that fails a second
+    time.
     """
     import numpy as np
 
@@ -176,20 +176,20 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                     raise ValueError(f"{name} is not an array")
                 beat()
                 yield name, array
-    except Exception as error:  # what a damaged file makes zipfile, zlib, tokenize and ast raise has no common base
+    except Exception as error:  # the errors of zipfile, zlib, tokenize and ast for a damaged file have no common base
         if isinstance(error, MemoryError) and _is_credible(error, path):
             raise
         raise ValueError(reason(error)) from error
 
 
 def _is_credible(error: MemoryError, path: Path) -> bool:
-    """Whether there may be an array in a file for which there was no memory: a damaged header may name any size."""
+    """Whether a file can hold an array for which memory was lacking: a damaged header may name any size."""
     wanted = math.prod(getattr(error, "shape", ())) * getattr(getattr(error, "dtype", None), "itemsize", 1)
     return wanted <= path.stat().st_size
 
 
 def swap_folders(one: Path, other: Path) -> None:
-    """Swap the names of two folders, in one step where the system can."""
+    """Swap the names of two folders, atomically if the system can."""
     try:
         rename = ctypes.CDLL(None).renameat2
         if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
@@ -198,7 +198,7 @@ def swap_folders(one: Path, other: Path) -> None:
         pass  # an older C library; some network file systems refuse the call
     aside = other.with_name(f"{one.name}-aside")
     other.rename(aside)
-    os.utime(aside)  # it is no remains of long ago
+    os.utime(aside)  # so that it is not taken for remains of long ago
     try:
         one.rename(other)
     except OSError:
@@ -209,9 +209,9 @@ def swap_folders(one: Path, other: Path) -> None:
 
 @contextlib.contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target`, whole and synchronised, when the block ends well.
+    """A new folder that replaces `target`, complete and synchronised, if the block ends without an error.
 
-    It does so in one step where the system can. Otherwise `target` is as it was, and nothing is left of the new one.
+    It does so atomically if the system can. After an error, `target` is unchanged, and nothing is left of the new one.
     """
     fresh = temporary_sibling(target)
     try:
@@ -229,24 +229,24 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """Hash of all that JSON says of `content` but its ``digest``, which an edit by hand does not fit."""
+    """SHA-256 of `content` as JSON without its own ``digest``; reveals edits by hand."""
     rest = {name: value for name, value in content.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What JSON is to say beside the files of a folder: `content`, their hashes, and the `digest_of` it all."""
+    """`content`, the SHA-256 of each file in `folder`, and a digest of all that."""
     whole = {**content, "sha256": {path.name: file_hash(path) for path in sorted(folder.iterdir())}}
     return {**whole, "digest": digest_of(json.loads(json.dumps(whole)))}  # keys come back as strings, sorted as such
 
 
 def output_file(flag: str, name: str) -> Path:
-    """The file that a flag names, which is to be written after long work.
+    """The file that a flag names, checked before the long work whose result it will hold.
 
     Raises
     ------
     ConfigError
-        If it cannot be one.
+        If it cannot be written.
     """
     path = Path(name)
     folder = Path(os.path.realpath(path)).parent
@@ -266,7 +266,7 @@ def output_file(flag: str, name: str) -> Path:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Make sure that a folder can be made where a flag says, or take the place of the one that is there.
+    """Make sure that a folder can be created where a flag says, or replace the one that is there.
 
     Raises
     ------
@@ -286,7 +286,7 @@ def check_folder(flag: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def open_output(path: Path | None) -> Iterator[IO[str]]:
-    """Standard output, or a UTF-8 file that takes the place of `path` when the block ends well."""
+    """Standard output, or a UTF-8 file that replaces `path` if the block ends without an error."""
     if path is None:
         yield sys.stdout
     else:

@@ -47,7 +47,7 @@ class FinetuneCommand:
     is_continued : bool
         Whether to continue a finetuning that was stopped.
     command : TrainCommand
-        The flags alone, unchecked; `TrainCommand.over` lays them over the run's configuration.
+        The flags alone, unchecked; `TrainCommand.over` applies them to the run's configuration.
     """
 
     run: str | None
@@ -61,7 +61,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
     Raises
     ------
     ConfigError
-        For what makes it unclear which run is meant, or what to do with it.
+        If it is unclear which run is meant, or what to do with it.
     """
     parser = CommandParser(
         "finetune",
@@ -69,7 +69,8 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
         "python -m gluon_lm.finetune runs/ptb-awd --lr 25 --dropouth 0.225",
         instead=_INSTEAD_OF_FINETUNING,
     )
-    parser.add_section(FinetuneOptions, "finetuning: the architecture is the run's, the rest is where no flag is given")
+    title = "finetuning: the run's values, unless a flag changes them; the architecture stays"
+    parser.add_section(FinetuneOptions, title)
     for name, section in SECTIONS.items():
         fields = {f.name for f in dataclasses.fields(section)} - {"ntasgd", "asgd", "when", "max_steps"}
         parser.add_section(section, name, only=sorted(fields), default="the run's")
@@ -82,7 +83,7 @@ def parse_finetune(argv: Sequence[str] | None = None) -> FinetuneCommand:
             "--overwrite with --continue-train: it is either continued or replaced; leave one of them out"
         )
     settings = parsed.of(*SECTIONS.values()) | {"asgd": Setting(True, "finetune"), "when": Setting(None, "finetune")}
-    if not options.continue_train:  # the run's own bound is on the run's own steps
+    if not options.continue_train:  # the run's own bound is for the run's own steps
         settings.setdefault("max_steps", Setting(None, "finetune"))
     command = TrainCommand(
         **vars(resolve(settings, default_recipe=None)),

@@ -24,27 +24,27 @@ class GenerateOptions(Section):
     """What to write."""
 
     words: int = option(1000, integer(), "number of words")
-    prompt: str | None = option(None, text("TEXT"), "words to go on from (default: one drawn at random)")
+    prompt: str | None = option(None, text("TEXT"), "words to continue (default: one drawn at random)")
     samples: int = option(1, integer(1, 4096), "texts to write side by side, each of --words words")
     temperature: float = option(
-        1.0, real(0, HIGHEST_TEMPERATURE), "below 1 keeps to likely words, above 1 is more daring; 0: as --greedy"
+        1.0, real(0, HIGHEST_TEMPERATURE), "below 1 favours likely words, above 1 gives more variety; 0: as --greedy"
     )
     top_k: int | None = option(None, optional(integer()), "draw from the K likeliest words")
     top_p: float | None = option(
         None,
         optional(real(0, 1, above=True)),
-        "draw from the smallest set of likeliest words whose probabilities reach this sum",
+        "draw from the smallest set of likeliest words whose total probability reaches this",
     )
     greedy: bool = option(False, switch(), "take the likeliest word each time")
     no_unk: bool = option(False, switch(), "never write <unk>")
-    stop_at_eos: bool = option(False, switch(), "end a text with its first line")
+    stop_at_eos: bool = option(False, switch(), "end a text after its first line")
     detokenize: bool = option(False, switch(), "write ordinary English text, line by line")
     seed: int = option(1111, integer(0, 2**31 - 1), "decides the text")
     outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
     data: tuple[str, ...] | None = option(
         None, optional(pathnames(1, 3, rule="a corpus", metavar="DATA")), "no effect: a run has its own vocabulary"
     )
-    log_interval: int = option(100, integer(), "words between two lines of progress, with --outf")
+    log_interval: int = option(100, integer(), "words between progress lines, with --outf")
 
 
 @as_command
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.greedy or options.temperature < LOWEST_TEMPERATURE:
         greedy = "--greedy" if options.greedy else f"--temperature {options.temperature:g}"
         drawing = ["top_k", "top_p", *(["temperature"] if options.greedy else [])]
-        if options.prompt is not None:  # or else the first word is drawn
+        if options.prompt is not None:  # otherwise the first word is drawn
             drawing += ["seed", "samples"]
         problems = [
             f"{greedy} with --{flag.replace('_', '-')}: the likeliest word needs no choice; leave one of them out"
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _watched(
     words: Iterable[list[str | None]], options: GenerateOptions, out: Path | None
 ) -> Iterator[list[str | None]]:
-    """The words, and how many there are by now: as a bar, or in the lines of the references."""
+    """The words, with progress: a bar, or lines in the format of the replaced systems."""
     is_shown = out is None and is_terminal(sys.stdout) and _comes_word_by_word(options)
     if out is None or has_bars():
         words = counted(words, options.words, None if is_shown else "generating", "word")
@@ -129,7 +129,7 @@ def _comes_word_by_word(options: GenerateOptions) -> bool:
 
 
 def _write(words: Iterable[list[str | None]], prompt: list[str], options: GenerateOptions, file: IO[str]) -> int:
-    """Write the texts, the prompt at the head of each, an empty line between them; one text as it comes.
+    """Write the texts, each after the prompt, with an empty line between them; a single text word by word.
 
     Returns
     -------

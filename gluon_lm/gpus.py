@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .libraries import DRIVER, mxnet_distributions
 
-# What the CUDA wheels of MXNet hold machine code for; there is no PTX in them that a driver could translate. Code for
+# The CUDA wheels of MXNet have machine code for these; they have no PTX that a driver could translate. Code for
 # X.Y runs on every X.Z with Z >= Y (CUDA C++ Programming Guide, "Binary Compatibility").
 PUBLISHED_BUILDS = ("mxnet-cu112", "mxnet-cu117")
 MACHINE_CODE = ((5, 0), (6, 0), (7, 0), (8, 0), (8, 6))
@@ -24,7 +24,7 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `index` is that of ``mx.gpu``, and obeys ``CUDA_VISIBLE_DEVICES``."""
+    """One GPU; `index` is that of ``mx.gpu``, and respects ``CUDA_VISIBLE_DEVICES``."""
 
     index: int
     name: str
@@ -41,10 +41,10 @@ class Driver(NamedTuple):
     Attributes
     ----------
     cuda : str
-        The newest CUDA that it runs, such as ``12.4``; empty where it does not say.
+        The newest CUDA that it supports, such as ``12.4``; empty if it does not say.
     gpus : list of Gpu
     problem : str
-        What it answered instead of naming its GPUs; empty where it did.
+        Its error if it could not list its GPUs, otherwise empty.
     """
 
     cuda: str
@@ -62,7 +62,7 @@ def query_driver() -> Driver | None:
     try:
         number = _number(library, "cuDriverGetVersion")
         cuda = f"{number // 1000}.{number % 1000 // 10}"
-        if library.cuInit(0) == _NO_DEVICE:  # or none that CUDA_VISIBLE_DEVICES leaves visible
+        if library.cuInit(0) == _NO_DEVICE:  # or CUDA_VISIBLE_DEVICES hides all
             return Driver(cuda, [])
         _call(library, "cuInit", 0)
         return Driver(cuda, [_describe(library, i) for i in range(_number(library, "cuDeviceGetCount"))])
@@ -71,7 +71,7 @@ def query_driver() -> Driver | None:
 
 
 def identity(index: int) -> str | None:
-    """What tells the GPU ``mx.gpu(index)`` from all others, by whatever number a process sees it; None if unknown."""
+    """The UUID of ``mx.gpu(index)``, which does not depend on how a process numbers GPUs; None if unknown."""
     uuid = (ctypes.c_ubyte * 16)()
     try:
         library = ctypes.CDLL(DRIVER)
@@ -105,7 +105,7 @@ def _call(library: ctypes.CDLL, function: str, *arguments: object) -> None:
     except AttributeError:
         raise OSError(f"{DRIVER} has no {function}") from None
     if code:
-        raise OSError(f"{function} answers with error {code}")
+        raise OSError(f"{function} returns error {code}")
 
 
 def has_machine_code(capability: tuple[int, int], builds: Collection[str]) -> bool | None:
@@ -115,12 +115,12 @@ def has_machine_code(capability: tuple[int, int], builds: Collection[str]) -> bo
     ----------
     capability : tuple of int
     builds : collection of str
-        The packages that MXNet came in, as `gluon_lm.libraries.mxnet_distributions` gives them.
+        The packages that MXNet came in, as `gluon_lm.libraries.mxnet_distributions` returns them.
 
     Returns
     -------
     bool or None
-        None where MXNet is none of the published CUDA builds, because only its builder can know.
+        None if MXNet is not one of the published CUDA builds, because only its builder can know.
     """
     if len(builds) != 1 or not set(builds) <= set(PUBLISHED_BUILDS):
         return None
@@ -143,13 +143,13 @@ def too_old_for_mxnet(driver: Driver) -> str | None:
     if not driver.gpus:
         return None
     return (
-        f"NVIDIA's driver runs CUDA {driver.cuda or '?'}, older than that of this MXNet, which so sees none of its "
-        f"{len(driver.gpus)} GPUs; update the driver (CUDA 11.0 or later)"
+        f"NVIDIA's driver runs CUDA {driver.cuda or '?'}, older than the CUDA that this MXNet is built for, so MXNet "
+        f"sees none of its {len(driver.gpus)} GPUs; update the driver (CUDA 11.0 or later)"
     )
 
 
 def reasons_against_gpus() -> dict[int, str]:
-    """What `lacks_machine_code` says of each GPU here, by its number; nothing for those that may be used."""
+    """The line of `lacks_machine_code` for each GPU here that cannot be used, by its number."""
     driver = query_driver()
     if driver is None or not driver.gpus:
         return {}

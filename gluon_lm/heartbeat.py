@@ -1,4 +1,4 @@
-"""Signs that long work gets on, for whatever watches this process and ends it when it hangs."""
+"""Heartbeats of long work, so that a watchdog can tell slow from hung."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _listeners: list[Callable[[int | None], object]] = []
 
 
 def beat(step: int | None = None) -> None:
-    """Called in the course of all long work, by the code that does it, after each piece; cheap.
+    """Called by all long work after each piece of it; cheap.
 
     Training calls it before each step, with that step's number.
     """
@@ -17,5 +17,5 @@ def beat(step: int | None = None) -> None:
 
 
 def listen(listener: Callable[[int | None], object]) -> None:
-    """Have `listener` called at each beat, with the step or None, for as long as this process lives."""
+    """Have `listener` called at each beat, with the step or None, as long as this process lives."""
     _listeners.append(listener)

@@ -1,4 +1,4 @@
-"""What the folder of a run knows of it, read without MXNet, while the run is trained or after."""
+"""The history of a run as its folder records it, read without MXNet, during training or after."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from .training.run_folder import (
 )
 
 STATES = ("running", "finished", "stopped", "failed")
-UNTOLD = "or killed: no locks to tell by"  # the reason of one that runs, as far as is known
+UNTOLD = "or killed: no locks to tell by"  # the reason of a run that seems to be running
 
 
 def run_folders(folder: Path) -> Iterator[Path]:
-    """The folder itself if it is a run, else the runs in it, broken ones too, each followed by its finetuned ones."""
+    """The folder itself if it is a run, else the runs in it, also broken ones, each followed by its finetuned ones."""
     if looks_like_a_run(folder):
         found = [folder]
     else:
@@ -48,7 +48,7 @@ def run_folders(folder: Path) -> Iterator[Path]:
 
 
 def looks_like_a_run(path: Path) -> bool:
-    """A folder that cannot be looked into may be one."""
+    """Whether a folder may be a run; one that cannot be read may."""
     may_look = os.access(path, os.X_OK)
     return not may_look or any((path / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
 
@@ -61,12 +61,12 @@ class SavedCheckpoint:
     ----------
     step : int
     epoch : int
-        Whole passes over the training text by then.
+        Complete passes over the training text by then.
     loss : float or None
-        On the validation text, in nats a token, where it was evaluated.
+        On the validation text, in nats per token, if it was evaluated.
     num_bytes : int
     num_parameters : int or None
-        Of the model; None where it does not tell.
+        Of the model; None if it does not say.
     best_step : int or None
         The step with the lowest loss by then.
     corpus : str
@@ -86,7 +86,7 @@ class SavedCheckpoint:
 
 
 class RunHistory:
-    """A run, as its folder tells.
+    """A run, as its folder describes it.
 
     Parameters
     ----------
@@ -99,9 +99,9 @@ class RunHistory:
     events : list of dict
         The lines of ``metrics.jsonl``.
     state : str
-        One of `STATES`: *running* while a process holds the run; else how the last one ended. One that was
-        killed could not tell, and counts as *stopped*, but as *running* where a file system without locks tells no
-        difference.
+        One of `STATES`: *running* while a process holds the run; otherwise how the last one ended. One that was
+        killed left no record, and counts as *stopped*, or as *running* on a file system without locks, where the
+        two cannot be told apart.
     reason : str or None
         Why it failed or stopped, where that is known.
     updated : float
@@ -110,7 +110,7 @@ class RunHistory:
     Raises
     ------
     CheckpointError
-        If the folder is no run, or a file in it cannot be understood.
+        If the folder is not a run, or a file in it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,7 +145,7 @@ class RunHistory:
         return status["state"], status["reason"]
 
     def _read_checkpoint(self, path: Path) -> SavedCheckpoint | None:
-        """None for one that has just been taken away, as a run does that keeps the newest alone."""
+        """None for one that has just been removed, as a run does with all but the newest."""
         step = checkpoint_step(path)
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -177,26 +177,26 @@ class RunHistory:
 
     @property
     def steps(self) -> int:
-        """Steps that are known to have been taken."""
+        """The last step on record."""
         return max([event["step"] for event in self.events] + [saved.step for saved in self.checkpoints], default=0)
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the training text that are known of."""
+        """Complete passes over the training text on record."""
         counted = [event for event in self.events if event.get("epoch") is not None]
-        # A line of training is of the pass that goes on, an evaluation of those that are done.
+        # A training event names the current epoch, from 1 on; an evaluation counts the completed ones.
         return max((event["epoch"] - (event["event"] == "train") for event in counted), default=0)
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The last evaluation that was the best by then, as which its checkpoint was kept."""
+        """The last evaluation that was a new best, so that its checkpoint was kept as the best."""
         evaluated = [event for event in self.of("valid") if event["loss"] is not None]
         bests = [event for event in evaluated if event.get("best")]
         return bests[-1] if bests else min(evaluated, key=lambda event: event["loss"], default=None)
 
     @property
     def test(self) -> dict[str, Any] | None:
-        """The result on the test text, where it is that of the best model."""
+        """The result on the test text, if it is that of the best model."""
         tests = self.of("test")
         is_current = tests and (self.best is None or self.best["step"] <= tests[-1]["step"])
         return tests[-1] if is_current else None
@@ -210,12 +210,12 @@ class RunHistory:
 
     @property
     def text(self) -> str | None:
-        """A digest of its text and vocabulary; None where no checkpoint is there to tell."""
+        """A digest of its text and vocabulary; None without a checkpoint that has it."""
         return self.checkpoints[-1].text if self.checkpoints else None
 
     @functools.cached_property
     def vocab_size(self) -> int | None:
-        """Words of the vocabulary, where its file is there."""
+        """Words of the vocabulary; None without its file."""
         try:
             return self.folder.vocabulary.read_bytes().count(b"\n")
         except OSError:
@@ -223,18 +223,18 @@ class RunHistory:
 
     @property
     def num_parameters(self) -> int | None:
-        """Of the model, where a checkpoint tells."""
+        """Of the model; None without a checkpoint that says it."""
         return self.checkpoints[-1].num_parameters if self.checkpoints else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over the intervals of the log."""
+        """The median over the log's intervals."""
         _, speeds = self.series("train", "tokens_per_second")
         return float(np.median(speeds)) if len(speeds) else None
 
     @property
     def training_seconds(self) -> float | None:
-        """Time from evaluation to evaluation, without these."""
+        """Time between evaluations, without the evaluations themselves."""
         _, seconds = self.series("valid", "seconds")
         return float(seconds.sum()) if len(seconds) else None
 
@@ -264,7 +264,7 @@ class RunHistory:
 
 
 def _checked(event: dict[str, Any]) -> dict[str, Any]:
-    """An event that has what is asked of it; `ValueError` for another."""
+    """The event, if it is valid; `ValueError` otherwise."""
     numbers = {name: value for name, value in event.items() if name != "event"}
     for name, value in numbers.items():
         if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value))):
@@ -275,12 +275,12 @@ def _checked(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _perplexity(result: dict[str, Any] | None) -> float | None:
-    """Of a validation or a test; None where there is none, or it is beyond a float, which JSON cannot say."""
+    """Of a validation or a test; None if there is none, or if it is infinite, which JSON cannot express."""
     return None if result is None or result["loss"] is None else finite_or_none(perplexity(result["loss"]))
 
 
 def duration(seconds: float) -> str:
-    """A length of time to a digit or two: ``45 s``, ``12 min``, ``3.5 h``, ``2.0 d``."""
+    """A length of time in two or three digits: ``45 s``, ``12 min``, ``3.5 h``, ``2.0 d``."""
     for unit, size, limit in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 36 * 3600)):
         if seconds < limit:
             return f"{seconds / size:.1f} {unit}" if unit == "h" else f"{seconds / size:.0f} {unit}"

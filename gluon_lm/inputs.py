@@ -1,4 +1,4 @@
-"""Words on their way to the devices.
+"""Copies of words to the devices.
 
 Shapes: T time, N batch, R the rows of a window that have targets.
 """
@@ -17,7 +17,7 @@ Place = tuple[int, int, mx.Context]  # columns and a device
 class InputCopies:
     """Tokens and targets of windows, on the devices that compute with them.
 
-    `begin` sends those of the next window ahead, while the devices are busy with this one.
+    `begin` sends those of the next window in advance, while the devices are busy with this one.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class InputCopies:
     def take(self, window: Window, start: int, stop: int, device: mx.Context) -> Inputs:
         """``(tokens_TN, targets_R)`` of columns ``start`` to ``stop``, int32, on the device.
 
-        There has to be a target in these columns.
+        These columns must have at least one target.
         """
         place = (start, stop, device)
         self._places.add(place)
@@ -37,7 +37,7 @@ class InputCopies:
         return begun or self._copy(window.columns(start, stop), place)
 
     def begin(self, window: Window) -> None:
-        """Send ahead what `take` will be asked for, which is taken to be the columns that it was asked for before."""
+        """Send in advance what `take` will be asked for: presumably the same columns as before."""
         columns = {place: window.columns(*place[:2]) for place in self._places}
         self._window = window
         self._begun = {place: self._copy(part, place) for place, part in columns.items() if part.num_targets}
@@ -50,19 +50,19 @@ class InputCopies:
         return tokens_TN, targets_R
 
     def _pin(self, ids: np.ndarray, place: Place) -> mx.nd.NDArray:
-        """The ids in memory that a GPU reads by itself; from any other it would hold up this thread until it has read.
+        """The ids in pinned memory, which a GPU reads by itself; a copy from other memory would block this thread.
 
-        The memory is kept, for MXNet asks the driver anew for each piece of it.
+        The memory is kept, because MXNet asks the driver for each piece of it again.
         """
         key = (place, ids.shape)
         if key not in self._pinned:
             self._pinned[key] = mx.nd.empty(ids.shape, ctx=mx.cpu_pinned(place[2].device_id), dtype="int32")
-        self._pinned[key][:] = ids  # once the copy of what was in it before is done
+        self._pinned[key][:] = ids  # once the copy of its previous content is done
         return self._pinned[key]
 
 
 def copy_inputs(window: Window, device: mx.Context) -> Inputs:
-    """``(tokens_TN, targets_R)`` of a window with a target at least, int32, on the device."""
+    """``(tokens_TN, targets_R)`` of a window with at least one target, int32, on the device."""
     tokens_TN, targets_R = (mx.nd.array(ids, ctx=device, dtype="int32") for ids in _ids(window))
     return tokens_TN, targets_R
 

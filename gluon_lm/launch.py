@@ -27,13 +27,13 @@ class ClusterOptions(Section):
     """The processes of a cluster, and where they run."""
 
     workers: int = option(2, integer(), "processes that train; --batch-size is that of all together")
-    servers: int = option(1, integer(), "processes that add up gradients")
+    servers: int = option(1, integer(), "processes that sum gradients")
     hostfile: str | None = option(
-        None, optional(pathname("FILE")), "the machines, one a line: host, host slots=N or host:N; reached by ssh"
+        None, optional(pathname("FILE")), "the machines, one per line: host, host slots=N or host:N; reached by ssh"
     )
     local: bool = option(False, switch(), "run all on this machine, as without --hostfile")
     timeout: float = option(60.0, real(2), "seconds without progress after which everything is ended")
-    port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: one that is free")
+    port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: any free one")
 
 
 @as_command
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.print_config:
         print(command.describe(), end="")
         return 0
-    if run is not None or command.base is None:  # or else the batch is that of a run which lies elsewhere
+    if run is not None or command.base is None:  # otherwise the batch is that of a run on another machine
         num_devices = options.workers * (device_count(command.config) or 1)
         problems = share_problems(command.config, num_devices, command.sources)
         if problems:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     if is_here:
         log_to_terminal(command.verbosity)
-        # What is wrong with the text is said once, and the workers find it encoded.
+        # Problems with the text are reported once, and the workers find it encoded.
         command.load_corpus(None if run is None else Vocabulary.load(run.vocabulary))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], TrainCommand, RunFolder | None]:
-    """The flags of each worker, what they mean and the run that they go on from, checked once before any is started.
+    """The flags of each worker, their meaning and the run that they continue, checked once before any is started.
 
-    Where not all `is_here`, but on the machines of a host file, the run's folder is looked at if it is seen from here.
+    With a host file (not `is_here`), the run's folder is read only if it is visible from this machine.
     """
 
     def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
@@ -87,7 +87,7 @@ def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], Trai
         return resolve_run(command)[:2] if is_seen else (command, None)
 
     flags = normalise_argv(words)
-    with contextlib.suppress(ConfigError):  # which may be that a single device has nothing to add up
+    with contextlib.suppress(ConfigError):  # for example that a single device has nothing to sum
         command, run = understood(flags)
         if command.config.devices.kvstore in _KVSTORES:
             return flags, command, run

@@ -1,7 +1,7 @@
 """The shared libraries that MXNet's own library needs, and where they are.
 
-The CUDA wheels of MXNet bundle none of CUDA, cuDNN and NCCL. Other wheels do, in folders that the dynamic loader does
-not look into; but it takes a library that is loaded already for the one of that name.
+The CUDA wheels of MXNet do not bundle CUDA, cuDNN and NCCL. Other wheels do, in folders that the dynamic loader does
+not search; but where a library of the right name is loaded already, it uses that.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .errors import MissingDependency
 DRIVER = "libcuda.so.1"
 FOR_GPUS = "pip uninstall -y mxnet && pip install 'gluon_lm[cu112]'"  # of the CPU build: both are one module
 _BUILD = re.compile(r"mxnet(-cu\d+(mkl)?|-mkl|-native)?")  # packages that hold the module mxnet
-# Begins the names of what NVIDIA's wheels bring.
+# Prefixes of the names of the libraries in NVIDIA's wheels.
 _FROM_WHEELS = ("libcu", "libnccl.", "libnvrtc", "libnvToolsExt.")
 _PT_LOAD, _PT_DYNAMIC = 1, 2
 _DT_NULL, _DT_NEEDED, _DT_STRTAB, _DT_STRSZ = 0, 1, 5, 10
 
 
 class Resolved(NamedTuple):
-    """Where everything is that a library needs.
+    """Where the libraries are that a library needs.
 
     Attributes
     ----------
     to_preload : list of Path
-        Libraries that the loader would not find, each behind those that it needs itself.
+        Libraries that the loader would not find, each after those that it needs itself.
     missing : list of str
-        Names of those that are nowhere.
+        Names of those that were not found.
     """
 
     to_preload: list[Path]
@@ -43,15 +43,15 @@ class Resolved(NamedTuple):
 
 
 def needed_by(library: Path) -> list[str]:
-    """The names of the libraries that one asks the loader for; none for a file that is no whole 64-bit ELF library."""
+    """The names of the libraries that one needs; none for a file that is not a complete 64-bit ELF library."""
     try:
         return _needed_by(library)
-    except (ValueError, KeyError, StopIteration, struct.error):  # the loader says it better
+    except (ValueError, KeyError, StopIteration, struct.error):  # the loader's message is better
         return []
 
 
 def _needed_by(library: Path) -> list[str]:
-    """They stand in its dynamic section (System V Application Binary Interface, chapter 5)."""
+    """As its dynamic section lists them (System V Application Binary Interface, chapter 5)."""
     with library.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
@@ -85,7 +85,7 @@ def resolve(library: Path, folders: Sequence[Path]) -> Resolved:
     Parameters
     ----------
     library : Path
-        What lies beside it it finds by itself.
+        Libraries in its own folder need no help.
     folders : sequence of Path
         Where to look before the loader does.
     """
@@ -117,7 +117,7 @@ def _is_loadable(name: str) -> bool:
 
 
 def wheel_folders() -> list[Path]:
-    """The folders of libraries that NVIDIA's wheels made in this environment."""
+    """The folders of libraries from NVIDIA's wheels in this environment."""
     spec = importlib.util.find_spec("nvidia")
     places = [] if spec is None else list(spec.submodule_search_locations or [])
     return [folder for place in places for folder in sorted(Path(place).glob("*/lib"))]
@@ -140,7 +140,7 @@ def preload(package: Path) -> None:
     Raises
     ------
     MissingDependency
-        Naming every library that is nowhere, and what brings it.
+        Naming every library that is missing, and what to install.
     """
     library = mxnet_library(package)
     if library is None:
@@ -153,7 +153,7 @@ def preload(package: Path) -> None:
 
 
 def mxnet_distributions() -> dict[str, str]:
-    """The installed packages that hold MXNet, with their versions; more than one overwrite each other."""
+    """The installed packages that contain MXNet, with their versions; several of them overwrite each other."""
     found = {str(dist.metadata["Name"]).lower().replace("_", "-"): dist.version for dist in metadata.distributions()}
     return {name: version for name, version in sorted(found.items()) if _BUILD.fullmatch(name)}
 
@@ -168,14 +168,14 @@ def how_to_bring(missing: Sequence[str]) -> list[str]:
     lines = []
     if DRIVER in missing:
         lines.append(
-            f"{DRIVER} is missing: {build} needs NVIDIA's driver, which comes with no wheel; install the driver, or "
+            f"{DRIVER} is missing: {build} needs NVIDIA's driver, which no wheel contains; install the driver, or "
             f"the CPU build with: pip uninstall -y {' '.join(builds)} && pip install 'gluon_lm[cpu]'"
         )
     if from_wheels:
-        lines.append(f"missing for {build}: {', '.join(from_wheels)}; bring them with: pip install 'gluon_lm[{extra}]'")
+        lines.append(f"missing for {build}: {', '.join(from_wheels)}; install with: pip install 'gluon_lm[{extra}]'")
     if others:
         lines.append(
             f"missing for {build}: {', '.join(others)}; install them with the system's packages (apt-get install "
-            "libgomp1 brings libgomp.so.1)"
+            "libgomp1 for libgomp.so.1)"
         )
     return lines

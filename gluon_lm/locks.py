@@ -1,4 +1,4 @@
-"""Locks on files: what only one process at a time may do, on one machine or on several that share a file system."""
+"""File locks, for what only one process at a time may do, on one machine or on several that share a file system."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from .logs import LOGGER
 
 _TRIES, _PAUSE = 20, 0.05  # seconds between two tries of a lock
-_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what file systems answer, those of clusters above all
+_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # errors of file systems without locks, mainly clusters'
 
 
 @contextlib.contextmanager
 def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
-    """Hold the lock file `path`, which is made if need be and stays; raise `refusal` where another process holds it.
+    """Hold the lock file `path`, which is created if need be and stays; raise `refusal` if another process holds it.
 
-    The kernel frees it when its holder dies. Where the file system has no locks, that is said, and nobody is refused.
+    The kernel releases it when its holder dies. A file system without locks gives a warning, and nobody is refused.
     """
     with open(path, "ab") as file:
         for tries_left in reversed(range(_TRIES)):
@@ -30,7 +30,7 @@ def sole_use(path: Path, refusal: Exception) -> Iterator[None]:
             except BlockingIOError:
                 if not tries_left:
                     raise refusal from None
-                time.sleep(_PAUSE)  # `is_in_use` holds it for a moment as well
+                time.sleep(_PAUSE)  # `is_in_use` holds it for a moment, too
         yield
 
 
@@ -47,7 +47,7 @@ def _lock(descriptor: int, is_needed: bool) -> None:
 
 
 def is_in_use(path: Path) -> bool | None:
-    """Whether a process, which is alive, has the `sole_use` of `path`; None where the file system has no locks."""
+    """Whether a living process has the `sole_use` of `path`; None if the file system has no locks."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -64,11 +64,11 @@ def is_in_use(path: Path) -> bool | None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, is_needed: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for whoever holds it. Its folder is made if need be.
+    """Hold the lock file `path`, waiting for whoever holds it. Its folder is created if need be.
 
-    The kernel frees it when its holder dies. The holder removes the file in the end, so one that was opened
-    before that is no longer the lock, and is opened again. Where the file system has no locks and one `is_needed`, that
-    is an `OSError`; else it is only said.
+    The kernel releases it when its holder dies. The holder removes the file in the end, so one that was opened
+    before that is no longer the lock, and is opened again. A file system without locks is an `OSError` if a lock
+    `is_needed`; otherwise only a warning.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)

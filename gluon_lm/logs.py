@@ -1,4 +1,4 @@
-"""The lines that a command says: bare on the terminal, with the time before them in a run's ``log.txt``."""
+"""The lines that a command prints: bare on the terminal, with the time before them in a run's ``log.txt``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOGGER = logging.getLogger("gluon_lm")
 _tolerates_closed_pipes = False
 
 # Between logging's own levels of 10, 20 and 30.
-DETAIL = 15  # how far the work is: for logs and pipes, where there is no progress bar to show it
+DETAIL = 15  # progress of the work: for logs and pipes, where there is no progress bar
 RESULT = 25  # what the command was asked for
-NOTICE = 26  # a warning that all processes of a run would give alike, so that the first one gives it
+NOTICE = 26  # a warning that is the same in all processes of a run, so that only the first one gives it
 
 
 class Verbosity(enum.Enum):
-    """How much a command says: results and warnings alone, the course of its work, or all that it does."""
+    """How much a command prints: only results and warnings, the progress of its work, or everything that it does."""
 
     QUIET = enum.auto()
     NORMAL = enum.auto()
@@ -35,7 +35,7 @@ class Verbosity(enum.Enum):
 
 
 class _Relay(logging.Handler):
-    """Hands lines on to a logger as a program has set it up."""
+    """Passes lines on to a logger as a program has set it up."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__(logger.getEffectiveLevel())
@@ -50,14 +50,14 @@ def _held_lines() -> logging.handlers.MemoryHandler:
 
 
 class _Handler(logging.StreamHandler):
-    """Raises what keeps a line from being written, where `logging` shows a traceback and goes on without the line."""
+    """Raises the error if a line cannot be written; `logging` would show a traceback and go on without the line."""
 
     def handleError(self, record):
         raise
 
 
 class _Terminal(_Handler):
-    """Standard output, with progress bars out of the way of each line; what only --verbose says is no output."""
+    """Standard output, with progress bars out of the way; lines that only --verbose shows go to standard error."""
 
     def __init__(self, has_other_output: bool) -> None:
         super().__init__(sys.stdout)
@@ -87,11 +87,11 @@ def log_to_terminal(
     Parameters
     ----------
     verbosity : Verbosity
-        What is said here. The log of a run has at least what a pipe gets under `Verbosity.NORMAL`.
+        What is shown here. The log of a run has at least what a pipe gets under `Verbosity.NORMAL`.
     hold : bool
-        Keep the lines as well, for the file of a run that is made later.
+        Also keep the lines for the log file of a run that is created later.
     has_other_output : bool
-        Send them to standard error, because what the command was asked for goes to standard output.
+        Send them to standard error, because standard output is for the command's result.
     """
     global _tolerates_closed_pipes
     _tolerates_closed_pipes = False
@@ -108,7 +108,7 @@ def log_to_terminal(
 
 @contextlib.contextmanager
 def logging_for_file() -> Iterator[None]:
-    """Within it the lines of a run are made and held for its file; a program hears what it would hear without that."""
+    """A block that holds the lines of a run for its log file; a program's own logging gets the same as without it."""
     before = logging.Logger(LOGGER.name, LOGGER.level)
     before.parent, before.propagate, before.handlers = LOGGER.parent, LOGGER.propagate, LOGGER.handlers
     LOGGER.handlers, LOGGER.propagate = [_held_lines(), _Relay(before)], False
@@ -121,20 +121,20 @@ def logging_for_file() -> Iterator[None]:
 
 
 def log_warnings_only() -> None:
-    """Say warnings alone from here on: for a process that is not the first of several."""
+    """Log only warnings from here on: for a process that is not the first of several."""
     LOGGER.setLevel(logging.WARNING)
 
 
 def tolerate_closed_pipes() -> None:
-    """From here on a pipe that nobody reads any more ends nothing: Ctrl-C ends ``tee``, too, in ``train | tee log``."""
+    """From here on outlive the readers of pipes: in ``train | tee log``, Ctrl-C ends ``tee`` as well."""
     global _tolerates_closed_pipes
-    _tolerates_closed_pipes = True  # one assignment, which a signal cannot find half done
+    _tolerates_closed_pipes = True  # a single assignment, which a signal cannot interrupt
 
 
 def detach_if_unread(error: OSError, stream: IO[str]) -> bool:
-    """Whether a stream could not be written to because nobody is left to read it, and goes without it from here on.
+    """If nobody reads `stream` any more, send it to /dev/null and return True.
 
-    So it is with a terminal that is gone, and after `tolerate_closed_pipes` with a pipe.
+    That is the case for a terminal that is gone, and after `tolerate_closed_pipes` for a pipe.
     """
     dead = os.fstat(stream.fileno())
     if error.errno == errno.EIO and stat.S_ISCHR(dead.st_mode):
@@ -156,34 +156,34 @@ def print_to_stderr(line: str) -> None:
 
 
 def detach_terminal(and_pipes: bool = False) -> None:
-    """Write nothing more to a terminal that is gone, nor to pipes, if their readers may have gone with it."""
+    """Write nothing more to a terminal that is gone, nor (`and_pipes`) to pipes whose readers may have gone with it."""
     _send_nowhere(lambda found: stat.S_ISCHR(found.st_mode) or (and_pipes and not stat.S_ISREG(found.st_mode)))
 
 
 def _send_nowhere(is_meant: Callable[[os.stat_result], bool]) -> None:
-    """Of standard output and standard error, let those lead nowhere that are meant."""
+    """Send standard output and standard error to /dev/null where `is_meant` says so of their files."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        with contextlib.suppress(OSError):  # it was closed all along
+        with contextlib.suppress(OSError):  # it was closed from the start
             if is_meant(os.fstat(descriptor)):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def is_quiet() -> bool:
-    """Whether a command was told to show no progress, or is not the one of several processes that speaks."""
+    """Whether a command was told to show no progress, or is not the one of several processes that does."""
     loggers = [LOGGER, *(handler.logger for handler in LOGGER.handlers if isinstance(handler, _Relay))]
     is_silent = any(logger.level >= logging.WARNING for logger in loggers)
     return is_silent or any(isinstance(handler, _Terminal) and handler.level >= RESULT for handler in LOGGER.handlers)
 
 
 def has_bars() -> bool:
-    """Whether lines and progress bars go to one terminal, so that bars can take the place of lines."""
+    """Whether lines and progress bars go to one terminal, so that bars can replace lines."""
     return is_terminal(sys.stdout) and is_terminal(sys.stderr)
 
 
 def is_terminal(stream: object) -> bool:
-    """Whether a stream leads to a terminal on which a line can be drawn anew."""
+    """Whether a stream leads to a terminal on which a line can be redrawn."""
     isatty = getattr(stream, "isatty", None)
     return isatty is not None and bool(isatty()) and os.environ.get("TERM") != "dumb"
 
@@ -192,7 +192,7 @@ def is_terminal(stream: object) -> bool:
 def log_to_file(path: Path) -> Iterator[None]:
     """Append the package's log lines to a file, with the time before each, beginning with those that were held.
 
-    So is an error that ends the block, which the command says by itself.
+    So is an error that ends the block, which the command itself prints.
     """
     text = AppendedText(path)
     file = _Handler(text)
@@ -205,7 +205,7 @@ def log_to_file(path: Path) -> Iterator[None]:
         LOGGER.addHandler(file)
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):  # what ended the block is the error to tell
+        with contextlib.suppress(OSError):  # the error that ended the block is the one to report
             file.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, "error: %s", (reason(error),), None))
         raise
     finally:

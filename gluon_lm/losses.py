@@ -1,11 +1,11 @@
 """Negative log-likelihood of every token, computed in chunks of rows.
 
-Logits for a whole window can be larger than the model: 1,120 tokens of a vocabulary of 33,278 take 149 MB, several
-times over, and a mixture has as many for each of its experts. So every head sees a chunk of rows at a time, and memory
+Logits for a whole window can be larger than the model: 1,120 tokens with a vocabulary of 33,278 take 149 MB, several
+times over, and a mixture has as many for each of its experts. So every head gets a chunk of rows at a time, and memory
 depends on neither batch size nor window.
 
 Shapes: T time, N batch, H hidden width, F width of the head's features, R rows = T x N in time-major order,
-S softmaxes (rows x those of a row), V vocabulary.
+S softmaxes (rows x softmaxes per row), V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .data.windows import Window
 from .inputs import Inputs, copy_inputs
 from .models import Head, LanguageModel, State, TrainingHead
 
-CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time that its products take to outweigh reading the matrix anew
-CHUNK_LOGITS = 1 << 27  # of a chunk, 512 MiB: above 131,072 words fewer softmaxes, for the sake of memory
+CHUNK_SOFTMAXES = 1024  # of a chunk: enough for the time of its products to outweigh reading the matrix again
+CHUNK_LOGITS = 1 << 27  # of a chunk, 512 MiB: fewer softmaxes with more than 131,072 words, to save memory
 
 
 def row_chunks(num_rows: int, softmaxes_per_row: int, logits_width: int = 1) -> list[slice]:
     """Cut rows (at least one) into the fewest near-equal chunks within `CHUNK_SOFTMAXES` and `CHUNK_LOGITS`.
 
-    A chunk has a row at least.
+    A chunk has at least one row.
     """
     most = min(CHUNK_SOFTMAXES, CHUNK_LOGITS // logits_width)
     num_chunks = -(-num_rows // max(1, most // softmaxes_per_row))
@@ -49,27 +49,27 @@ def backward_through_head(
     targets_R: mx.nd.NDArray,
     loss_scale: float = 1.0,
 ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-    """Loss of a window, its gradient added to the head's parameters, and its gradient by the head's features.
+    """Loss of a window and its gradient with respect to the features; adds that of the head's parameters to theirs.
 
-    The parameters' ``grad_req`` is ``"add"``, as `LanguageModel.initialize_parameters` leaves it; otherwise that of the
-    last chunk of rows is all that stays.
+    The parameters' ``grad_req`` must be ``"add"``, as `LanguageModel.initialize_parameters` sets it; otherwise only the
+    gradient of the last chunk of rows remains.
 
     Parameters
     ----------
     head : TrainingHead
     features_TNF : NDArray
-        What `Head.features` gives, detached.
+        What `Head.features` returns, detached.
     targets_R : NDArray of int32
         Targets of the first R <= T x N rows in time-major order; the rows after them have none.
     loss_scale : float
-        All gradients are multiplied by it, and the loss is not.
+        All gradients are multiplied by it, the loss is not.
 
     Returns
     -------
     loss_sum : NDArray, shape (1,)
         Sum over the targets, in nats.
     grad_TNF : NDArray
-        Gradient of that sum, to go on with through the features and the encoder.
+        Gradient of that sum, to propagate back through the features and the encoder.
     """
     grad_TNF = mx.nd.zeros_like(features_TNF)
     grad_RF = grad_TNF.reshape((-1, grad_TNF.shape[-1]))
@@ -97,18 +97,18 @@ def backward_through_model(
     ----------
     model : LanguageModel
     window : Window
-        With one target at least.
+        With at least one target.
     states : State
         The state before it.
     device : Context
     penalties : callable, optional
-        Takes the last layer's output with and without dropout, and gives terms whose gradient is added as well.
+        Takes the last layer's output with and without dropout, and returns terms whose gradient is added as well.
     inputs : tuple of NDArray, optional
-        What `copy_inputs` gives for the window, where it was called before.
+        What `copy_inputs` returned for the window, if it was called before.
     head : TrainingHead, optional
-        What `Head.for_window` gives for this window; by default the model's head, whose loss is over all words.
+        What `Head.for_window` returned for this window; by default the model's head, whose loss is over all words.
     loss_scale : float
-        All gradients are multiplied by it, and the loss is not.
+        All gradients are multiplied by it, the loss is not.
 
     Returns
     -------
@@ -141,8 +141,8 @@ def activation_penalties(
     """Activation and temporal activation regularisation, summed over the first `num_targets` rows; differentiable.
 
     ``alpha * sum mean_H(hidden[t]^2) + beta * sum mean_H((raw[t+1] - raw[t])^2)``, the first sum over all targets, the
-    second over the pairs of which both are targets (Merity et al. 2017, section 4.6; the means over units and rows of
-    their code).
+    second over the pairs of which both are targets (Merity et al. 2017, section 4.6, with means over units and rows as
+    in their code).
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def activation_penalties(
     Returns
     -------
     list of NDArray
-        The terms to add up, of shape (1,) each; none where there is nothing to add.
+        The terms to add, of shape (1,) each; may be empty.
     """
     width = hidden_TNH.shape[-1]
     terms = []

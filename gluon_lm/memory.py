@@ -1,7 +1,7 @@
-"""How much memory training takes, known before it starts, and what to say where there is not so much.
+"""How much memory training takes, known before it starts, and what to say if there is less.
 
-On Linux the kernel promises more memory than it has and ends a process that takes it at its word, without a line; so
-what is sure to be too much is refused beforehand. What fails all the same is explained with the same figures.
+Linux overcommits: an allocation succeeds, and the OOM killer later ends the process without a message. So what
+certainly does not fit is refused beforehand. What fails all the same is explained with the same figures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATUS = Path("/proc/self/status")
 _FLOAT = 4
 _MIXED = 8  # a logit in float32 and in half precision, and what oneDNN keeps of products: precision.FORWARD_ROWS
 _PROGRAM = 250 << 20  # Python, MXNet's libraries, the vocabulary
-_RECURRENT_FLOATS = 20  # for each unit and token; oneDNN's LSTM takes them twice over
+_RECURRENT_FLOATS = 20  # for each unit and token; oneDNN's LSTM takes twice as many
 _FAILURE = re.compile(
     "failed to allocate|out of memory|alloc_failed|cudaErrorMemoryAllocation|bad_alloc|"
     "could not create a (primitive|memory object)|resource temporarily unavailable",
@@ -31,18 +31,18 @@ _FAILURE = re.compile(
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that training takes on one device; on the CPU all devices share one memory, and this is all of them.
+    """Bytes that training takes on one device; on the CPU all devices share one memory, and this is their total.
 
     Attributes
     ----------
     parameters : int
-        Parameters, gradients, and what the optimiser and the average keep; on the CPU the largest one's gradient twice,
-        because MXNet adds to it what it has computed elsewhere; in mixed precision, on GPUs too, a cast of the largest
-        one of the output layer and its gradient, which take as much.
+        Parameters, gradients, and what the optimiser and the average keep; on the CPU a second copy of the largest
+        gradient, because MXNet computes what it adds to it elsewhere; in mixed precision, on GPUs too, a cast of the
+        output layer's largest parameter and its gradient, which take as much.
     logits : int
         The room for a chunk's logits, in training and in evaluation.
     window : int
-        What a window leaves behind for the backward pass; an estimate.
+        The activations of a window that are kept for the backward pass; an estimate.
     """
 
     parameters: int
@@ -51,21 +51,21 @@ class Need:
 
     @property
     def certain(self) -> int:
-        """Those that are sure to be taken."""
+        """Those that are certainly needed."""
         return self.parameters + self.logits
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them, and the program itself."""
         return self.certain + self.window + _PROGRAM
 
     def __str__(self) -> str:
-        parts = {"parameters and gradients": self.parameters, "logits": self.logits, "a window": self.window}
+        parts = {"parameters and gradients": self.parameters, "logits": self.logits, "activations": self.window}
         return f"about {_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
 def recurrent_bytes(config: Config, tokens: int) -> int:
-    """Estimate what the recurrent layers keep of a window of so many tokens for the backward pass."""
+    """Estimate of what the recurrent layers keep of a window of `tokens` tokens for the backward pass."""
     return _FLOAT * _RECURRENT_FLOATS * tokens * sum(config.model.layer_sizes)
 
 
@@ -78,16 +78,16 @@ def training_need(
     ----------
     config : Config
     num_parameters, largest : int
-        Elements of all parameters, and of the largest of the output layer that a second gradient, or a cast with its
-        gradient, is kept of; 0 where there is neither.
+        Elements of all parameters, and of the output layer's largest one, if a second gradient of it, or a cast with
+        its gradient, is kept; otherwise 0.
     logits : int
         Elements of a device's room for logits.
     tokens : int
-        Of a window, that a device works on at once.
+        Tokens of a window that a device processes at once.
     num_sharing : int
         Devices that share one memory: CPU contexts; for GPUs 1.
     merged : int
-        Elements that the GPU holds on which the largest parameter's gradients are added up.
+        Elements that are held by the GPU that sums the largest parameter's gradients.
     """
     copies = 2 + OPTIMIZER_STATES[config.optim.optimizer]
     if num_sharing > 1:
@@ -102,17 +102,17 @@ def training_need(
 
 
 def check_need(need: Need, available: int | None, num_sharing: int = 1) -> str | None:
-    """Refuse what cannot be. `available` is the share of one of so many workers on this machine.
+    """Refuse what certainly does not fit. `available` is the share of one of `num_sharing` workers on this machine.
 
     Returns
     -------
     str or None
-        A warning where it may well be too much.
+        A warning if it may be too much.
 
     Raises
     ------
     OutOfMemory
-        Where what is sure to be taken is more than there is.
+        If what is certainly needed is more than there is.
     """
     if available is None or need.total <= available:
         return None
@@ -128,7 +128,7 @@ def check_need(need: Need, available: int | None, num_sharing: int = 1) -> str |
 
 @contextlib.contextmanager
 def explaining_memory_errors(need: Need) -> Iterator[None]:
-    """A block in which memory that is not to be had is an `OutOfMemory` that says what training takes."""
+    """A block in which a failed allocation becomes an `OutOfMemory` that says what training takes."""
     try:
         yield
     except Exception as error:
@@ -138,7 +138,7 @@ def explaining_memory_errors(need: Need) -> Iterator[None]:
 
 
 def is_allocation_failure(error: BaseException) -> bool:
-    """Whether Python, MXNet or CUDA found no memory. MXNet is not imported for it."""
+    """Whether Python, MXNet or CUDA failed to allocate memory. Does not import MXNet."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_FAILURE.search(str(error))))
 
 
@@ -158,10 +158,10 @@ def _gb(size: float) -> str:
 
 
 def free_host_memory(num_sharing: int = 1) -> int | None:
-    """Bytes that this process can still take; None where that is not known.
+    """Bytes that this process can still take; None if that is not known.
 
-    They are its share, as one of so many processes, of what is free on the machine and in its control groups, and no
-    more than its own limit leaves it.
+    They are its share, as one of `num_sharing` processes, of what is free on the machine and in its control groups, and
+    no more than its own limit leaves.
     """
     shared = (bound for bound in (_free_on_machine(), control_groups.free_memory()) if bound is not None)
     bounds = [*(bound // num_sharing for bound in shared), _free_below_limit()]
@@ -169,7 +169,7 @@ def free_host_memory(num_sharing: int = 1) -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Bytes of the machine's memory that this process has held at most; None where the system cannot tell."""
+    """The most bytes of the machine's memory that this process has held; None if the system cannot tell."""
     return _kilobytes(_STATUS, "VmHWM")
 
 
@@ -185,7 +185,7 @@ def _free_below_limit() -> int | None:
 
 
 def _kilobytes(path: Path, name: str) -> int | None:
-    """A line of the kernel's, ``Name: 123 kB``, in bytes."""
+    """The value of one of the kernel's lines, ``Name: 123 kB``, in bytes."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A trained model as those see it who use it: words in, log-probabilities of the next word out.
+"""A trained model in use: words in, log-probabilities out.
 
 Shapes: T time, N streams, V vocabulary, R rows = the first targets of T x N, in time-major order.
 """
@@ -35,11 +35,11 @@ class Predictor(ABC):
     device : Context
     network : HybridBlock
         ``tokens_TN, *states -> scores_TNV, *new_states``: log-probabilities of the word after each token, up to a
-        constant for each token. To be made part of a larger graph.
+        constant for each token. For use as part of a larger graph.
     path : Path or None
         The checkpoint, or the exported folder, that it was loaded from.
     rows_at_once : int
-        As many tokens, T x N, as are worked on at once; `target_losses` need not be given more where lines allow it.
+        How many tokens, T x N, are processed at once; callers of `target_losses` should not batch more than that.
     """
 
     network: gluon.HybridBlock
@@ -51,11 +51,11 @@ class Predictor(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the model is, where from, and what it was trained on, as plain JSON values."""
+        """What the model is, where it comes from, and what it was trained on, as plain JSON values."""
 
     @abstractmethod
     def begin_state(self, num_streams: int) -> State:
-        """The zero state: arrays of shape (1, N, H), layer after layer."""
+        """The zero state: arrays of shape (1, N, H), layer by layer."""
 
     @abstractmethod
     def log_probs(self, tokens_TN: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
@@ -71,7 +71,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def _read(self, tokens_TN: mx.nd.NDArray, states: State) -> State:
-        """`read` of so few tokens that they can be worked on at once."""
+        """`read` of few enough tokens to process at once."""
 
     def target_losses(
         self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State
@@ -90,14 +90,14 @@ class Predictor(ABC):
         return mx.nd.concat(*losses, dim=0), states
 
     def _losses(self, tokens_TN: mx.nd.NDArray, targets_R: mx.nd.NDArray, states: State) -> tuple[mx.nd.NDArray, State]:
-        """`target_losses` of so few tokens that they can be worked on at once."""
+        """`target_losses` of few enough tokens to process at once."""
         log_probs_TNV, states = self.log_probs(tokens_TN, states)
         log_probs_RV = log_probs_TNV.reshape((-1, log_probs_TNV.shape[-1]))[: targets_R.shape[0]]
         return -mx.nd.pick(log_probs_RV, targets_R), states
 
 
 class ModelPredictor(Predictor):
-    """A `LanguageModel` whose parameters are on `device`; `origin` is what is known of where they come from."""
+    """A `LanguageModel` whose parameters are on `device`; `origin` describes where they come from."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class ModelPredictor(Predictor):
 
 
 class _Scores(gluon.HybridBlock):
-    """A language model but for the last step from scores to log-probabilities."""
+    """A language model without the last step from scores to log-probabilities."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Scores(gluon.HybridBlock):
 
 
 def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """An architecture as `Predictor.describe` says it."""
+    """An architecture in the form of `Predictor.describe`."""
     return {
         "model": {
             "cell": config.cell,
@@ -157,7 +157,7 @@ def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def load_predictor(name: str | Path | None, device: mx.Context | None = None) -> Predictor:
-    """A run (its best checkpoint), a checkpoint, or an exported folder, by a user's name for it; None: the newest run.
+    """A predictor from a run (its best checkpoint), a checkpoint or an exported folder; None: the newest run.
 
     Parameters
     ----------

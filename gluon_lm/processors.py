@@ -1,4 +1,4 @@
-"""The processors of this machine: how many cores this process may keep busy, and what they can do."""
+"""The processors of this machine: how many cores this process may use, and what they can do."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .control_groups import processor_share
 
 
 def usable_cores() -> int:
-    """Cores that this process may keep busy; two hardware threads of one core count once.
+    """Cores that this process may use; two hardware threads of one core count once.
 
-    More threads than a container's share of the processors' time would use it up at the beginning of each period, and
-    stand still until its end.
+    More threads than a container's share of processor time would use it up at the beginning of each period, and then
+    be throttled until its end.
     """
     share = processor_share()
     return _cores() if share is None else max(1, min(_cores(), int(share)))
@@ -33,12 +33,12 @@ def _cores() -> int:
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system says it."""
+    """The processor's name, as the system reports it."""
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
-    """What the processor can do, in Linux's words, such as ``avx512_bf16``; nothing elsewhere."""
+    """The processor's features as Linux names them, such as ``avx512_bf16``; empty on other systems."""
     return frozenset(_cpu_info("flags").split())
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error: a bar on a terminal, now and then a plain line elsewhere."""
+"""Progress of long work, on standard error: a bar on a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PLAIN_INTERVAL_S = 10.0
 _BAR_DELAY_S = 0.5
 _REDRAW_S = 0.1
-_MEMORY_S = 20.0  # about how far back the figures of a training bar reach
+_MEMORY_S = 20.0  # time constant of the averages in a training bar
 
 _Item = TypeVar("_Item")
 
@@ -50,11 +50,11 @@ class PlainProgress:
         print_to_stderr(f"{self._desc}: {done}")
 
     def reset(self) -> None:
-        """Start again from nothing."""
+        """Start again from zero."""
         self.n = 0.0
 
     def close(self) -> None:
-        """Nothing to clear away."""
+        """Nothing to close."""
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -71,7 +71,7 @@ def progress_bar(total: float | None = None, desc: str | None = None, unit: str 
     total : float, optional
         Units of work in all, where that is known.
     desc : str, optional
-        What is being done. None: nothing is shown, and neither where the command is quiet.
+        What is being done. None: nothing is shown, as in a quiet command.
     unit : str
         Name of a unit of work.
     """
@@ -108,7 +108,7 @@ def counted(items: Iterable[_Item], total: float | None, desc: str | None, unit:
 
 
 class Place(NamedTuple):
-    """How far an epoch has come.
+    """The progress of an epoch.
 
     Attributes
     ----------
@@ -124,16 +124,16 @@ class Place(NamedTuple):
 
 
 class TrainingBar:
-    """Where a training run is, on a terminal: a bar for the epoch, and a line of figures below it.
+    """The progress of a training run on a terminal: a bar for the epoch, and a line of figures below it.
 
-    Elsewhere, or where the command is quiet, nothing: the log's lines say as much.
+    Elsewhere, or if the command is quiet, it shows nothing: the log has the same figures.
 
     Parameters
     ----------
     epochs : int
         Of the whole run.
     max_steps : int, optional
-        Steps after which it ends sooner.
+        Steps after which it ends, if that is earlier.
     """
 
     def __init__(self, epochs: int, max_steps: int | None = None) -> None:
@@ -150,10 +150,10 @@ class TrainingBar:
         self._started_at: float | None = None  # in epochs
         self._started = 0.0
         self._next_drawing = 0.0
-        self._losses = self._targets = self._seconds = self._steps = 0.0  # of late: older steps count ever less
+        self._losses = self._targets = self._seconds = self._steps = 0.0  # decaying sums: older steps count less
 
     def show(self, place: Place, step: int, lr: float, result: StepResult, seconds: float) -> None:
-        """Take note of a step.
+        """Show a step.
 
         Parameters
         ----------
@@ -198,7 +198,7 @@ class TrainingBar:
         self._figures.refresh()
 
     def close(self) -> None:
-        """Clear it away."""
+        """Remove it from the terminal."""
         for bar in (self._figures, self._bar):
             if bar is not None:
                 bar.close()

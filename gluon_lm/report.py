@@ -29,7 +29,7 @@ class ReportOptions(Section):
     output: str | None = option(
         None,
         optional(pathname("FILE")),
-        "page to write, the plots beside it (default: report.html, of one run in its folder, of several here)",
+        "page to write, with the plots next to it (default: report.html, in the folder of a single run, else here)",
     )
     words: int = option(60, integer(0), "words of each text that the best checkpoints write; 0: none")
     samples: int = option(2, integer(1, 64), "texts of each run")
@@ -78,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_runs(names: Sequence[str]) -> list[RunHistory]:
-    """The runs that are named, each once: by themselves or a link, or by a folder, of which those that can be read.
+    """The named runs, each once: named directly or by a link, or all readable ones of a folder that was named.
 
     Raises
     ------
     CheckpointError
-        If a run that is named by itself cannot be read, or none can.
+        If a run that was named directly cannot be read, or if there is none.
     """
     runs = [] if names else [RunHistory(find_run(None)[0].path)]
     for name in names:
@@ -97,12 +97,12 @@ def _read_runs(names: Sequence[str]) -> list[RunHistory]:
             except CheckpointError as error:
                 LOGGER.warning("left out: %s", error)
     if not runs:
-        raise CheckpointError(f"{' '.join(names)}: has no run that can be read; fix what is left out, or name others")
+        raise CheckpointError(f"{' '.join(names)}: has no readable run; fix those that are left out, or name others")
     return list({run.folder.path.resolve(): run for run in runs}.values())
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """What each run is called: the end of its path, as much of it as tells it from the others."""
+    """The name of each run: the end of its path, as much of it as distinguishes it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     count = 1
     while len({own[-count:] for own in parts}) < len(parts):
@@ -117,7 +117,7 @@ def _output(name: str | None, folders: Sequence[Path]) -> Path:
     Raises
     ------
     ConfigError
-        If it cannot be one.
+        If it cannot be written, or does not end in .html.
     """
     if name is None:
         name = str(folders[0] / "report.html") if len(folders) == 1 else "report.html"

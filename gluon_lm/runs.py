@@ -1,4 +1,4 @@
-"""``python -m gluon_lm.runs DIR``: the runs in a folder, how far they are and how good."""
+"""``python -m gluon_lm.runs DIR``: the runs in a folder, their progress and results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBERS = {"steps", "epoch", "valid ppl", "test ppl", "written"}
 class RunsOptions(Section):
     """How they are listed."""
 
-    json: bool = option(False, switch(), "one JSON object for all of it, instead of a table")
+    json: bool = option(False, switch(), "one JSON object instead of a table")
 
 
 @as_command
@@ -76,7 +76,7 @@ def _table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _width(cell: str) -> int:
-    """Columns of a terminal that a text takes: two for a letter of East Asia."""
+    """Columns of a terminal that a text takes: two for an East Asian wide character."""
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in cell)
 
 

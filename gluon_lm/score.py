@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class ScoreOptions(Section):
     """What is written."""
 
-    format: str = option("tsv", choice("tsv", "jsonl"), "a table, or one JSON object a line, which has the words too")
+    format: str = option("tsv", choice("tsv", "jsonl"), "a table, or one JSON object per line, which has the words too")
     words: bool = option(False, switch(), "a row for each word after that of its line (tsv)")
     outf: str | None = option(None, optional(pathname("FILE")), "file to write (default: the terminal)")
 
@@ -37,17 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = CommandParser(
         "score",
-        "Log-probability (base e) and perplexity of each line of a file, each line on its own, its end included.",
+        "Log-probability (base e) and perplexity of each line of a file, each line on its own, including its end.",
         "python -m gluon_lm.score runs/latest candidates.txt --format jsonl",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or exported folder")
-    parser.add_argument("file", metavar="FILE", help="text, a line for each candidate; - reads standard input")
+    parser.add_argument("file", metavar="FILE", help="text, one candidate per line; - reads standard input")
     parser.add_section(ScoreOptions, "output")
     parser.add_device()
     parsed = parser.parse(argv)
     options = parsed.build(ScoreOptions)
     if options.words and options.format == "jsonl":
-        raise ConfigError("--words with --format jsonl: JSON has the words anyway; leave --words out")
+        raise ConfigError("--words with --format jsonl: JSON always has the words; leave --words out")
     out = None if options.outf is None else output_file("--outf", options.outf)
     lines = _read(parsed.arguments.file)
     log_to_terminal(parsed.verbosity, has_other_output=out is None)
@@ -93,13 +93,13 @@ def _read(name: str) -> list[str]:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{where} line {line}: is not UTF-8 text; save it as UTF-8") from error
     if not lines:
-        raise DataError(f"{where}: is empty; it must have a line at least")
+        raise DataError(f"{where}: is empty; it must have at least one line")
     return lines
 
 
 def _json_row(number: int, score: LineScore, is_utf8: bool) -> str:
     row = {"line": number, "tokens": len(score.words), **score.as_json()}
-    return json.dumps(row, ensure_ascii=not is_utf8)  # other encodings lack letters, for which JSON has escapes
+    return json.dumps(row, ensure_ascii=not is_utf8)  # JSON has escapes for letters that other encodings lack
 
 
 def _table_rows(number: int, score: LineScore, with_words: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""How likely a model finds given lines, word by word: for reranking and for finding what is odd.
+"""Log-probabilities of given lines under a model, word by word: for reranking and for finding anomalies.
 
 Shapes: T time, N lines side by side, R = T x N.
 """
@@ -29,7 +29,7 @@ class LineScore:
     words : list of str
         The line's words, and ``<eos>``.
     log_probs : ndarray, one for each word
-        Log-probability, base e, of each word after those before it, the first after ``<eos>``.
+        Log-probability, base e, of each word given those before it, the first given ``<eos>``.
     is_unknown : list of bool
         Whether the vocabulary lacks the word, so that it is scored as ``<unk>``.
     """
@@ -46,16 +46,16 @@ class LineScore:
 
     @property
     def log_prob(self) -> float:
-        """Log-probability of the whole line, its end included."""
+        """Log-probability of the whole line, including its end."""
         return float(self.log_probs.sum(dtype=np.float64))
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of minus the mean log-probability of a word; infinite where that is beyond a float."""
+        """``exp`` of the negative mean log-probability of a word; infinite where that overflows a float."""
         return perplexity(-self.log_prob / len(self.words))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values, numbers that are not finite as None."""
+        """Everything as plain JSON values, with None for numbers that are not finite."""
         words = [
             {"word": word, "log_prob": finite_or_none(float(log_prob)), "unknown": unknown}
             for word, log_prob, unknown in zip(self.words, self.log_probs, self.is_unknown)
@@ -70,7 +70,7 @@ class LineScore:
 def score_lines(predictor: Predictor, lines: Iterable[Sequence[str]]) -> Iterator[LineScore]:
     """Score lines, each on its own: begun from ``<eos>`` and the zero state, and ended by ``<eos>``.
 
-    Lines of like length are worked on side by side, which changes no score but by rounding.
+    Lines of similar length are processed side by side, which changes scores only by rounding.
 
     Parameters
     ----------

@@ -99,7 +99,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # or a second server could bind it while this one loads its model
+        listener.listen()  # otherwise a second server could bind it while this one loads its model
         return listener
     except OSError as error:
         listener.close()

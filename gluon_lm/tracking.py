@@ -1,4 +1,4 @@
-"""The numbers of a run while it is trained: ``metrics.jsonl``, TensorBoard's files, and how the run ended."""
+"""The metrics of a run during training: ``metrics.jsonl``, TensorBoard's files, and how the run ended."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .metrics import finite_or_none
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, each with ``event`` and ``step``.
+    """``metrics.jsonl``: one JSON object per line, each with ``event`` and ``step``.
 
     Parameters
     ----------
     path : Path
     after_step : int
-        Where a run goes on: events of later steps, which a stopped process wrote after its last checkpoint, are
-        dropped, because they are about to happen again.
+        Where a run continues: events of later steps, which a stopped process wrote after its last checkpoint, are
+        dropped, because these steps are taken again.
     tests_again : bool
-        Whether all that is left to do is the test at that step, which takes the place of an earlier one.
+        Whether all that is left to do is the test at that step, which replaces an earlier one.
 
     Raises
     ------
@@ -48,17 +48,17 @@ class MetricsFile:
         self._file = AppendedText(path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one event; numbers that are not finite are written as null, for JSON has none."""
+        """Append one event; numbers that are not finite are written as null, as JSON cannot express them."""
         finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()}
         self._file.write(json.dumps({"event": event, "step": step, **finite}) + "\n")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def read_events(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of a ``metrics.jsonl`` and their events; a last line that is being written is left out.
+    """The complete lines of a ``metrics.jsonl`` and their events; a last line that is being written is skipped.
 
     Raises
     ------
@@ -92,17 +92,17 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, after_step: int, configuration: str) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter's thread dies where the disk is full
+        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter's thread dies if the disk is full
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.summary import text
 
         self._folder = folder
         with self._writing():
             folder.mkdir(exist_ok=True)
-            # Its names tell seconds alone: another file in the same one would be lost.
+            # Its file names differ only by the second: a second file within one would replace the first.
             self._events = EventsWriter(str(folder / "events"), f".{after_step:012}")
         if after_step:
-            self._add(after_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops what comes later
+            self._add(after_step + 1, session_log=SessionLog(status=SessionLog.START))  # drops later steps
         self._add(0, summary=text("configuration", "".join(f"    {line}\n" for line in configuration.splitlines())))
 
     def write(self, event: str, step: int, **values: Any) -> None:
@@ -114,7 +114,7 @@ class TensorBoard:
                 self._add(step, summary=scalar(f"{event}/{name}", value))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._writing():
             self._events.close()
 
@@ -134,7 +134,7 @@ class TensorBoard:
 
 
 def require_tensorboard() -> None:
-    """Raise `MissingDependency` where TensorBoard's files cannot be written."""
+    """Raise `MissingDependency` if TensorBoard's files cannot be written."""
     if find_spec("tensorboardX") is None:
         raise MissingDependency(
             "--tensorboard: needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or leave it out"
@@ -142,7 +142,7 @@ def require_tensorboard() -> None:
 
 
 def write_status(path: Path, state: str, reason: str | None = None) -> None:
-    """Note in a run's ``status.json`` that it is running, or how it ended: finished, stopped or failed."""
+    """Write to a run's ``status.json`` that it is running, or how it ended: finished, stopped or failed."""
     with atomic_write(path) as file:
         status = {"state": state, "reason": reason, "time": time.time(), "pid": os.getpid()}
         file.write((json.dumps(status) + "\n").encode("utf-8"))

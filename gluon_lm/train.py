@@ -15,7 +15,7 @@ from .runtime import prepare_training
 from .training.command import FIXED, FIXED_ON_RESUME, TrainCommand
 from .training.run_folder import RunFolder, find_run, strip_model_suffix
 
-# Flags of gluonnlp that ask for what is always done.
+# Flags of gluonnlp for what is always done here.
 _ALWAYS_SO = ("--hybridize", "--static-alloc", "--static-shape")
 
 
@@ -44,7 +44,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     words = normalise_argv(sys.argv[1:] if argv is None else argv)
     superfluous = [word for word in words if word in _ALWAYS_SO]
     if superfluous:
-        print(f"warning: {' '.join(superfluous)}: always so here; leave it out", file=sys.stderr)
+        print(f"warning: {' '.join(superfluous)}: is always on here; leave it out", file=sys.stderr)
     parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
     problems: list[str] = []
     run = parsed.build(RunOptions)
@@ -69,7 +69,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
         )
     if resume is not None and run.init_from is not None:
         problems.append(f"--init-from with {continued}: a run begins once; leave one of them out")
-    if run.init_from is not None:  # the other run's own bound is on its own steps
+    if run.init_from is not None:  # the other run's bound is for its own steps
         settings.setdefault("max_steps", Setting(None, "flag --init-from"))
     is_based = resume is not None or run.init_from is not None
     base = continued if resume is not None else "--init-from"
@@ -100,19 +100,19 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
 
 
 def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, Path | None]:
-    """A command, once the run folder that it names has been looked at.
+    """Complete a command with what the run folder that it names contains.
 
     Returns
     -------
     command : TrainCommand
         With the whole configuration, and the place of a new run.
     run, checkpoint : RunFolder, Path or None
-        What is continued or begun with, as `find_run` returns it; None for a run that begins with nothing.
+        What is continued or begun with, as `find_run` returns it; None for a run that begins from scratch.
 
     Raises
     ------
     ConfigError, CheckpointError
-        If the folder is not free, has no run to continue, or one that goes on otherwise.
+        If the folder is not free, has no run to continue, or one that the flags contradict.
     """
     run, checkpoint = (None, None) if command.base is None else find_run(command.base)
     if run is not None and command.resume is not None:
@@ -121,14 +121,14 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
         command = command.over(run.config, FIXED, is_same_run=False)
     if command.save is not None and not command.print_config:
         path = strip_model_suffix(command.save)
-        if command.recipe == "mos":  # the reference puts the time behind the name
+        if command.recipe == "mos":  # the reference appends the time to the name
             if command.overwrite:
-                raise ConfigError("--overwrite: has no effect, recipe mos puts the time behind the name; leave it out")
+                raise ConfigError("--overwrite: has no effect, recipe mos appends the time to the name; leave it out")
             RunFolder.stamped(path).check_free(command.overwrite)
             return dataclasses.replace(command, save=None, stem=str(path)), run, checkpoint
         if run is not None and path.resolve() in (run.path.resolve(), *run.path.resolve().parents):
             begun_with = f"--save {show(command.save)} with --init-from {show(command.init_from)}"
-            raise ConfigError(f"{begun_with}: a new run cannot take the place of the one it begins with; name another")
+            raise ConfigError(f"{begun_with}: a new run cannot replace the one that it begins with; name another")
         RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
     return command, run, checkpoint

@@ -1,6 +1,6 @@
 """What a run is: every knob, declared once, and how flags, YAML files and recipes become one frozen `Config`.
 
-Where values come from, highest first: flags, ``--config``, the recipe, the default.
+Sources of values, by precedence: flags, ``--config``, the recipe, the default.
 """
 
 from .elsewhere import INSTEAD_OF_TRAINING

@@ -1,4 +1,4 @@
-"""Names that the replaced systems have for what has another place here."""
+"""Flags of the systems that this package replaces, and what takes their place here."""
 
 INSTEAD_OF_TRAINING = {
     "--checkpoint": "to continue a run, use --resume RUN; to begin a new one with its weights, --init-from RUN",
@@ -11,17 +11,17 @@ INSTEAD_OF_TRAINING = {
     "--use-optimizer": "name the optimiser with --optimizer adam",
     **dict.fromkeys(
         ("--lr-update-interval", "--lr-update-factor"),
-        "--decay divides the learning rate where validation is no new best (recipe awd: with --no-ntasgd)",
+        "--decay divides the learning rate whenever validation brings no new best (recipe awd: with --no-ntasgd)",
     ),
     "--num-gpus": "name them, as in --gpus 0,1,2,3",
     "--batch-size-per-gpu": "--batch-size is that of all devices together",
     **dict.fromkeys(("--mode", "--config-file"), "training and evaluation are commands; train --config reads YAML"),
     "--logdir": "name the run folder with --save",
     "--early-stopping": "--patience N stops after N evaluations with no new best",
-    "--momentum": "SGD is plain here; leave it out, or use --optimizer adam",
+    "--momentum": "SGD has no momentum here; leave it out, or use --optimizer adam",
     "--warmup": "the learning rate is not warmed up",
-    "--forget-bias": "it is 1 with --layer-norm, and learnt",
+    "--forget-bias": "it starts at 1 with --layer-norm, and is learnt",
     "--nhead": "there is no transformer here",
-    "--nproj": "no layer is projected; --nhidlast makes the last one narrower",
-    "--k": "the words of a sampled softmax are --num-sampled",
+    "--nproj": "layers have no projection; --nhidlast makes the last one narrower",
+    "--k": "the number of words in a sampled softmax is --num-sampled",
 }

@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 _NEAREST, _FLOAT32 = "did you mean", "float32 holds"  # how the hints of a kind begin
-# A probability below the smallest rounds to zero: heads take the smallest, whose loss is 87.3 and not infinite.
+# A smaller probability rounds to zero: heads use the smallest instead, whose loss is 87.3, not infinite.
 SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 1.1754944e-38, 3.4028235e38
 
 
@@ -35,7 +35,7 @@ class Kind:
     rule : str
         The rule in words, as it follows "must be".
     metavar : str
-        The value's place holder in ``--help``; empty for a switch.
+        The value's placeholder in ``--help``; empty for a switch.
     nargs : str, optional
         As in `argparse`: ``'+'`` for a flag with several values.
     """
@@ -85,7 +85,7 @@ def real(low: float, below: float = math.inf, *, above: bool = False) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-    """One of `names`; capitals, ``-`` and ``_`` make no difference."""
+    """One of `names`; case does not matter, and ``-`` and ``_`` are the same."""
     by_key = {key_of(name): name for name in names}
 
     def read(value: Any) -> str:
@@ -112,7 +112,7 @@ def text(metavar: str) -> Kind:
 
 
 def pathname(metavar: str) -> Kind:
-    """A name or a path. The ``~`` of ``--save=~/run``, which a shell leaves, and that of YAML is the user's home."""
+    """A name or a path. Expands ``~``, which a shell leaves in ``--save=~/run``, and which YAML may have too."""
     one = text(metavar).read
 
     def read(value: Any) -> str:
@@ -188,7 +188,7 @@ def switch() -> Kind:
 def option(default: Any, kind: Kind, help: str, *aliases: str, keep: str = "") -> Any:
     """Declare a field of a section: its default, its `Kind`, its help and its other names (snake_case).
 
-    `keep` is the YAML key under which OpenSeq2Seq has the same probability, as that of keeping and not of dropping.
+    `keep` is the YAML key under which OpenSeq2Seq has the same dropout, as the probability of keeping an element.
     """
     return field(default=default, metadata={"kind": kind, "help": help, "aliases": aliases, "keep": keep})
 
@@ -210,7 +210,7 @@ def keep_probability(field_name: str) -> Kind:
 def read_value(
     declared: dataclasses.Field[Any], raw: Any, label: str, problems: list[str], kind: Kind | None = None
 ) -> Any:
-    """Read one value by its field's rule or by `kind`; where it breaks it, add to `problems`, return the default."""
+    """Read one value by its field's rule or `kind`; if it breaks the rule, add to `problems`, return the default."""
     own = kind is None
     kind = kind or declared.metadata["kind"]
     try:

@@ -44,7 +44,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The flag that gave it, as it was spelled; of another source that."""
+        """The flag that gave it, as it was spelled; for another source, the source."""
         return flag_within(self.source) or self.source
 
 
@@ -61,9 +61,9 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _FlatLoader(yaml.SafeLoader):
-    """Knows no aliases of lists and mappings: a few lines of them stand for more than any memory holds.
+    """Refuses aliases of lists and mappings: a few lines of them can expand beyond any memory.
 
-    Numbers are left to the kinds of values, which read them as those of flags: to YAML 1.1, 010 is 8, and 1:30 is 90.
+    Numbers stay text for the kinds of values, which read them as they read flags: to YAML 1.1, 010 is 8, and 1:30 90.
     """
 
     yaml_implicit_resolvers = {
@@ -81,7 +81,7 @@ class _FlatLoader(yaml.SafeLoader):
 
 
 class _File(NamedTuple):
-    """The settings of a YAML file, the recipe that it names, and the fields among them given as what is kept."""
+    """The settings of a YAML file, the recipe that it names, and which fields it gives as keep probabilities."""
 
     layer: Layer
     recipe: str | None
@@ -94,7 +94,7 @@ def _yaml_lines(source: str | Path, origin: str) -> list[tuple[Any, Any, int]]:
     Raises
     ------
     ConfigError
-        If it cannot be read, or is something else than such lines.
+        If it cannot be read, or is anything but such lines.
     """
     try:
         content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source
@@ -121,7 +121,7 @@ def _yaml_lines(source: str | Path, origin: str) -> list[tuple[Any, Any, int]]:
 
 
 def _field_of(key: Any) -> tuple[str | None, bool]:
-    """The field that a key of a file names, and whether it does so as what is kept; None: no such field."""
+    """The field that a key of a file names, and whether as a keep probability; None: no such field."""
     if not isinstance(key, str):
         return None, False
     keep = keep_names().get(key_of(key))
@@ -186,9 +186,9 @@ def _choose_recipe(flags: Layer, file: Layer) -> str:
     return DEFAULT_RECIPE
 
 
-# Fields that a layer takes the place of in the layers below, because both together make no sense: where the value of
-# the first is such, the others go. So `--cpus 2` continues a run that was configured with GPUs, and `--vocab FILE` goes
-# with any recipe.
+# Fields of lower layers that a layer's field overrides, because both together make no sense: where its value meets the
+# condition, they are dropped. So `--cpus 2` continues a run that was configured with GPUs, and `--vocab FILE` goes with
+# any recipe.
 _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
     ("cpus", bool, frozenset({"gpus", "cuda", "single_gpu"})),
     ("gpus", bool, frozenset({"cpus", "cuda", "single_gpu"})),
@@ -215,10 +215,10 @@ def _replaced_by(layer: Layer) -> set[str]:
 
 
 def _implied_by(kept: frozenset[str], merged: Layer, given: Set[str]) -> Layer:
-    """What fields that were given as probabilities of keeping mean for others, unless a layer sets these.
+    """What fields given as keep probabilities imply for other fields, unless a layer sets those.
 
-    Each is about one place, as in the system that names them so, where ours are about others too. There each word has
-    masks of its own, which is so here unless the model, or a rate under our name, asks for locked ones.
+    As in OpenSeq2Seq, each concerns one place only, while our rates are also defaults for other places. There each word
+    has its own masks, which holds here too unless the model, or a rate under our name, asks for locked ones.
     """
     source = merged[min(kept)].source
     rates = {"dropout_input", "dropout_hidden"}
@@ -242,7 +242,7 @@ def _merge(layers: Iterable[Layer]) -> Layer:
             layer = {**layer, "gpus": Setting(None, gpus.source), "cuda": Setting(False, gpus.source)}
         optimizer = layer.get("optimizer")
         if optimizer and "lr" not in layer and _value(merged, "optimizer") != optimizer.value:
-            # A learning rate is good for one optimiser only.
+            # A learning rate suits one optimiser only.
             layer = {**layer, "lr": Setting(OPTIMIZER_LR[optimizer.value], optimizer.source)}
         for name in _replaced_by(layer):
             merged.pop(name, None)
@@ -250,7 +250,7 @@ def _merge(layers: Iterable[Layer]) -> Layer:
         averaging = ("ntasgd", "asgd")
         is_off = not any(name in merged and merged[name].value for name in averaging)
         if is_off and not layer.keys().isdisjoint(averaging) and "nonmono" not in layer:
-            merged.pop("nonmono", None)  # it began the averaging that this layer turns off
+            merged.pop("nonmono", None)  # it belongs to the averaging that this layer turns off
     return merged
 
 
@@ -280,12 +280,12 @@ def resolve(
     recipe : str, optional
         Name of a recipe; without it the file's, else the one that the model asks for, else `default_recipe`.
     default_recipe : str or None
-        None: where nobody names a recipe, none is used.
+        None: where no recipe is named, none is used.
 
     Raises
     ------
     ConfigError
-        With every problem of the file and the recipe. Rules between fields are `validate`'s.
+        With every problem of the file and the recipe. `validate` checks the rules between fields.
     """
     problems: list[str] = []
     flags = flags or {}
@@ -308,7 +308,7 @@ def resolve(
 
     base: Layer = {}
     if recipe is not None and recipe not in recipe_names():
-        # A run's own file has every value, and is good where its recipe is not known.
+        # A run's own file has every value, so it is valid even where its recipe is not known.
         is_needed = recipe_source != origin or not fields_by_name().keys() <= file.keys()
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
@@ -320,9 +320,9 @@ def resolve(
         base, _, kept_by_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
         kept |= kept_by_recipe
 
-    # What a file repeats of its recipe, as a printed configuration does, is still the recipe's.
+    # A value that a file only repeats from its recipe, as a printed configuration does, still counts as the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
-    if default_recipe is not None and flags.keys().isdisjoint({"lr", "optimizer"}):  # the file is not that of a run
+    if default_recipe is not None and flags.keys().isdisjoint({"lr", "optimizer"}):  # the file is not a run's own
         problems += _rate_of_another_optimizer(base, file, f"{origin}:", f"recipe {recipe}")
     merged = _merge((base, file, flags))
     if kept:
@@ -335,7 +335,7 @@ def resolve(
 
 
 def _rate_of_another_optimizer(base: Layer, file: Layer, where: str, recipe: str) -> list[str]:
-    """What is wrong where a file names another optimiser than the recipe, and repeats the recipe's learning rate."""
+    """What is wrong where a file names an optimiser other than the recipe's, but repeats its learning rate."""
     if not {"optimizer", "lr"} <= base.keys() & file.keys():
         return []
     own, other, lr = base["optimizer"].value, file["optimizer"].value, base["lr"]
@@ -350,12 +350,12 @@ def _rate_of_another_optimizer(base: Layer, file: Layer, where: str, recipe: str
 def read_config(source: str | Path) -> Config:
     """Read a YAML file (a `Path`) or YAML text (a `str`) over its recipe, if any, and the defaults.
 
-    One that holds every value, as a run's does, may name a recipe that is not there.
+    One that holds every value, as a run's does, may name a recipe that does not exist.
 
     Raises
     ------
     ConfigError
-        The file cannot be read, or holds keys or values that do not exist. Combinations are `validate`'s.
+        The file cannot be read, or holds unknown keys or invalid values. `validate` checks combinations.
     """
     return resolve(config_file=source, default_recipe=None).config
 

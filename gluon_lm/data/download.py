@@ -1,7 +1,7 @@
-"""Fetch the files of a published corpus from the first mirror that has them right.
+"""Fetch the files of a published corpus from the first mirror that has the right ones.
 
 What counts is the hash of each extracted file, so that one hash holds for every mirror. A file gets its final
-name only when it is whole and right, and a file that is there already is never replaced.
+name only once it is complete and verified, and a file that is there already is never replaced.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Mirror(ABC):
 
     @abstractmethod
     def fetch(self, names: Sequence[str], folder: Path) -> None:
-        """Write the named files into `folder`, or raise; nobody has checked them yet."""
+        """Write the named files into `folder`, or raise. Their content is not verified."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PlainMirror(Mirror):
 
 @dataclass(frozen=True)
 class ZipMirror(Mirror):
-    """A zip archive at `url`, which has the files in it, in any folder."""
+    """A zip archive at `url` that contains the files, in any folder."""
 
     url: str
 
@@ -83,7 +83,7 @@ class ZipMirror(Mirror):
         archive = folder / "archive.zip"
         _download(self.url, archive)
         with zipfile.ZipFile(archive) as opened:
-            # Only the wanted names are read, and they are written under names of ours, so no path climbs out.
+            # Only the wanted names are read, and written under our own names, so no path leads out of `folder`.
             members = {member.filename.rpartition("/")[2]: member for member in opened.infolist()}
             for name in names:
                 if name not in members:
@@ -94,16 +94,16 @@ class ZipMirror(Mirror):
 
 @dataclass(frozen=True)
 class ParquetMirror(Mirror):
-    """Parquet files with one line of the text a row, in the column ``text``; blank lines are empty there.
+    """Parquet files with one line of the text per row, in the column ``text``; blank lines are empty there.
 
     Parameters
     ----------
     url : str
         Ends with a slash.
     parts : mapping of str to tuple of str
-        For each file of the corpus, the parquet files that make it, in order.
+        For each file of the corpus, the Parquet files that it is made from, in order.
     num_rows : mapping of str to int
-        For each file of the corpus, its number of lines; files that are not named are not counted.
+        For each file of the corpus, its number of lines; that of other files is not checked.
     """
 
     url: str
@@ -131,7 +131,7 @@ class ParquetMirror(Mirror):
                 raise DataError(f"{name} has {num_rows} rows instead of {expected}")
 
 
-# What goes wrong with a mirror: no network, an HTTP error, a cut connection, a broken archive, another file.
+# How a mirror fails: no network, an HTTP error, a lost connection, a broken archive, the wrong file.
 _FAILURES = (
     OSError,
     DataError,
@@ -154,9 +154,9 @@ def download_files(corpus: str, files: Sequence[PublishedFile], mirrors: Sequenc
         Its name, for messages.
     files : sequence of PublishedFile
     mirrors : sequence of Mirror
-        Asked in this order, until one has all that is missing.
+        Tried in this order, until one has all that is missing.
     folder : Path
-        Made if it is not there.
+        Created if it does not exist.
 
     Raises
     ------
@@ -171,16 +171,16 @@ def download_files(corpus: str, files: Sequence[PublishedFile], mirrors: Sequenc
             if missing:
                 _download_missing(corpus, missing, mirrors, folder)
     except BrokenPipeError:
-        raise  # of whoever read the progress
+        raise  # the reader of the progress is gone
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot be written ({error.strerror}); free space or permit it, or name another "
+            f"{folder}: cannot be written ({error.strerror}); free space, change its permissions, or name another "
             "folder with --data-dir"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             for path in new_folders:
-                path.rmdir()  # where nothing came into it
+                path.rmdir()  # if it is still empty
 
 
 def _download_missing(corpus: str, missing: Sequence[PublishedFile], mirrors: Sequence[Mirror], folder: Path) -> None:
@@ -202,7 +202,7 @@ def _download_missing(corpus: str, missing: Sequence[PublishedFile], mirrors: Se
             synchronise(folder)
             return
         except BrokenPipeError:
-            raise  # of whoever read the progress; one of the network comes wrapped
+            raise  # the reader of the progress is gone; those of the network are wrapped
         except _FAILURES as error:
             if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
                 raise
@@ -230,7 +230,7 @@ def _download(url: str, path: Path) -> None:
     """Write what is at `url` to `path`, with a progress bar."""
     import pooch
 
-    # pooch asks a bar whether it is true, which tqdm answers by its total.
+    # pooch tests the truth value of a bar, which tqdm derives from its total.
     with progress_bar(total=1, desc=url.rpartition("/")[2], unit="B") as bar:
         progress: Any = bar
         fetch = pooch.HTTPDownloader(

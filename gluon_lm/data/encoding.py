@@ -1,7 +1,7 @@
-"""From text to token ids in a memory map, made once for each content and kept in a cache.
+"""From text to token ids in a memory map, made once for each content and cached.
 
 Every line ends with ``<eos>``, blank lines included, and so does a last line without a line break. Only a line
-feed ends a line; other white space sets words apart.
+feed ends a line; other white space separates words.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..progress import progress_bar
 from .tokenizers import words_of
 from .vocabulary import UNK, Vocabulary
 
-# Part of every cache key: raise it when the same text and options come to give other ids, or other files.
+# Part of every cache key: raise it when the same text and options give different ids, or different files.
 _FORMAT = 2
 _BLOCK_TOKENS = 1 << 22
 _DTYPE = np.dtype("<i4")
@@ -62,7 +62,7 @@ class Span:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """A text file opened in binary mode, in a block where what goes wrong with it is a `DataError`."""
+    """A text file opened in binary mode, for a block in which errors of the file become a `DataError`."""
     try:
         if path.exists() and not path.is_file():
             what = "is a directory" if path.is_dir() else "is not a regular file"
@@ -88,14 +88,14 @@ class Text:
 
     @property
     def name(self) -> str:
-        """The file, with the bytes where it is a part, or the first and the number of files; for messages."""
+        """For messages: the file, with the bytes if it is a part of one, or the first and how many more."""
         span, more = self.spans[0], len(self.spans) - 1
         part = f" (bytes {span.start:,} to {span.stop:,})" if span.stop is not None else ""
         return f"{span.path}{part}" + (f" and {more} more files" if more else "")
 
     @property
     def num_bytes(self) -> int:
-        """Size of the text; files that are missing count nothing."""
+        """Size of the text; missing files count as empty."""
         sizes = ((span, span.path.stat().st_size) for span in self.spans if span.path.is_file())
         return sum((size if span.stop is None else span.stop) - span.start for span, size in sizes)
 
@@ -110,7 +110,7 @@ class Text:
         Parameters
         ----------
         progress : callable
-            Told how many bytes were read since it was told last.
+            Called with the number of bytes read since the call before.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class Text:
                 yield _decode(span.path, position, rest) + "\n"
             hashes.append(sha256.hexdigest())
         if _joined(hashes) != self.digest:
-            raise DataError(f"{self.name}: changed while it was read; start again when it is whole")
+            raise DataError(f"{self.name}: changed while it was read; start again when it is complete")
 
 
 def _hash_blocks(span: Span) -> str:
@@ -158,7 +158,7 @@ def _decode(path: Path, position: int, block: bytes) -> str:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
         if position == 0 and block.startswith(_ARCHIVES):
-            raise DataError(f"{path}: is compressed, and no text; unpack it, and name what was in it") from error
+            raise DataError(f"{path}: is compressed, not text; unpack it, and name what was in it") from error
         wrong = position + error.start
         line = sum(before.count(b"\n") for before in Span(path, 0, wrong).blocks()) + 1
         raise DataError(
@@ -176,18 +176,17 @@ def default_cache_dir() -> Path:
     if named:
         return Path(os.path.expanduser(named))
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if folder.startswith("~"):  # a user without a home, as containers have
+    if folder.startswith("~"):  # a user without a home folder, as in containers
         folder = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
     return Path(folder) / "gluon_lm"
 
 
 class Cache:
-    """Folders of files made from text, found again by a key that says what they were made from.
+    """Folders of files made from text, under a key that says what they were made from.
 
-    An entry is written beside its place and renamed, under a lock, so that a process that is killed leaves
-    nothing half-written in it, and two that start at once do the work once. An entry that does not hold what
-    was written is made anew. Where the folder cannot be written, a temporary one serves until `close`, and a
-    warning says so.
+    An entry is written next to its final place and renamed, under a lock, so that a process that is killed leaves
+    no incomplete entry, and two that start at once do the work once. A damaged entry is made again. If the
+    folder cannot be written, a temporary one is used until `close`, with a warning.
 
     Parameters
     ----------
@@ -207,7 +206,7 @@ class Cache:
         Parameters
         ----------
         key : list
-            Everything that decides the entry's content, as JSON values.
+            Everything that determines the entry's content, as JSON values.
         build : callable
             Writes the files of a new entry into the folder that it is given, and returns values for JSON.
         """
@@ -219,12 +218,12 @@ class Cache:
             try:
                 return place, found if found is not None else self._build(place, build)
             except BrokenPipeError:
-                raise  # of whoever read the progress
+                raise  # the reader of the progress is gone
             except OSError as error:
                 if self._temporary is not None:
                     raise DataError(
                         f"{self._folder}: cannot be written ({error.strerror}); free space, or set "
-                        "GLUON_LM_CACHE to a folder that can"
+                        "GLUON_LM_CACHE to a writable folder"
                     ) from error
                 self._use_temporary(error)
 
@@ -235,17 +234,17 @@ class Cache:
         except OSError:
             raise DataError(
                 f"{blocked}: cannot be written ({error.strerror}), nor can {tempfile.gettempdir()}; set "
-                "GLUON_LM_CACHE to a folder that can"
+                "GLUON_LM_CACHE to a writable folder"
             ) from error
         LOGGER.warning(
-            "the cache %s cannot be written (%s): the text is encoded anew at each start; set GLUON_LM_CACHE "
-            "to a folder that can be written",
+            "the cache %s cannot be written (%s): the text is encoded again at each start; set GLUON_LM_CACHE "
+            "to a writable folder",
             blocked,
             error.strerror,
         )
 
     def _read(self, place: Path) -> dict[str, Any] | None:
-        """The values of a whole entry; None for one that is missing or damaged."""
+        """The values of a complete entry; None for one that is missing or damaged."""
         try:
             index = json.loads((place / self._INDEX).read_text(encoding="utf-8"))
             whole = index["digest"] == digest_of(index) and all(
@@ -280,7 +279,7 @@ class Cache:
             return values
 
     def close(self) -> None:
-        """Remove the temporary folder, if there is one; maps that are open stay valid."""
+        """Remove the temporary folder, if there is one; open memory maps stay valid."""
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -305,7 +304,7 @@ class Counts:
     num_unk : int
         Tokens that are ``<unk>``.
     num_replaced : int
-        Those of them that are another word in the text, one that the vocabulary lacks.
+        Those of them that stand for words that the vocabulary lacks.
     """
 
     num_lines: int
@@ -325,9 +324,9 @@ def build_vocabulary(
     min_freq: int = 1,
     max_size: int | None = None,
 ) -> Vocabulary:
-    """The vocabulary of a text, as `Vocabulary.from_counts` makes it. The text's ids come into the cache too.
+    """The vocabulary of a text, as `Vocabulary.from_counts` makes it. The text's ids are cached too.
 
-    The text is read once: words get provisional ids by first appearance, and when all is counted, final ones.
+    The text is read once: words get provisional ids by first appearance, and final ones when all are counted.
     """
 
     def build(folder: Path) -> dict[str, Any]:
@@ -446,7 +445,7 @@ def _mapped(path: Path) -> np.ndarray:
 def _count(ids: np.ndarray, num_words: int) -> np.ndarray:
     """How often each word occurs."""
     counts_V = np.zeros(num_words, np.int64)
-    for block in _blocks(ids):  # numpy counts in int64: of the whole, twice the text
+    for block in _blocks(ids):  # numpy converts to int64: the whole would take twice the text
         counts_V += np.bincount(block, minlength=num_words)
     return counts_V
 

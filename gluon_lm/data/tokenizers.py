@@ -2,7 +2,7 @@
 
 A tokenizer takes text and returns its words in order. No word spans white space, and the special words
 ``<unk>`` and ``<eos>`` standing alone stay whole. A new one is one function and one line in `TOKENIZERS`; it
-must not look across white space, because text is handed to it in pieces that were cut there.
+must not look across white space, because text is passed to it in pieces that were cut there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _JOINERS = "\u00ad\u200c\u200d"  # the soft hyphen, and what Persian and Indic s
 
 @cache
 def _word_pattern() -> re.Pattern[str]:
-    r"""What is one word of raw text; ``\w`` knows letters and digits, and not the marks that are written upon them.
+    r"""Matches one word of raw text. ``\w`` matches letters and digits, but not their combining marks.
 
     In order: special words; initials (U.S.); numbers with separators (1,234.56); words, also with inner hyphens; what
-    follows an apostrophe ('s, 't); runs of dashes and of dots; any other sign by itself.
+    follows an apostrophe ('s, 't); runs of dashes and of dots; any other sign by itself. The rules are this package's
+    own: they split off 's and 't as WikiText's text does, but keep hyphens and the separators of numbers.
     """
     marks = _JOINERS + "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M")
-    word = rf"\w+(?:(?![\x00-\xac])[{marks}]+\w*)*"  # most text has none: seeing that must not take long
+    word = rf"\w+(?:(?![\x00-\xac])[{marks}]+\w*)*"  # most text has no marks: the look-ahead finds that out fast
     return re.compile(
         r"(?i:<unk>|<eos>)"
         r"|(?:[^\W\d_]\.){2,}"
@@ -45,7 +46,7 @@ def _split_words(text: str) -> list[str]:
 
 
 TOKENIZERS: dict[str, Tokenizer] = {
-    # Text whose words are set apart by white space already, as in the published corpora.
+    # Text whose words are already separated by white space, as in the published corpora.
     "whitespace": str.split,
     # Raw English: punctuation is split from words, case is kept, nothing is dropped but white space.
     "words": _split_words,

@@ -22,12 +22,12 @@ SPECIAL_WORDS = (UNK, EOS)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """An immutable list of different words, ``<unk>`` and ``<eos>`` among them. A word's id is its place.
+    """An immutable list of distinct words, including ``<unk>`` and ``<eos>``. A word's id is its index.
 
     Parameters
     ----------
     words : tuple of str
-        Without white space in them.
+        None of them has white space in it.
 
     Raises
     ------
@@ -45,7 +45,7 @@ class Vocabulary:
     def from_counts(
         cls, words: Sequence[str], counts: Sequence[int], *, min_freq: int = 1, max_size: int | None = None
     ) -> Vocabulary:
-        """The vocabulary of a text: falling frequency, words of equal frequency in the order given.
+        """The vocabulary of a text: by falling frequency, words of equal frequency in the order given.
 
         ``<unk>`` and ``<eos>`` always belong to it and stand where their frequency puts them; that of
         ``<unk>`` includes all the words that are left out.
@@ -53,7 +53,7 @@ class Vocabulary:
         Parameters
         ----------
         words : sequence of str
-            The different words of the text, by first appearance.
+            The distinct words of the text, by first appearance.
         counts : sequence of int
             How often each occurs.
         min_freq : int
@@ -89,7 +89,7 @@ class Vocabulary:
         Raises
         ------
         DataError
-            If it cannot be read, or is not a vocabulary; with the line where there is one.
+            If it cannot be read, or is not a vocabulary; names the line where possible.
         """
         path = Path(path)
         try:
@@ -113,18 +113,18 @@ class Vocabulary:
             file.write(self._as_bytes())
 
     def encode(self, words: Iterable[str]) -> np.ndarray:
-        """Ids of words, int32; that of ``<unk>`` for words that are not known. `TypeError` for a text in one piece."""
+        """Ids of words, int32; that of ``<unk>`` for unknown words. `TypeError` for a single string."""
         if isinstance(words, str):
-            raise TypeError(f"{words[:40]!r}: is a text and not words; split it, as by text.split()")
+            raise TypeError(f"{words[:40]!r}: is a text, not words; split it, for example with text.split()")
         find, unk = self.ids.get, self.unk_id
         return np.array([find(word, unk) for word in words], dtype=np.int32)
 
     def unknown(self, words: Iterable[str]) -> list[str]:
-        """Those of `words` that would be read as ``<unk>`` without being it, each once."""
+        """Those of `words` that would be replaced by ``<unk>``, each once."""
         return list(dict.fromkeys(word for word in words if word not in self.ids))
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """Words of ids; `IndexError` for an id that is none."""
+        """Words of ids; `IndexError` for an id out of range."""
         words = self.words
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < len(words):

@@ -20,7 +20,7 @@ class Window(NamedTuple):
     tokens_TN, targets_TN : ndarray of int32
         ``targets_TN[t, n]`` is the word after ``tokens_TN[t, n]``.
     num_targets : int
-        How many targets there are. Only the last row of a stream can be short: its columns from
+        Number of targets. Only the last row of the streams can be incomplete: its columns from
         ``num_targets - (T - 1) * N`` on are padding.
     """
 
@@ -39,8 +39,8 @@ class Window(NamedTuple):
 class Streams:
     """A text as `num_streams` contiguous columns of equal length, give or take one token; nothing is dropped.
 
-    Every token is the target of exactly one position. A column's first token is predicted from `eos`, for a text
-    starts as if a line had just ended, and the other columns are cut from their true context in the same way.
+    Every token is the target of exactly one position. The first token is predicted from `eos`, as a text
+    starts as if a line had just ended, and so is that of every other column, which is cut off from its true context.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Epoch(ABC):
     Attributes
     ----------
     carries_state : bool
-        Whether each window goes on from the recurrent state in which the one before it ended.
+        Whether each window continues from the recurrent state in which the one before it ended.
     """
 
     carries_state: bool
@@ -99,7 +99,7 @@ class Epoch(ABC):
         """One window; the first is 0."""
 
     def relative_length(self, index: int) -> float:
-        """The window's length over the usual one, in proportion to which the learning rate is set."""
+        """The window's length divided by the usual one; the learning rate is scaled by it."""
         return 1.0
 
 
@@ -110,9 +110,9 @@ class ContiguousEpoch(Epoch):
     ----------
     streams : Streams
     lengths : ndarray of int
-        Lengths of the windows; together they reach the end of the streams with the last one, or beyond it.
+        Lengths of the windows; the last one reaches the end of the streams, or beyond it.
     relative_lengths : ndarray of float, optional
-        What `relative_length` gives; by default 1 for each.
+        What `relative_length` returns; by default 1 for each.
     """
 
     carries_state = True
@@ -135,14 +135,23 @@ class ShuffledEpoch(Epoch):
     """Independent windows in random order.
 
     The text from `offset` on is cut into pieces of `length` tokens, and each window has `num_streams` of them side by
-    side. Of what is left, pieces that fill no window wait for another epoch, and less than a piece at the end for
-    another offset.
+    side. Pieces that do not fill a last window, and a rest at the end that is shorter than a piece, are left out of
+    this epoch.
 
     Parameters
     ----------
-    ids : ndarray of int32
-    num_streams, length, eos, offset : int
+    ids : ndarray of int32, shape (num_tokens,)
+        The training text.
+    num_streams : int
+        N, pieces in a window.
+    length : int
+        T, tokens in a piece.
+    eos : int
+        The id of ``<eos>``, from which the text's first token is predicted.
+    offset : int
+        Tokens to skip at the beginning of the text.
     rng : numpy.random.Generator
+        Draws the order of the pieces.
     """
 
     carries_state = False
@@ -169,7 +178,8 @@ class TrainingWindows:
     Parameters
     ----------
     ids : ndarray of int32, shape (num_tokens,)
-        The training text: at least `num_streams` windows of `bptt`, and one more where `shuffle` meets `random_start`.
+        The training text: at least `bptt` tokens for each stream, and `bptt` more with both `shuffle` and
+        `random_start`.
     num_streams : int
         N, of all devices together.
     bptt : int
@@ -179,14 +189,13 @@ class TrainingWindows:
     seed : int
     max_seq_len_delta : int, optional
         When given, lengths are random (Merity et al. 2017, section 4.1): normally distributed with standard deviation
-        5 around `bptt`, with probability 0.05 around half of it, at most this much above `bptt` and, where that
-        is more, at least 5.
-        `Epoch.relative_length` gives the factor of the learning rate that goes with them.
+        5 around `bptt`, with probability 0.05 around half of it, at least 5, but never more than this much above
+        `bptt`. `Epoch.relative_length` gives the factor of the learning rate that goes with them.
     random_start : bool
-        Cut the text at another place in each epoch: the first window has a random length below `bptt`, or, shuffled,
-        so much text is left out.
+        Cut the text at a different place in each epoch: the first window has a random length below `bptt`, or, when
+        shuffled, that much text is skipped.
     shuffle : bool
-        Independent windows in random order, in place of windows that follow each other.
+        Independent windows in random order, in place of consecutive windows.
     """
 
     def __init__(
@@ -231,7 +240,7 @@ class TrainingWindows:
         return np.concatenate(lengths)
 
     def longest(self) -> Window | None:
-        """A window as long as any can be; None where all are of one length."""
+        """A window of the maximum length; None where all have the same length."""
         if self._max_seq_len_delta is None:
             return None
         return self._streams.window(0, self._bptt + self._max_seq_len_delta)

@@ -1,13 +1,13 @@
 """``python -m gluon_lm.distributed.agent TIMEOUT``: owns the processes of a cluster that run on one machine.
 
 The supervisor starts one agent on each machine, as a child process or over ssh, and both speak JSON lines over the
-agent's standard input and output. The agent starts what it is told to, and hands on what its processes print and what
-its workers say. Its processes never outlive it: it ends them all when its input closes or when no ping has come for
-TIMEOUT seconds, and the kernel kills them should it be killed itself.
+agent's standard input and output. The agent starts what it is told to, and forwards what its processes print and the
+messages of its workers. Its processes never outlive it: it ends them all when its input closes or when no ping has
+come for TIMEOUT seconds, and the kernel kills them should it be killed itself.
 
 A signal may reach all processes of a cluster at once, from Slurm, systemd or a machine that is shut down. The workers
-then need the others to end with a checkpoint: what serves them takes no notice, and an agent leaves it to the
-supervisor.
+then still need the others to write a last checkpoint. So the scheduler and the servers ignore it, and an agent leaves
+it to the supervisor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 class _Child:
-    """A process that the agent started, and the way to its channel where it is a worker."""
+    """A process that the agent started and, for a worker, the sender to its channel."""
 
     def __init__(self, process: subprocess.Popen[bytes], to_worker: Sender | None) -> None:
         self.process, self.to_worker = process, to_worker
@@ -50,13 +50,13 @@ class _Child:
 
 
 class Agent(EventLoop):
-    """The agent. Its supervisor's messages are its events; `supervisor.Supervisor` has the other half of the talk.
+    """The agent. Its supervisor's messages are its events; `supervisor.Supervisor` is the other end.
 
     Parameters
     ----------
     supervisor : Sender
     timeout_s : float
-        Without a ping for so long the supervisor counts as gone.
+        After this long without a ping the supervisor counts as gone.
     """
 
     def __init__(self, supervisor: Sender, timeout_s: float) -> None:
@@ -68,20 +68,20 @@ class Agent(EventLoop):
         self._is_ending = self._is_urgent = False
 
     def run(self) -> None:
-        """Serve until the supervisor says that it is enough or is gone; what was started has ended then."""
+        """Serve until the supervisor ends it or is gone; by then everything that was started has ended."""
         self._supervisor.send("hello", os.getpid(), __version__)
         self.run_until(lambda: self._is_ending)
-        # The workers first: to write a checkpoint they need what serves them.
+        # The workers first: to write a checkpoint they need the servers.
         self._signal(self._running_workers(), signal.SIGTERM)
         self.run_until(lambda: not self._running_workers() or self._is_urgent, GRACE_S)
         self._signal(self._running(), signal.SIGKILL)
         self.run_until(lambda: not self._running(), GRACE_S)
         self._supervisor.close(_FLUSH_S)
 
-    # ------------------------------------------------------------ what the supervisor says
+    # ------------------------------------------------------------ messages of the supervisor
 
     def on_ping(self) -> None:
-        """Note that the supervisor is there."""
+        """Note that the supervisor is alive."""
         self._quiet_s = 0.0
 
     def on_port(self, address: str, port: int) -> None:
@@ -114,7 +114,7 @@ class Agent(EventLoop):
             self._supervisor.send("started", name, child.process.pid)
 
     def on_answer(self, names: list[str], value: Any) -> None:
-        """Hand the workers what they wait for."""
+        """Give the workers what they wait for."""
         for child in map(self._children.get, names):
             if child is not None and child.to_worker is not None:
                 child.to_worker.send("answer", value)
@@ -126,11 +126,11 @@ class Agent(EventLoop):
                 child.signal(number)
 
     def on_end(self, is_urgent: bool) -> None:
-        """End everything; without a grace where it is urgent."""
+        """End everything; without a grace period if it is urgent."""
         self._is_ending = True
         self._is_urgent |= is_urgent
 
-    # ------------------------------------------------------------ what else happens
+    # ------------------------------------------------------------ other events
 
     def on_interrupted(self, number: int) -> None:
         """Tell the supervisor of a signal to this process: it stops the workers on all machines together."""
@@ -151,7 +151,7 @@ class Agent(EventLoop):
             reason = f"nothing was heard from the launcher for {self._timeout_s:g} s"
             self._supervisor.send("gave_up", reason)
             with contextlib.suppress(OSError):
-                # Where the message finds no room; in one piece, or what else is written could come between.
+                # In case the pipe is full; in one piece, or else other output could come between.
                 print(f"{reason}\n", end="", file=sys.stderr, flush=True)
             self._is_ending = True
 
@@ -211,7 +211,7 @@ class Agent(EventLoop):
 
     def _wait_for(self, name: str, child: _Child, readers: Sequence[threading.Thread]) -> None:
         os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
-        child.signal(signal.SIGKILL)  # what it left behind, while its number is still its own
+        child.signal(signal.SIGKILL)  # what it left behind, while its number cannot be another process's
         code = child.process.wait()
         for reader in readers:
             reader.join(_FLUSH_S)
@@ -219,7 +219,7 @@ class Agent(EventLoop):
 
 
 def process_state(pid: int) -> str:
-    """The letter that the kernel shows for what a process does (R runs, S and D wait, T is stopped); ? if unknown."""
+    """The kernel's letter for the state of a process (R runs, S and D wait, T is stopped); ? if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -227,13 +227,13 @@ def process_state(pid: int) -> str:
 
 
 def _die_with_parent() -> None:
-    """In a process that is about to become another program: have the kernel kill it when the agent is dead."""
+    """In a process that is about to become another program: have the kernel kill it when the agent dies."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def ignore_stop_signals() -> None:
-    """In a process that is about to become another program: take no notice of what asks it to stop."""
+    """In a process that is about to become another program: ignore the signals that ask it to stop."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -244,9 +244,9 @@ def _serve_until_killed() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Be the agent of this machine; `argv` holds the time-out in seconds."""
+    """Run as the agent of this machine; `argv` holds the time-out in seconds."""
     supervisor = Sender(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no message
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is not a message
     agent = Agent(supervisor, float(argv[0]))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: agent.post("interrupted", number))

@@ -19,7 +19,7 @@ from .control import WORKER_VARIABLE
 
 _HOST_LINE = re.compile(r"((?:[\w.-]+@)?[A-Za-z0-9][\w.-]*)(?:(?:\s+slots\s*=|\s*:)\s*(\d+))?")
 _HERE = ("localhost", "127.0.0.1")
-# What the processes on other machines get of this one's environment.
+# The variables of this process's environment that those on other machines get.
 _HANDED_ON = ("DMLC_", "GLUON_LM_", "GOMP_", "KMP_", "MXNET_", "OMP_", "PS_", "PYTHON")
 _SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3".split()
 
@@ -35,7 +35,7 @@ class Host:
     address : str
         IPv4 address at which the others reach it.
     slots : int
-        Workers that it gets each time it is its turn.
+        Workers that it gets in each round.
     """
 
     name: str = "localhost"
@@ -95,11 +95,11 @@ def read_hosts(path: Path) -> list[Host]:
         if int(slots) < 1:
             problems.append(f"{path}, line {number}: {show(words)}: must be host, host slots=N or host:N, N 1 or more")
         elif name in slots_by_name:
-            problems.append(f"{path}, line {number}: {name} is there already; name it once, with slots=N")
+            problems.append(f"{path}, line {number}: {name} is listed already; name it once, with slots=N")
         else:
             slots_by_name[name] = int(slots)
     if not problems and not slots_by_name:
-        problems = [f"--hostfile {path}: names no host; write one a line, or use --local"]
+        problems = [f"--hostfile {path}: names no host; write one per line, or use --local"]
     if problems:
         raise ConfigError(problems)
     return _resolved(slots_by_name)
@@ -119,7 +119,7 @@ def _resolved(slots_by_name: Mapping[str, int]) -> list[Host]:
     own = [host for host in hosts if ipaddress.ip_address(host.address).is_loopback]
     if own and len(own) < len(hosts):
         raise DistributedError(
-            f"host {own[0].name}: {own[0].address} means another machine to each of the others; name it as they "
+            f"host {own[0].name}: on the other machines, {own[0].address} means those themselves; name it as they "
             "reach it"
         )
     return hosts
@@ -130,8 +130,8 @@ def parameter_server(
 ) -> list[Process]:
     """The processes of a parameter-server cluster, the scheduler first.
 
-    Workers are dealt out to the hosts by their slots, in turns until all have a place, and servers one by one: they
-    carry the traffic.
+    Workers are distributed over the hosts by their slots, round-robin, and servers one by one, because they carry the
+    traffic.
 
     Parameters
     ----------
@@ -142,8 +142,8 @@ def parameter_server(
     """
     for_workers = itertools.cycle([host for host in hosts for _ in range(host.slots)])
     for_servers = itertools.cycle(hosts)
-    # MXNet makes itself a scheduler or a server when it is imported, and ends the program when it is done. It would
-    # unpickle an optimiser, of which we send none, from whoever reaches its port.
+    # MXNet becomes a scheduler or a server when it is imported, and ends the program when it is done. It would unpickle
+    # an optimiser, although we never send one, from anybody who reaches its port.
     service = [sys.executable, "-c", "import pickle; pickle.loads = None; import gluon_lm, mxnet"]
     places = [("scheduler", 0, service, hosts[0])]
     places += [("server", index, service, next(for_servers)) for index in range(num_servers)]

@@ -1,4 +1,4 @@
-"""Gradients in two bits each, with what is lost to rounding kept for the next step.
+"""Gradients with two bits per element, and the rounding error carried over to the next step (error feedback).
 
 Seide et al. 2014, "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of
 Speech DNNs"; Strom 2015, "Scalable Distributed DNN Training Using Commodity GPU Cloud Computing".
@@ -21,12 +21,12 @@ CODES_PER_BYTE = 4
 _NOTHING = 0b01010101  # the byte of four zeros: codes 0, 1 and 2 send -1, 0 and +1
 _NOT_FINITE = 0b11111111  # code 3 sends NaN
 
-# Elements that are worked on at a time: on a CPU all that they need stays in its cache, which halves the time.
+# Elements that are processed at a time: on a CPU the working set then stays in its cache, which halves the time.
 _PIECE = {"cpu": 1 << 17, "gpu": 1 << 24}
 
 
 class _Piece(NamedTuple):
-    """Some elements of one parameter's gradient, and where they lie in the residual, filled up to whole bytes."""
+    """Some elements of one parameter's gradient, and where they are in the residual, padded to whole bytes."""
 
     parameter: int
     start: int
@@ -36,11 +36,11 @@ class _Piece(NamedTuple):
 
 
 class TwoBitCodec:
-    """Sends +t, 0 or -t for each element of a gradient, t being its parameter's threshold, and keeps the rest.
+    """Sends +t, 0 or -t for each element of a gradient, t being its parameter's threshold, and keeps the remainder.
 
     In units of the threshold, and in float32: the gradient is added to the residual v, the code is v rounded towards
-    zero and clipped to [-1, 1], and it is subtracted from v. So over many steps what was sent and what waits add up to
-    the gradients. Thresholds that are powers of two make this exact on every device.
+    zero and clipped to [-1, 1], and it is subtracted from v. So what was sent and what has not been sent yet always add
+    up to the gradients. Thresholds that are powers of two make this exact on every device.
 
     Parameters
     ----------
@@ -50,12 +50,12 @@ class TwoBitCodec:
         Of each parameter, in units of its gradient.
     device : Context
     residual : NDArray, optional
-        What waits to be sent, as the attribute was in the codec that this one goes on from; nothing by default.
+        `residual` of the codec that this one continues; zero by default.
 
     Attributes
     ----------
     residual : NDArray
-        What waits to be sent: float32, in units of the thresholds, one parameter after the other, each filled up with
+        What has not been sent yet: float32, in units of the thresholds, one parameter after the other, each padded with
         zeros to a multiple of four.
 
     Raises
@@ -94,23 +94,23 @@ class TwoBitCodec:
         Parameters
         ----------
         gradients : sequence of NDArray
-            Of each parameter, on the device; they stay as they are.
+            Of each parameter, on the device; they are not changed.
 
         Returns
         -------
         NDArray
-            uint8 of shape (B,): four consecutive elements to a byte, the first in its lowest bits, and a last byte that
-            says whether all were finite. If not, nor is the residual from then on.
+            uint8 of shape (B,): four consecutive elements per byte, the first in its lowest bits, and a last byte that
+            says whether all were finite. If not, the residual is not finite either from then on.
         """
         flat = [gradient.reshape((-1,)) for gradient in gradients]
         bytes_B = mx.nd.empty((self._num_bytes,), ctx=self.residual.context, dtype="uint8")
         for parameter, start, stop, offset, padded_stop in self._pieces:
             gradient, residual = flat[parameter][start:stop], self.residual[offset:padded_stop]
             unpadded = self.residual[offset : offset + stop - start]
-            # One pass of residual + gradient / threshold: what is meant to be a step of gradient descent.
+            # residual + gradient / threshold in one pass, by the operator for a step of gradient descent.
             mx.nd.sgd_update(unpadded, gradient, lr=-1 / self._thresholds[parameter], wd=0, out=unpadded)
             signs = residual >= 1
-            signs -= residual <= -1  # clipping and rounding give the same in four times the time
+            signs -= residual <= -1  # clipping and rounding would give the same, but take four times as long
             residual -= signs
             packed = mx.nd.FullyConnected(
                 signs.reshape((-1, CODES_PER_BYTE)), self._weight, self._bias, num_hidden=1
@@ -127,7 +127,7 @@ class TwoBitCodec:
         Parameters
         ----------
         bytes_WB : NDArray
-            What `encode` gave on each rank, in the same order on all.
+            What `encode` returned on each rank, in the same order on all.
         gradients : sequence of NDArray
         """
         flat = [gradient.reshape((-1,)) for gradient in gradients]

@@ -15,7 +15,7 @@ from ..errors import DistributedError
 
 
 class Communicator(ABC):
-    """The devices of this process, and the processes that train beside it.
+    """The devices of this process, and the other processes that train with it.
 
     Attributes
     ----------
@@ -24,7 +24,7 @@ class Communicator(ABC):
     rank, size : int
         This process among the workers.
     sends_float16 : bool
-        Whether gradients overflow on their way where they are too large for float16.
+        Whether gradients are sent in float16, so that those beyond its range overflow.
     """
 
     rank: int = 0
@@ -63,7 +63,7 @@ class Communicator(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """How gradients travel, in a few words for the log."""
+        """How gradients are exchanged, in a few words for the log."""
 
     @abstractmethod
     def broadcast_parameters(self, parameters: Sequence[gluon.Parameter]) -> None:
@@ -105,23 +105,23 @@ class Communicator(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of another run."""
+        """Restore the state of another run."""
 
     def residuals(self) -> dict[str, mx.nd.NDArray]:
-        """What compression has not sent yet, as far as a checkpoint can hold it: arrays by name, on rank 0.
+        """What compression has not sent yet, if a checkpoint can hold it: arrays by name, on rank 0.
 
         All workers call it together.
         """
         return {}
 
     def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
-        """Take up those of a run whose state was loaded."""
+        """Restore those of a run whose state was loaded."""
 
     def checkpointed(self) -> None:
         """Called after each checkpoint: forget what a checkpoint cannot hold, so that resuming changes nothing."""
 
     def close(self) -> None:
-        """Let go of connections and processes."""
+        """Close connections and release processes."""
 
 
 class SingleDevice(Communicator):

@@ -45,9 +45,9 @@ class GradientScales:
         Parameters
         ----------
         gradients_DP : sequence of sequences of NDArray
-            Of each of D devices, or of what else compresses by itself, the P parameters' gradients.
+            The P parameters' gradients on each of D devices, or of each other unit that compresses separately.
         allgather : callable
-            `Communicator.allgather`: the scales are to be the same for all workers.
+            `Communicator.allgather`: the scales must be the same on all workers.
         """
         sums = [square_sums(gradients) for gradients in gradients_DP]
         sums_WP = allgather(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
@@ -61,7 +61,7 @@ class GradientScales:
             ]
 
     def state_dict(self) -> dict:
-        """Plain JSON values; exact, because JSON keeps every digit of a float."""
+        """Plain JSON values; exact, because Python writes every digit of a float."""
         return {
             "factors": self.factors,
             "steps": self._steps,
@@ -69,7 +69,7 @@ class GradientScales:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.factors, self._steps = state["factors"], state["steps"]
         self._square_sums = np.asarray(state["square_sums"], dtype=np.float64)
 
@@ -84,15 +84,15 @@ def add_up_at_scale(
     factors: Sequence[float] | None,
     add_up: Callable[[int, list[mx.nd.NDArray]], None],
 ) -> None:
-    """Have the gradients of each parameter added up, in place.
+    """Have the gradients of each parameter summed, in place.
 
     Parameters
     ----------
     parameters : sequence of Parameter
     factors : sequence of float, optional
-        Where they are compressed, each parameter's scale. What is not finite then makes a gradient NaN.
+        Each parameter's scale, if they are compressed. Non-finite elements then make a gradient NaN.
     add_up : callable
-        Is given the place of a parameter, and its gradient on each device.
+        Takes the index of a parameter, and its gradient on each device.
     """
     if factors is None:
         for place, parameter in enumerate(parameters):

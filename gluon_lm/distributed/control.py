@@ -1,8 +1,8 @@
 """The channel between a worker of a cluster and the launcher that owns it.
 
 What MXNet's parameter server cannot do goes over it: a worker says that it is alive and how far it has come, and the
-workers tell each other small things. On each end of a pair of pipes there are JSON lines; at the other end is the
-launcher's agent on the worker's machine, which hands them on. This module needs no MXNet.
+workers exchange small values. It is a pair of pipes that carry JSON lines; at the other end is the launcher's agent on
+the worker's machine, which forwards them. This module needs no MXNet.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def processes_here() -> int:
 
 
 def encode(*message: Any) -> bytes:
-    """A message as one line: its kind, then what belongs to it (plain JSON values)."""
+    """A message as one line: its kind, then its contents (plain JSON values)."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
@@ -53,7 +53,7 @@ class Control:
     Parameters
     ----------
     incoming, outgoing : binary file
-        What the launcher says, and what it is told; the latter unbuffered.
+        Messages from and to the launcher; the latter unbuffered.
     index : int
         This worker's number in the launcher's order: worker 0 is on the first host, whichever process arrives first.
     """
@@ -68,7 +68,7 @@ class Control:
     def from_environment(cls) -> Control | None:
         """The channel that `gluon_lm.launch` gave this process; None where another program started it.
 
-        It is there once: the variables are taken out of the environment, so that the processes which this one starts
+        It can be had only once: the variables are removed from the environment, so that processes which this one starts
         do not take the channel for theirs.
 
         Raises
@@ -97,7 +97,7 @@ class Control:
         Parameters
         ----------
         rank : int
-            From 0, another one for each worker; `allgather` orders by it.
+            From 0, different for each worker; `allgather` orders by it.
 
         Raises
         ------
@@ -119,7 +119,7 @@ class Control:
         return self._hear()
 
     def alive(self, step: int | None = None) -> None:
-        """Say that this worker gets on, and at which step it is; None: as before. Cheap enough for every step.
+        """Say that this worker makes progress, and at which step it is; None: as before. Cheap enough for every step.
 
         Raises
         ------
@@ -133,8 +133,8 @@ class Control:
             self._say("alive", self._step)
 
     def leave(self) -> None:
-        """Say that this worker is done with the others: they and the servers may end. Signs of life may follow."""
-        with contextlib.suppress(DistributedError):  # nobody is left who would want to know
+        """Say that this worker no longer needs the others: they and the servers may end. Heartbeats may follow."""
+        with contextlib.suppress(DistributedError):  # nobody is left to hear it
             self._say("leave")
 
     def _say(self, *message: Any) -> None:

@@ -25,15 +25,15 @@ _MERGING_ON_GPUS = (None, "device", "dist_device_sync")  # of --kvstore
 def resolve_devices(config: DeviceConfig, streams: int | None = None, number: int = 0) -> list[mx.Context]:
     """The contexts that the flags ask for; with none given, the first usable GPU, or else one CPU context.
 
-    With `streams` it is not the first usable GPU alone, but all of them, or the most that share so many streams evenly.
+    With `streams`, it is not only the first usable GPU, but all of them, or as many as divide that number of streams.
 
-    Processes that share a machine share out its GPUs: where no flag names one, that of the process's `number` comes
-    first, from the beginning again where there are fewer.
+    Processes on one machine divide its GPUs among themselves: where no flag names one, a process begins with the GPU
+    of its `number`, modulo the number of GPUs.
 
     Raises
     ------
     DistributedError
-        For a GPU that is not there, or that this build of MXNet cannot use, and a driver that does not work.
+        For a GPU that does not exist, or that this build of MXNet cannot use, and a driver that does not work.
     """
     if config.cpus is not None:
         return [mx.cpu(i) for i in range(config.cpus)]
@@ -49,7 +49,7 @@ def resolve_devices(config: DeviceConfig, streams: int | None = None, number: in
         wanted = [good[number % len(good)]]
         flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        # The driver tells all processes of a machine alike which GPUs are good, so each has another one of these.
+        # The driver tells all processes of a machine the same GPUs that are good, so each gets a different one of them.
         good = [i for i in range(num_gpus) if i not in reasons]
         in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
         usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
@@ -94,7 +94,7 @@ def memory_in_use(devices: Sequence[mx.Context]) -> int | None:
 
 
 def free_memory(communicator: Communicator) -> int | None:
-    """Bytes that are free on the device that has least; of the host's, a worker's share. None: not known."""
+    """Bytes that are free on the device with the least; of the host's memory, a worker's share. None: not known."""
     devices = communicator.devices
     if devices[0].device_type == "cpu":
         return free_host_memory(workers_sharing_memory(communicator))
@@ -102,16 +102,16 @@ def free_memory(communicator: Communicator) -> int | None:
 
 
 def workers_sharing_memory(communicator: Communicator) -> int:
-    """How many workers of the run take their memory from the one that `free_memory` looks at."""
+    """How many workers of the run share the memory that `free_memory` looks at."""
     return processes_here() if communicator.size > 1 and communicator.devices[0].device_type == "cpu" else 1
 
 
 def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config: DeviceConfig) -> int:
-    """Elements that a KVStore which adds up on GPUs holds on one of them, for parameters of these sizes.
+    """Elements that a KVStore which sums on GPUs holds on one of them, for parameters of these sizes.
 
-    These are a parameter's gradients of all GPUs, and the sum; over NCCL the sum alone. It deals the parameters out to
-    the GPUs, and the largest one weighs most. Compressed, there is one more of it, and what each GPU has not sent yet
-    of all parameters.
+    These are a parameter's gradients of all GPUs and their sum; with NCCL the sum alone. It distributes the parameters
+    over the GPUs, and the largest one dominates. With compression there is one more copy of it, and the residuals of
+    all parameters.
     """
     largest = max(sizes)
     if devices[0].device_type == "cpu" or len(devices) == 1:
@@ -124,7 +124,7 @@ def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config:
 
 
 def _number_on_machine(config: DeviceConfig) -> int:
-    """Number of this process among those of the run on the same machine; any where the flags name the devices."""
+    """Number of this process among those of the run on the same machine; arbitrary if the flags name the devices."""
     if config.horovod and config.cpus is None and config.gpus is None:
         from .horovod import local_rank
 
@@ -138,12 +138,12 @@ def resolve_single_device(config: DeviceConfig) -> mx.Context:
     Raises
     ------
     DistributedError
-        For several devices, or a GPU that is not there.
+        For several devices, or a GPU that does not exist.
     """
     devices = resolve_devices(config)
     if len(devices) > 1:
         raise DistributedError(
-            f"{len(devices)} devices are named ({devices[0]} to {devices[-1]}), and this command runs on "
+            f"{len(devices)} devices are named ({devices[0]} to {devices[-1]}), but this command runs on "
             "one; name one with --gpus N, or leave the flag out"
         )
     return devices[0]
@@ -169,7 +169,7 @@ def _count_visible_gpus() -> int:
 
 
 def _reasons_against_driver(num_gpus: int) -> list[str]:
-    """What keeps an MXNet that is built for CUDA from all GPUs that the driver names."""
+    """What keeps an MXNet that is built for CUDA from seeing the GPUs that the driver names."""
     if num_gpus or not mx.runtime.Features().is_enabled("CUDA"):
         return []
     driver = query_driver()
@@ -233,12 +233,12 @@ COMMUNICATORS: dict[str, Callable[[list[mx.Context], DeviceConfig], Communicator
 def create_communicator(config: DeviceConfig, streams: int | None = None) -> Communicator:
     """The devices of this process, and the other workers, joined as the flags say (KVStore ``device`` for several).
 
-    `streams` is as of `resolve_devices`; where there are other workers, it does not count.
+    `streams` is that of `resolve_devices`; it is ignored where there are other workers.
 
     Raises
     ------
     DistributedError
-        For a GPU that is not there, compression of the gradients of a single device, or workers that are not there.
+        For a GPU or workers that do not exist, or compression of the gradients of a single device.
     """
     devices = resolve_devices(config, None if config.has_workers else streams, _number_on_machine(config))
     if config.horovod:
@@ -247,12 +247,12 @@ def create_communicator(config: DeviceConfig, streams: int | None = None) -> Com
         return COMMUNICATORS[config.kvstore or "device"](devices, config)
     if config.gctype != "none":
         raise DistributedError(
-            f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradient travels "
+            f"--gctype {config.gctype}: there is one device ({devices[0]}), so no gradients are exchanged "
             "and there is nothing to compress; name several with --gpus 0,1 or --cpus 2"
         )
     if config.kvstore is not None:
         raise DistributedError(
-            f"--kvstore {config.kvstore}: there is one device ({devices[0]}), and nothing to add up; name several with "
+            f"--kvstore {config.kvstore}: there is one device ({devices[0]}), and nothing to sum; name several with "
             "--gpus 0,1 or --cpus 2"
         )
     return SingleDevice(devices)

@@ -31,12 +31,12 @@ from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
 from .compression import GradientScales
 
-# One of these numbers the process, according to what started it: horovodrun, Open MPI, MPICH or Slurm.
+# One of these holds the process's number, depending on what started it: horovodrun, Open MPI, MPICH or Slurm.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-GROUP_ELEMENTS = 1 << 20  # of compressed gradients that travel together: less is not worth a round of messages
+GROUP_ELEMENTS = 1 << 20  # of compressed gradients sent together: fewer are not worth a round of messages
 TIMEOUT_VARIABLE = "GLUON_LM_TIMEOUT"
 _TIMEOUT_S = 60.0
-_ROUND_S = 1.0  # between two signs of life
+_ROUND_S = 1.0  # between two heartbeats
 _BUSY_SHARE = 0.5  # of a core's time, at least, for a process that computes; Horovod alone takes a tenth or two
 _START = "start several together, as in horovodrun -np 2 python -m gluon_lm.train --horovod --data ptb"
 
@@ -49,23 +49,23 @@ class HorovodCommunicator(Communicator):
     devices : list of Context
         One.
     compression : str
-        ``none``; ``fp16``, half precision on the way; ``2bit``, `gluon_lm.distributed.codec.TwoBitCodec`. The first
-        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps of the last go uncompressed and set each parameter's
-        threshold.
+        ``none``; ``fp16``, sent in half precision; ``2bit``, `gluon_lm.distributed.codec.TwoBitCodec`. The first
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps of the last are not compressed and set each
+        parameter's threshold.
     threshold : float
         Of 2-bit compression, where the root mean square of a gradient is about 1/4.
 
     Raises
     ------
     DistributedError
-        For several devices; without Horovod, or where it has not started this process; for compression in one process.
+        For several devices; if Horovod is missing or has not started this process; for compression in one process.
 
     Notes
     -----
-    A process that is stopped, or a cut network, ends all: over gloo by its own time-out, over MPI, which has none,
-    after as many seconds as ``GLUON_LM_TIMEOUT`` in the environment says (60). So do processes of which none gets on
-    for so long: they wait for each other, or for one that does nothing. A process that could not exchange something
-    with the others has the exit code 2, whatever it does with the `DistributedError`.
+    A process that is stopped, or a lost network, ends all: with gloo by its own time-out; with MPI, which has none,
+    after ``GLUON_LM_TIMEOUT`` seconds (environment; 60). All end, too, when none of them makes progress for that long:
+    they wait for each other, or for one that does nothing. A process that could not exchange data with the others has
+    the exit code 2, whatever it does with the `DistributedError`.
     """
 
     def __init__(self, devices: list[mx.Context], compression: str = "none", threshold: float = 0.5) -> None:
@@ -80,14 +80,14 @@ class HorovodCommunicator(Communicator):
         self.rank, self.size = self._hvd.rank(), self._hvd.size()
         if devices[0].device_type == "gpu" and not self._hvd.cuda_built():
             raise DistributedError(
-                f"--horovod: this Horovod was built without CUDA and cannot read {devices[0]}; build it anew with bash "
-                "scripts/install_horovod.sh"
+                f"--horovod: this Horovod was built without CUDA and cannot read {devices[0]}; build it again with "
+                "bash scripts/install_horovod.sh"
             )
         self._watch = _Watch(self._hvd, timeout_s)
         listen(lambda step: self._watch.beat())
         if self.size == 1 and compression != "none":
             raise DistributedError(
-                f"--gctype {compression}: there is one process, so no gradient travels and there is nothing to "
+                f"--gctype {compression}: there is one process, so no gradients are exchanged and there is nothing to "
                 f"compress; {_START}"
             )
         self._compression, self._threshold = compression, threshold
@@ -96,14 +96,14 @@ class HorovodCommunicator(Communicator):
         self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None
         self._restored_threshold, self._had_sent = threshold, True
-        if self._hvd.nccl_built():  # which all know alike: they ask each other
+        if self._hvd.nccl_built():  # the same everywhere: what follows is a collective call
             self._refuse_shared_gpus()
 
     def _refuse_shared_gpus(self) -> None:
-        """NCCL joins no two processes on one GPU, and does not say so."""
+        """NCCL does not support two processes on one GPU, and does not say so."""
         device = self.devices[0]
         uuid = identity(device.device_id) if device.device_type == "gpu" else None
-        # Slurm and Kubernetes have each process see its own GPU as the first, and containers have names of their own.
+        # Under Slurm and Kubernetes each process sees its own GPU as the first, and containers have their own names.
         place = [socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), str(device)]
         gpus = self.allgather_object(place if uuid is None else [uuid])
         shared = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[self.rank]]
@@ -143,7 +143,7 @@ class HorovodCommunicator(Communicator):
             self._add_up_codes(gradients, self._scales.factors)
 
     def _add_up(self, gradients: list[mx.nd.NDArray]) -> None:
-        """Horovod sends each gradient as soon as it is there, and small ones together."""
+        """Horovod sends each gradient as soon as it is computed, and small ones together."""
         with self._together():
             sent = [g.astype("float16") for g in gradients] if self._compression == "fp16" else gradients
             for i, array in enumerate(sent):
@@ -155,7 +155,7 @@ class HorovodCommunicator(Communicator):
                 self._watch.beat()
 
     def _add_up_codes(self, gradients: list[mx.nd.NDArray], factors: list[float]) -> None:
-        """The gradients of the last layers are there first, so they go first; on their way, the next are encoded."""
+        """The gradients of the last layers come first, so they are sent first; meanwhile the next ones are encoded."""
         if not self._codecs:
             self._make_codecs([gradient.size for gradient in gradients], factors)
         parts = [(codec, gradients[which]) for which, codec in reversed(self._codecs)]
@@ -184,14 +184,14 @@ class HorovodCommunicator(Communicator):
 
     def allgather(self, numbers):
         own = np.array(numbers, dtype=np.float64)
-        # As bytes: MXNet's conversions would go by way of float32.
+        # As bytes: MXNet's conversions would go through float32.
         gathered = self._allgather_array(f"numbers.{own.size}", mx.nd.array(own.view(np.uint8), dtype="uint8"))
         return gathered.asnumpy().view(np.float64).reshape(self.size, own.size)
 
     def gather_arrays(self, arrays):
         shapes = self.allgather_object([[array.dtype.str, array.shape] for array in arrays])
         workers = [list(arrays)] if self.is_primary else []
-        # One after the other, so that no process holds more than one worker's arrays that it has no use for.
+        # One worker after the other, so that no process holds the arrays of several workers that it does not need.
         for rank in range(1, self.size):
             received = []
             for i, (dtype, shape) in enumerate(shapes[rank]):
@@ -223,8 +223,8 @@ class HorovodCommunicator(Communicator):
             if is_allocation_failure(error):  # of a gradient that was still being computed
                 self._watch.stop()
                 raise
-            # Much has failed at once, in threads of MXNet's and of Horovod's, and MXNet keeps their errors in one list
-            # that it does not lock: waitall may crash, and so may MXNet itself when the process ends.
+            # Many threads of MXNet and Horovod have failed at once, and MXNet keeps their errors in a list that it does
+            # not lock: waitall may crash, and so may MXNet itself when the process ends.
             self._watch.stop()
             atexit.register(_end_at_once)
             reason = str(error).strip().splitlines()[-1].removeprefix("MXNetError: ").split(". ")[0]
@@ -248,13 +248,13 @@ class HorovodCommunicator(Communicator):
             self._had_sent = state.get("has_sent", state.get("kvstore") != "device")  # which forgets
 
     def residuals(self) -> dict[str, mx.nd.NDArray]:
-        """What each worker has not sent yet, which a resumed run needs besides `state_dict`. All call it together.
+        """What each worker has not sent yet, which a resumed run needs as well as `state_dict`. All call it together.
 
         Returns
         -------
         dict of str to NDArray
-            By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps it; empty where nothing waits, and on all ranks
-            but the first.
+            By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps it; empty where there is nothing unsent, and on
+            all ranks but the first.
         """
         if self._codecs:
             own = np.concatenate([codec.residual.asnumpy() for _, codec in self._codecs])
@@ -266,7 +266,7 @@ class HorovodCommunicator(Communicator):
         return {str(rank): mx.nd.array(residual) for rank, (residual,) in enumerate(workers)}
 
     def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
-        """Take up the residuals of a run whose state was loaded."""
+        """Restore the residuals of a run whose state was loaded."""
         if self._scales is None or self._scales.factors is None:
             return
         if not self._had_sent:
@@ -274,7 +274,7 @@ class HorovodCommunicator(Communicator):
         if str(self.rank) not in residuals:
             LOGGER.log(NOTICE, "2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
             return
-        # In units of the threshold, which may be another now.
+        # In units of the threshold, which may have changed.
         self._restored_residual = residuals[str(self.rank)] * (self._restored_threshold / self._threshold)
         self._codecs = []
 
@@ -291,11 +291,11 @@ def _end_at_once() -> None:
 
 
 class _Watch:
-    """Ends this process when a sign of life from all has failed to come for too long, or when none of them gets on.
+    """Ends this process when no heartbeats of all processes have come for too long, or when none makes progress.
 
-    The threads that exchange these signs are others than those that train. A sign says how often its process got on,
-    and whether it waits for the others. It gets on by each `beat`, and by each second in which it computes: a step may
-    take long, and MXNet computes it in threads that report nothing.
+    Heartbeats are exchanged by threads of their own. One says how much progress its process has made, and whether it
+    waits for the others. Each `beat` counts as progress, and so does each second in which the process computes: a step
+    may take long, and MXNet computes it in threads that report nothing.
 
     Attributes
     ----------
@@ -311,22 +311,22 @@ class _Watch:
         self._closed = threading.Event()
         self._beats = 0
         self.is_waiting = False
-        self._signs_W2 = np.zeros((hvd.size(), 2), np.int32)  # the newest of all: beats, and whether it waits
+        self._signs_W2 = np.zeros((hvd.size(), 2), np.int32)  # the newest of each: beats, and whether it waits
         self._unheard_s = self._idle_s = 0.0
         self._signals = threading.Thread(target=self._signal, daemon=True)
         self._signals.start()
         threading.Thread(target=self._check, daemon=True).start()
 
     def beat(self) -> None:
-        """Note that this process gets on."""
+        """Note that this process makes progress."""
         self._beats += 1
 
     def stop(self) -> None:
-        """Give no further sign. The one on its way is still waited for, and for no longer than any."""
+        """Send no further heartbeat. The pending one is still waited for, no longer than any other."""
         self._closed.set()
 
     def join(self) -> None:
-        """Wait until no sign is on its way."""
+        """Wait until no heartbeat is pending."""
         self._signals.join()
 
     def _signal(self) -> None:
@@ -340,14 +340,14 @@ class _Watch:
             try:
                 signs_W2 = self._hvd.allgather(sign_12, name=self._name).asnumpy()
             except (mx.MXNetError, ValueError):
-                self._closed.set()  # Horovod is no more, which the thread that trains learns by itself
+                self._closed.set()  # Horovod has shut down, which the training thread finds out by itself
                 return
             gets_on = (signs_W2[:, 0] != self._signs_W2[:, 0]).any()
             self._idle_s = 0.0 if gets_on else self._idle_s + _ROUND_S
             self._signs_W2, self._unheard_s = signs_W2, 0.0
 
     def _check(self) -> None:
-        # Both times are counted, not read off a clock: processes that were all stopped for a while go on together.
+        # Both times are counted, not read from a clock: processes that were all stopped for a while go on together.
         tick_s = min(_ROUND_S, self._timeout_s / 4)
         while True:
             self._signals.join(tick_s)
@@ -368,11 +368,11 @@ class _Watch:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)  # the thread that trains waits inside Horovod, where nothing reaches it
+        os._exit(2)  # the training thread waits inside Horovod, where nothing reaches it
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[slice]:
-    """Cut parameters into groups of neighbours with about `GROUP_ELEMENTS` elements or more, but for the last."""
+    """Cut parameters into groups of neighbours with at least `GROUP_ELEMENTS` elements, except for the last."""
     start = elements = 0
     for stop, size in enumerate(sizes, 1):
         elements += size
@@ -390,12 +390,12 @@ def _timeout() -> float:
 
 
 def local_rank() -> int:
-    """Number of this process among those on the same machine, which tells which of its GPUs to take."""
+    """Number of this process among those on the same machine, which decides which of its GPUs to use."""
     return _start().local_rank()
 
 
 def _start() -> Any:
-    """Horovod for MXNet, which knows the other processes from here on."""
+    """Horovod for MXNet, connected to the other processes."""
     try:
         import horovod.mxnet as hvd
     except (ImportError, OSError) as error:

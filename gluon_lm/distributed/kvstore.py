@@ -25,7 +25,7 @@ class KVStoreCommunicator(Communicator):
         ``local``, ``device`` or ``nccl``.
     threshold : float, optional
         Compress gradients to two bits with this threshold (``device`` only). The first
-        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps go uncompressed and set each parameter's scale.
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps are not compressed and set each parameter's scale.
     """
 
     def __init__(self, devices: list[mx.Context], kvstore: str = "device", threshold: float | None = None) -> None:
@@ -76,6 +76,6 @@ class KVStoreCommunicator(Communicator):
         self._store = None
 
     def checkpointed(self):
-        """The store's residuals cannot be read out, so a checkpoint cannot hold them: a fresh store has none."""
+        """The store's residuals cannot be read, so a checkpoint cannot hold them; a new store has none."""
         if self._scales:
             self._store = None

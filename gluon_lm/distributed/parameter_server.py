@@ -20,9 +20,9 @@ from .control import Control
 
 
 class ParameterServer(Communicator):
-    """KVStore ``dist_sync`` (a worker's devices sum on the CPU) or ``dist_device_sync`` (on the devices).
+    """KVStore ``dist_sync`` (sums a worker's devices on the CPU) or ``dist_device_sync`` (on the devices).
 
-    Objects travel over the channel to the launcher, `gluon_lm.distributed.control`, gradients through the servers.
+    Objects go over the channel to the launcher, `gluon_lm.distributed.control`, gradients through the servers.
     With compression the workers push two bits for each element; what they pull is the full float32 sum.
 
     Parameters
@@ -31,7 +31,7 @@ class ParameterServer(Communicator):
     kvstore : str
     threshold : float, optional
         Compress what is pushed to two bits with this threshold. The first
-        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps go uncompressed and set each parameter's scale.
+        `gluon_lm.distributed.compression.CALIBRATION_STEPS` steps are not compressed and set each parameter's scale.
 
     Raises
     ------
@@ -50,9 +50,9 @@ class ParameterServer(Communicator):
         self._control, self._kind, self._threshold = control, kvstore, threshold
         self._scales = None if threshold is None else GradientScales()
         self._store = mx.kv.create(kvstore)
-        # A worker that fails must not wait for the others at its end; the launcher ends the servers.
+        # A worker that fails must not wait for the others at exit; the launcher ends the servers.
         check_call(_LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
-        # ps-lite numbers the workers by their ports, another way in each run.
+        # ps-lite numbers the workers by their ports, differently in each run.
         self.rank, self.size = control.index, self._store.num_workers
         self._is_compressing = False
         self._first_key = 0
@@ -92,7 +92,7 @@ class ParameterServer(Communicator):
             self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
             self._is_compressing = True
             self.allgather_object("compressing")  # rank 0 has told the servers before anyone pushes
-            # MXNet cuts a large array among the servers at other places once it is compressed.
+            # Once a large array is compressed, MXNet splits it among the servers at different places.
             self._first_key = len(parameters)
             self._make_keys(parameters)
         add_up_at_scale(parameters, factors, self._push_and_pull)

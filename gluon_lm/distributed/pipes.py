@@ -1,7 +1,7 @@
 """What the supervisor and its agents are made of: one thread that decides, and threads that read and write for it.
 
-Nothing that another process does, or leaves undone, may keep the deciding thread waiting. So every pipe has a thread of
-its own, and all of them report to one queue of events.
+Nothing that another process does, or fails to do, may block the deciding thread. So every pipe has a thread of its own,
+and all of them report to one queue of events.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EventLoop:
     """Handles what `post` reports, one event after the other, by methods ``on_<kind>``, with an `on_tick` in between.
 
     Time-outs are counted in ticks of the loop and not by the clock: a process that was itself stopped for a while, or
-    that got no processor, must not take its own silence for that of others.
+    not scheduled, must not take its own silence for that of others.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class EventLoop:
         """Called about every `TICK_S` seconds, never twice for one wait."""
 
     def run_until(self, is_done: Callable[[], bool], timeout_s: float = float("inf")) -> bool:
-        """Handle events until `is_done()`, for some time at most; returns `is_done()`."""
+        """Handle events until `is_done()`, for at most `timeout_s` seconds; returns `is_done()`."""
         end = time.monotonic() + timeout_s
         while not is_done():
             now = time.monotonic()
@@ -60,7 +60,7 @@ class EventLoop:
 
 
 class Sender:
-    """Writes to a pipe in a thread of its own; what the other end does not take yet is kept, what it cannot is lost."""
+    """Writes to a pipe in a thread of its own; keeps what is not read yet, and drops it if the reader is gone."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -68,16 +68,16 @@ class Sender:
         self._thread = start_thread(self._write)
 
     def send(self, *message: Any) -> None:
-        """Put a message on its way; never waits."""
+        """Queue a message; never blocks."""
         self._lines.put(encode(*message))
 
     def wait_for_room(self) -> None:
-        """Wait until the other end has taken most of what it was sent, so that memory stays bounded."""
+        """Wait until the other end has read most of what was sent, so that memory stays bounded."""
         while self._lines.qsize() > _CROWDED and self._thread.is_alive():
             time.sleep(0.01)
 
     def close(self, timeout_s: float = 0.0) -> None:
-        """Close the pipe behind what is still to be written; wait for that some seconds at most."""
+        """Close the pipe once everything is written; wait for that at most `timeout_s` seconds."""
         self._lines.put(None)
         self._thread.join(timeout_s)
 
@@ -102,7 +102,7 @@ def start_thread(target: Callable[..., None], *arguments: Any) -> threading.Thre
 def read_messages(file: BinaryIO) -> Iterator[list[Any]]:
     """The messages that arrive, until the other end is gone.
 
-    Lines that are none, as a login shell may print, are left out.
+    Other lines, which a login shell may print, are skipped.
     """
     with file:
         for line in file:
@@ -115,9 +115,9 @@ def read_messages(file: BinaryIO) -> Iterator[list[Any]]:
 
 
 def read_lines(file: BinaryIO) -> Iterator[str]:
-    """The lines that a program prints, as a terminal shows them: a carriage return takes back what is before it.
+    """The lines that a program prints, as a terminal shows them: a carriage return overwrites what is before it.
 
-    So a progress bar leaves nothing but its last state, and that only where a line's end follows it.
+    So a progress bar leaves only its last state, and that only if a line feed follows it.
     """
     with file:
         rest = b""

@@ -1,9 +1,9 @@
 """The one process that owns a cluster: it starts all others, watches them, and ends them all when one ends badly.
 
-MXNet's parameter server waits for ever where a worker or a server is gone, and after its scheduler's death goes on
-unnoticed; its workers cannot ask who is dead. So every process here has an owner, the agent of its machine, every agent
-is watched by the supervisor and watches it in turn, and workers say that they get on. Whatever happens, nothing is left
-running, and one line says who and why.
+MXNet's parameter server waits for ever when a worker or a server is gone, and goes on unnoticed after the death of its
+scheduler; its workers cannot ask who is dead. So every process here has an owner, the agent of its machine, every agent
+is watched by the supervisor and watches it in turn, and workers report their progress. Whatever happens, nothing is
+left running, and one line says who and why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Agent:
         self.is_gone = False
 
     def kill(self) -> None:
-        """Kill it, and with it what it owns; on another machine as far as that can be reached."""
+        """Kill it, and with it what it owns; on another machine, if that can be reached."""
         if not self.host.is_here and self.pid is not None:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError):
                 subprocess.run(
@@ -73,7 +73,7 @@ class _Member:
 
     @property
     def name(self) -> str:
-        """Its name in the output: by its rank, as the workers name each other, as soon as it has one."""
+        """Its name in the output: by rank, as the workers name each other, once it has one."""
         return self.process.name if self.rank is None else f"worker {self.rank}"
 
     @property
@@ -83,11 +83,11 @@ class _Member:
 
     @property
     def is_done(self) -> bool:
-        """Whether it takes part in nothing any more."""
+        """Whether it no longer takes part."""
         return self.has_left or self.code is not None
 
     def situation(self) -> str:
-        """What it does, as far as it is known."""
+        """What it is doing, as far as is known."""
         at = "" if self.step is None else f" at step {self.step}"
         if self.code is not None:
             return "has ended"
@@ -107,11 +107,11 @@ class Supervisor(EventLoop):
     Parameters
     ----------
     processes : sequence of Process
-        Workers, and others that serve them. Each gets a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
+        Workers, and others that serve them. All get a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
     timeout_s : float
-        The cluster is ended when no worker has made progress for so long, or nothing has been heard from a host.
+        The cluster is ended when for this long no worker has made progress, or nothing has been heard from a host.
     port : int
-        The port to give them; 0 for any.
+        That port; 0 for any.
     """
 
     def __init__(self, processes: Sequence[Process], timeout_s: float = 60.0, port: int = 0) -> None:
@@ -136,9 +136,8 @@ class Supervisor(EventLoop):
         Returns
         -------
         int
-            0 where all workers ended well; 130, 143 or 129 after Ctrl-C, SIGTERM or a closed terminal, which the
-            workers are told.
-            Ctrl-C after another signal ends everything at once.
+            0 if all workers ended well; 130, 143 or 129 after Ctrl-C, SIGTERM or a closed terminal, which is passed on
+            to the workers. Ctrl-C after another signal ends everything at once.
 
         Raises
         ------
@@ -178,7 +177,7 @@ class Supervisor(EventLoop):
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     start_new_session=True,  # Ctrl-C is for the supervisor to pass on
-                    preexec_fn=ignore_stop_signals,  # ssh all along, the agent while it starts
+                    preexec_fn=ignore_stop_signals,  # ssh as long as it runs, the agent while it starts
                 )
             except OSError as error:
                 self._fail(f"host {host.name}: {command[0]} cannot be started ({error.strerror})")
@@ -217,12 +216,12 @@ class Supervisor(EventLoop):
             agent.sender.send(*message)
 
     def on_message(self, agent: _Agent, kind: str, content: list[Any]) -> None:
-        """Take in what an agent says."""
+        """Handle a message of an agent."""
         agent.quiet_s = 0.0
         getattr(self, f"_hear_{kind}")(agent, *content)
 
     def on_lost(self, agent: _Agent, code: int | None) -> None:
-        """Fail, because an agent is no more."""
+        """Fail, because an agent is gone."""
         agent.is_gone = True
         program = "its agent" if agent.host.is_here else "ssh"
         reason = f": {agent.last_words}" if agent.last_words else ""
@@ -294,7 +293,7 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
-        numbers = () if self._stop is None else STOP_SIGNALS  # it may have got another one as well
+        numbers = () if self._stop is None else STOP_SIGNALS  # it may have got a different one
         code_when_stopped = 128 + (self._stop or 0)
         if code and (code - 128 if code > 0 else -code) not in numbers:
             self._fail(_last_of(member))
@@ -305,7 +304,7 @@ class Supervisor(EventLoop):
         else:
             self._check_allgather()
 
-    # ------------------------------------------------------------ what workers say
+    # ------------------------------------------------------------ messages of workers
 
     def _hear_join(self, agent: _Agent, name: str, rank: int) -> None:
         member = self._members[name]
@@ -332,9 +331,9 @@ class Supervisor(EventLoop):
         self._idle_s = 0.0
 
     def _check_allgather(self) -> None:
-        """Give all workers the values of all when the last one is here; fail where one has ended without coming.
+        """Give all workers the values of all once the last one has arrived; fail if one has ended before that.
 
-        One that has only said that it leaves may be about to fail, and then says why at its end.
+        One that has only announced that it leaves may be about to fail, and then says why when it ends.
         """
         if self._is_decided():
             return
@@ -378,7 +377,7 @@ class Supervisor(EventLoop):
             self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
         is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
         if self._stop is not None and is_missed and self._idle_s > GRACE_S:
-            self._finish(128 + self._stop)  # it ended before the others knew it, and MXNet may wait for it for ever
+            self._finish(128 + self._stop)  # it ended before the others noticed, and MXNet may wait for it for ever
         ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
         training = [worker for worker in self._workers if not worker.is_done]
         if ended and training:
@@ -428,7 +427,7 @@ class Supervisor(EventLoop):
         self.post("interrupt", number)
 
     def on_interrupt(self, number: int) -> None:
-        """Ask the workers to stop; at Ctrl-C after another signal, end all at once."""
+        """Ask the workers to stop; on Ctrl-C after another signal, end everything at once."""
         is_second, self._was_signalled = self._was_signalled or self._is_decided(), True
         if not is_second or number != signal.SIGINT:  # others may come twice, from a group's manager and from a shell
             self._ask_to_stop(number)
@@ -458,7 +457,7 @@ class Supervisor(EventLoop):
 
 
 class _Printer:
-    """Prints in a thread of its own: a terminal that is held up must hold up nothing else."""
+    """Prints in a thread of its own: a terminal that blocks must not block anything else."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
@@ -470,7 +469,7 @@ class _Printer:
         self._lines.put((stream, line))
 
     def close(self) -> None:
-        """Wait until all is printed."""
+        """Wait until everything is printed."""
         self._lines.put(None)
         self._thread.join()
 
@@ -487,7 +486,7 @@ class _Printer:
 
 
 def _for_workers(number: int) -> int:
-    """The signal that workers get where the launcher got this one: the terminal that is gone was not theirs."""
+    """The signal that workers get when the launcher got this one: the terminal that is gone was not theirs."""
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 

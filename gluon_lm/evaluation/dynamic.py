@@ -1,4 +1,4 @@
-"""Dynamic evaluation: a model that goes on learning from the text which it is evaluated on.
+"""Dynamic evaluation: a model that keeps learning from the text on which it is evaluated.
 
 Krause et al. 2017, "Dynamic Evaluation of Neural Sequence Models", section 5: gradient descent scaled by the root mean
 square of the training text's gradients (RMS), and decay towards the trained parameters, fastest where these gradients
@@ -34,7 +34,7 @@ _NUM_WINDOWS = "num_windows"
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    """How large the gradients of a text's windows are, element by element.
+    """The size of the gradients of a text's windows, element by element.
 
     Attributes
     ----------
@@ -64,12 +64,12 @@ def gradient_statistics(
     folder: Path | None = None,
     progress: str | None = None,
 ) -> GradientStatistics:
-    """Go through the training text and add up the squares of each window's gradient. All dropout is off.
+    """Sum the squares of the gradients of the training text's windows. All dropout is off.
 
     Parameters
     ----------
     model : LanguageModel
-        Stays as it is.
+        It is not changed.
     ids : ndarray of int32, shape (num_tokens,)
         The training text, at least one window for each stream.
     eos : int
@@ -81,17 +81,17 @@ def gradient_statistics(
     batch_size : int
         N, streams that the text is cut into.
     max_batches : int, optional
-        Windows to stop after; by default all are taken.
+        Windows after which to stop; by default all are used.
     folder : Path, optional
-        Where the statistics are kept, so that they are computed once for a model, a text and a way to cut it. A file
-        that is damaged is said to be and made anew; a folder that cannot be written in costs the file only.
+        Where the statistics are kept, so that they are computed once for a model, a text and its windows. A damaged
+        file is reported and computed again; if the folder cannot be written, the statistics are just not kept.
     progress : str, optional
         What to call the work in a progress bar.
 
     Raises
     ------
     DataError
-        If the text is too short, or its ids are not of the model's vocabulary.
+        If the text is too short, or has ids outside the model's vocabulary.
     TrainingDiverged
         If a loss is not finite.
     """
@@ -151,7 +151,7 @@ def dynamic_evaluate(
     Parameters
     ----------
     model : LanguageModel
-        Stays as it is: what learns is a copy.
+        It is not changed: a copy learns.
     ids : ndarray of int32, shape (num_tokens,)
         The text, read in one stream. Every token counts, as in `gluon_lm.evaluation.static.evaluate`.
     eos : int
@@ -160,18 +160,23 @@ def dynamic_evaluate(
         Where the model's parameters are.
     statistics : GradientStatistics
         Of the same model.
-    lamb, epsilon, lr : float
+    lamb : float
+        Strength of the decay towards the trained parameters, 0 or more.
+    epsilon : float
+        Added to MS before dividing by it, above 0; it bounds the steps of elements whose gradients were small.
+    lr : float
+        Learning rate.
     bptt : int
         T, words in a window.
     of_mean : bool
-        MS is the root of the mean of the squares and not of their sum.
+        Whether MS is the root of the mean of the squares, not of their sum.
     progress : str, optional
         What to call the work in a progress bar.
 
     Raises
     ------
     DataError
-        If the text's ids are not of the model's vocabulary.
+        If there are no ids, or some outside the model's vocabulary.
     TrainingDiverged
         If the loss stops being finite.
     """
@@ -184,12 +189,12 @@ def dynamic_evaluate(
     def on_device(values: np.ndarray) -> mx.nd.NDArray:
         return mx.nd.array(values, ctx=device, dtype="float32")
 
-    # Every window that is followed by another one is full, so that its mean loss is the sum over bptt.
+    # Every window that is followed by another one is full, so its mean loss is the sum divided by bptt.
     terms = [
         (
             parameter.data(device),
             trained[name],
-            mx.nd.zeros_like(trained[name]),  # W - W0, which float32 holds more exactly than W
+            mx.nd.zeros_like(trained[name]),  # W - W0, which float32 represents more precisely than W
             on_device(1 - np.minimum(lamb * root_squares[name] / mean_sum, 1)),
             parameter.grad(device),
             on_device(lr / (bptt * (root_squares[name] + epsilon))),
@@ -209,7 +214,7 @@ def dynamic_evaluate(
 
 
 class _GradientPass:
-    """A pass over a text, window by window, by a copy of a model without dropout, that has the gradient of each window.
+    """A pass over a text, window by window, by a copy of a model without dropout, with the gradient of each window.
 
     Parameters
     ----------
@@ -218,14 +223,14 @@ class _GradientPass:
     num_streams : int
         N.
     advice : str
-        What to do where the loss is not finite.
+        What to do if the loss is not finite.
 
     Attributes
     ----------
     model : LanguageModel
         The copy.
     gradients : list of NDArray
-        By each parameter: of the summed loss of the window that was read last.
+        With respect to each parameter: of the summed loss of the window that was read last.
     """
 
     def __init__(self, model: LanguageModel, device: mx.Context, num_streams: int, advice: str) -> None:
@@ -254,7 +259,7 @@ class _GradientPass:
         Raises
         ------
         TrainingDiverged
-            If it is not finite; `read` raises it too, a window after.
+            If it is not finite; `read` raises it too, one window later.
         """
         self._take_pending()
         return self._loss_sum
@@ -273,7 +278,7 @@ class _GradientPass:
 
 
 def _key(model: LanguageModel, ids: np.ndarray, eos: int, *how: int | None) -> str:
-    """A hash of all that the statistics depend on."""
+    """A hash of everything that the statistics depend on."""
     digest = hashlib.sha256(repr((_FORMAT, model.config.without_dropout(), model.vocab_size, eos, how)).encode())
     for name, parameter in model.named_parameters().items():
         digest.update(name.encode())
@@ -288,13 +293,13 @@ def _load(path: Path, model: LanguageModel) -> GradientStatistics | None:
     if not path.exists():
         return None
     try:
-        arrays = dict(read_arrays(path))  # which compares every array with its CRC
+        arrays = dict(read_arrays(path))  # which verifies the CRC of every array
         num_windows = int(arrays.pop(_NUM_WINDOWS))
         if {name: array.shape for name, array in arrays.items()} != shapes:
             raise ValueError("it is of another model")
         statistics = GradientStatistics(arrays, num_windows)
     except (ValueError, TypeError, KeyError) as error:
-        LOGGER.info("%s: is damaged (%s); it is made anew", path, reason(error))
+        LOGGER.info("%s: is damaged (%s); it is computed again", path, reason(error))
         return None
     LOGGER.info("squared gradients of the training text (windows: %s) from %s", f"{num_windows:,}", path)
     return statistics
@@ -306,7 +311,7 @@ def _save(path: Path, statistics: GradientStatistics) -> None:
         with atomic_write(path) as file:
             write_arrays(file, [(_NUM_WINDOWS, np.array(statistics.num_windows)), *statistics.square_sums.items()])
     except OSError as error:
-        LOGGER.info("%s: cannot be written (%s); the next time they are computed again", path, error.strerror)
+        LOGGER.info("%s: cannot be written (%s); next time they are computed again", path, error.strerror)
     else:
         LOGGER.info(
             "squared gradients of the training text (windows: %s) kept in %s", f"{statistics.num_windows:,}", path

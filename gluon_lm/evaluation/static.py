@@ -21,7 +21,7 @@ from ..models import LanguageModel
 from ..models.heads import Head
 from ..progress import progress_bar
 
-ROWS_PER_WINDOW = 512  # tokens worked on at once; the result does not depend on it
+ROWS_PER_WINDOW = 512  # tokens processed at once; the result does not depend on it
 
 WindowLosses = Callable[[Head, mx.nd.NDArray, mx.nd.NDArray], mx.nd.NDArray]
 
@@ -42,7 +42,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of a token, in nats."""
+        """Mean negative log-likelihood per token, in nats."""
         return self.loss_sum / self.num_tokens
 
     @property
@@ -73,21 +73,24 @@ def evaluate(
     before_window: Callable[[], None] = lambda: None,
     window_losses: WindowLosses = target_losses,
 ) -> Evaluation:
-    """Evaluate a model on a text, state carried from window to window.
+    """Evaluate a model on a text, with the state carried from window to window.
 
-    Every token of `ids` counts once, the first one too: it is predicted from ``<eos>`` and the zero state, as the
-    first word of a line is. With more than one stream the text is cut into that many contiguous pieces, each begun in
+    Every token of `ids` counts once, including the first: it is predicted from ``<eos>`` and the zero state, like the
+    first word of a line. With more than one stream the text is cut into that many contiguous pieces, each begun in
     the same way, so that their first words lack their true context.
 
     Parameters
     ----------
     model : LanguageModel
+        Evaluated as it is, without dropout.
     ids : ndarray of int32, shape (num_tokens,)
+        The text.
     eos : int
+        The id of ``<eos>``.
     device : Context
         Where the model's parameters are.
     num_streams : int
-        N.
+        N, 1 or more; at most one per token is used.
     bptt : int, optional
         Window length; by default as many rows as make about 500 tokens. The result is the same.
     progress : str, optional
@@ -95,13 +98,15 @@ def evaluate(
     before_window : callable, optional
         Called before each window; what it raises ends the evaluation.
     window_losses : callable, optional
-        Takes the head, the hidden vectors (T, N, H) of each window in turn and its targets (R,), and gives their
+        Takes the head, the hidden vectors (T, N, H) of each window in turn and its targets (R,), and returns their
         losses (R,), in nats; by default those of the model alone.
 
     Raises
     ------
     DataError
-        If there are no ids, or some that are none of the model's vocabulary.
+        If there are no ids, or some outside the model's vocabulary.
+    ValueError
+        If `num_streams` is below 1.
     """
     check_ids(model, ids)
     if num_streams < 1:
@@ -118,7 +123,7 @@ def evaluate(
             tokens_TN, targets_R = copy_inputs(window, device)
             hidden_TNH, *states = model.encoder(tokens_TN, *states)
             losses_R = window_losses(model.head, hidden_TNH, targets_R)
-            # Read the window before while the device works on this one.
+            # Read the previous window's losses while the device works on this one.
             total += _sum(pending)
             pending = losses_R
             bar.update(window.num_targets)
@@ -126,11 +131,12 @@ def evaluate(
 
 
 def check_ids(model: LanguageModel, ids: np.ndarray) -> None:
-    """Make sure that `ids` are words of the model, which MXNet does not: it takes the nearest id that is.
+    """Make sure that `ids` are words of the model; MXNet does not, and clips them to the valid range.
 
     Raises
     ------
     DataError
+        If there are none, or some outside the model's vocabulary.
     """
     if not len(ids):
         raise DataError("there are no words to read; give a text that has some")

@@ -1,4 +1,7 @@
-"""From words set apart by spaces to readable text."""
+"""From words separated by spaces to readable text.
+
+The rules are this package's own: they undo how WikiText, Penn Treebank and the tokenizer ``words`` split English.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _RULES = [
 
 
 def detokenize(words: Iterable[str]) -> str:
-    """Join words as English is written: ``<eos>`` ends a line, punctuation stands at its word."""
+    """Join words as English is written: ``<eos>`` ends a line, punctuation is attached to its word."""
     lines = " ".join(words).split(EOS)
     return "\n".join(_detokenize_line(line.strip()) for line in lines)
 

@@ -1,4 +1,4 @@
-"""Write text with a model, word after word, in as many streams as are asked for.
+"""Generate text with a model, word by word, in any number of streams.
 
 Shapes: T time, N streams, V vocabulary.
 """
@@ -18,9 +18,9 @@ from .sampling import AS_IS, Sampler, Sampling
 def begin_text(
     vocabulary: Vocabulary, prompt: Sequence[str] | None, seed: int, index: int
 ) -> tuple[list[int], np.random.Generator]:
-    """The ids that text number `index` of a seed begins with, and where its random numbers come from.
+    """The ids that text number `index` of a seed begins with, and the source of its random numbers.
 
-    These are ``<eos>`` and the prompt, or without one a word drawn evenly from the vocabulary.
+    These are ``<eos>`` and the prompt, or without one a word drawn uniformly from the vocabulary.
     """
     rng = np.random.default_rng([seed, index])
     if prompt is None:
@@ -48,12 +48,12 @@ def generate(
     sampling : Sampling
     prompt : sequence of str, optional
         Words that come before the text, after the end of a line; they are not part of it. Words that the vocabulary
-        lacks are read as ``<unk>``. Without it each text begins after a word drawn evenly from the vocabulary.
+        lacks are read as ``<unk>``. Without it each text begins after a word drawn uniformly from the vocabulary.
     num_samples : int
         Texts to write, N.
     seed : int
-        Decides the texts: the same in any number of them, as far as matrix products of different sizes agree
-        (their last bits differ, which changes a word once in many thousand).
+        Determines the texts: the same for any number of them, up to rounding (the last bits of matrix products of
+        different sizes differ, which changes a word once in many thousand).
     stop_at_eos : bool
         End a text with its first ``<eos>``.
 
@@ -80,7 +80,7 @@ def generate(
             pending = tokens_1N
         if written is None:
             continue
-        # Read the word before while the device works on this one.
+        # Read the previous word while the device works on this one.
         ids = written.asnumpy()[0].tolist()
         yield [None if ended else vocabulary.words[i] for i, ended in zip(ids, has_ended)]
         if stop_at_eos:

@@ -16,10 +16,10 @@ from mxnet import gluon
 from . import LOWEST_TEMPERATURE
 
 _BLOCK = 256
-_GRAPHS = 6  # kept for ways that come again; each holds memory for all streams
-_SORTED = 128  # words that are sorted where no stream asks for more
-_NO_CHANCE = -1e30  # added to a word's score, it leaves no probability
-_BELOW_ONE = 1 - 2**-22  # the largest uniform number: times a float32 it stays below that
+_GRAPHS = 6  # kept for reuse; each holds memory for all streams
+_SORTED = 128  # words that are sorted unless a stream needs more
+_NO_CHANCE = -1e30  # added to a word's score, it makes the probability 0
+_BELOW_ONE = 1 - 2**-22  # the largest uniform number: its product with a float32 is below that
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Sampling:
         0 or more. Words are drawn from ``p(word)^(1 / temperature)``, normalised; below `LOWEST_TEMPERATURE` the
         likeliest is taken.
     top_k : int, optional
-        Only from the k likeliest words, 1 or more (Fan et al. 2018, "Hierarchical Neural Story Generation"), equally
-        likely ones with them.
+        Draw only from the k likeliest words, 1 or more (Fan et al. 2018, "Hierarchical Neural Story Generation"), and
+        from those equally likely as the last of them.
     top_p : float, optional
-        Only from the fewest likeliest words that together have at least this probability, at this temperature, equally
-        likely ones with them; above 0, and 1 leaves out none (nucleus sampling; Holtzman et al. 2020, "The Curious Case
-        of Neural Text Degeneration").
+        Draw only from the fewest likeliest words that together have at least this probability, at this temperature, and
+        from those equally likely as the last of them; above 0, and 1 leaves out none (nucleus sampling; Holtzman et al.
+        2020, "The Curious Case of Neural Text Degeneration").
     suppress_unk : bool
         Never write ``<unk>``.
 
     Raises
     ------
     ValueError
-        For a value out of its bounds.
+        For a value that is out of range.
     """
 
     temperature: float = 1.0
@@ -71,14 +71,14 @@ AS_IS = Sampling()
 
 @dataclass(frozen=True)
 class _Ways:
-    """What drawing has to provide for, so that it computes nothing that no stream asks for.
+    """What the streams need of a graph, so that it computes nothing that none of them asks for.
 
     Attributes
     ----------
     tempered, greedy, without_unk : bool
         Whether some stream has a temperature other than 1, temperature 0, or no ``<unk>``.
     num_sorted : int
-        As many of the likeliest words must be known in order.
+        How many of the likeliest words must be sorted.
     """
 
     tempered: bool = False
@@ -88,13 +88,13 @@ class _Ways:
 
 
 class Sampler:
-    """Writes one word after another in N streams: the network and the draw from its distribution are one graph.
+    """Generates word by word in N streams: the network and the draw from its distribution are one graph.
 
     Parameters
     ----------
     network : HybridBlock
-        Called with ``tokens_1N, *states``, it gives ``scores_1NV, *new_states``: log-probabilities of the next word, up
-        to a constant for each stream.
+        Maps ``tokens_1N, *states`` to ``scores_1NV, *new_states``: log-probabilities of the next word, up to a constant
+        for each stream.
     sampling : sequence of Sampling
         One for each stream.
     vocab_size, unk_id : int
@@ -123,7 +123,7 @@ class Sampler:
         self.set(sampling)
 
     def set(self, sampling: Sequence[Sampling]) -> None:
-        """Draw in other ways from now on, for as many streams as before."""
+        """Change how each stream draws from now on; the number of streams stays."""
         every = self._vocab_size
         largest_k = max(s.top_k or 0 for s in sampling)
         num_sorted = min(every, _SORTED) if largest_k else 0
@@ -146,7 +146,7 @@ class Sampler:
             self._unk_1V if ways.without_unk else None,
             needed(num_sorted > 0, [min(s.top_k or every, every) - 1 for s in sampling]),
             needed(num_sorted > 0, [s.top_k is not None for s in sampling]),
-            # Infinity cuts nothing off, where 1 would cut off what rounding of the sum leaves no room for.
+            # Infinity cuts nothing off; 1 could cut off the last words, because the running sum is rounded.
             needed(num_sorted == every, [[np.inf if s.top_p is None else s.top_p] for s in sampling]),
         ]
         self._step = self._steps.pop(ways) if ways in self._steps else self._make_step(ways)
@@ -171,7 +171,7 @@ class Sampler:
         states : list of NDArray
             The network's, before these words.
         uniforms_N : ndarray
-            A number in [0, 1) for each stream, which decides its word.
+            A number in [0, 1) for each stream, which determines its word.
 
         Returns
         -------
@@ -213,7 +213,7 @@ class _Step(gluon.HybridBlock):
         return (F.reshape(F.cast(words_N, dtype="int32"), shape=(1, -1)), *states)
 
     def _thresholds(self, F, probs_NV, last_k_N, has_k_N, top_p_N1):
-        """The smallest probability that each stream may still draw."""
+        """The smallest probability of a word that each stream may draw."""
         sorted_NK = F.topk(probs_NV, k=self._ways.num_sorted, ret_typ="value", axis=-1)
         by_k_N = F.where(has_k_N, F.pick(sorted_NK, last_k_N, mode="clip"), F.zeros_like(has_k_N))
         by_k_N1 = F.expand_dims(by_k_N, axis=1)
@@ -221,14 +221,14 @@ class _Step(gluon.HybridBlock):
             return by_k_N1
         kept_NK = sorted_NK * F.broadcast_greater_equal(sorted_NK, by_k_N1)
         running_NK = F.cumsum(kept_NK, axis=1)
-        total_N1 = F.slice_axis(running_NK, axis=1, begin=-1, end=None)  # not the sum, which is rounded otherwise
+        total_N1 = F.slice_axis(running_NK, axis=1, begin=-1, end=None)  # not the sum, which is rounded differently
         before_NK = running_NK - kept_NK
         num_kept_N = F.sum(F.broadcast_lesser(before_NK, top_p_N1 * total_N1), axis=-1)
         by_p_N1 = F.pick(sorted_NK, F.maximum(num_kept_N - 1, 0), mode="clip", keepdims=True)
         return F.maximum(by_k_N1, by_p_N1)
 
     def _draw(self, F, probs_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C):
-        """The word in which the running sum passes a share of the total: first its block of words, then itself."""
+        """The word at which the running sum passes a share of the total: first its block of words, then the word."""
         blocks_RC = F.reshape(F.concat(probs_NV, padding_NP, dim=1), shape=(-1, _BLOCK))
         # A matrix product, because MXNet's sums over short rows are slow on CPU.
         sums_R1 = F.FullyConnected(blocks_RC, ones_1C, num_hidden=1, no_bias=True)

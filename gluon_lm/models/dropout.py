@@ -1,4 +1,4 @@
-"""Dropout whose masks follow from MXNet's seed on every device."""
+"""Dropout whose masks depend on MXNet's seed alone, on every device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from mxnet.gluon import nn
 def drop(F, data, rate: float, axes: tuple[int, ...] = ()):
     """Drop elements of an array in training, and scale what is left by 1 / (1 - rate).
 
-    It is MXNet's own operator on GPUs too: cuDNN's draws from a state that C's ``rand`` has seeded once, which
-    `mx.random.seed` does not reach.
+    It is MXNet's own operator on GPUs too: cuDNN's draws from a state that is seeded once by C's ``rand`` and that
+    `mx.random.seed` does not affect.
 
     Parameters
     ----------
@@ -19,7 +19,7 @@ def drop(F, data, rate: float, axes: tuple[int, ...] = ()):
     rate : float
         Probability of dropping an element, in [0, 1).
     axes : tuple of int
-        Along these all share one mask.
+        Axes along which the mask is shared.
     """
     return F.Dropout(data, p=rate, axes=axes, cudnn_off=True)
 

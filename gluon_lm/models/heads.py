@@ -1,10 +1,10 @@
 """Output layers: from hidden vectors to the distribution of the next word.
 
-A head works in two parts. `Head.features` maps the hidden vectors of a window to the little that the distribution
-depends on; it is differentiable and has the head's dropout. What comes after is as wide as the vocabulary, and there
-are three ways to it, which agree. As a HybridBlock a head gives log-probabilities, for generation and export.
+A head works in two parts. `Head.features` maps the hidden vectors of a window to the features that determine the
+distribution; it is differentiable and has the head's dropout. What comes after is as wide as the vocabulary, and is
+computed in three ways, which agree. As a HybridBlock a head returns log-probabilities, for generation and export.
 `Head.losses` scores given targets, for evaluation. In training the head is the last node of the model, so
-`Head.backward` takes the loss and its gradient together. The last two are called on one chunk of rows after another
+`Head.backward` computes the loss and its gradient together. The last two are called on one chunk of rows after another
 (see `gluon_lm.losses`) and keep nothing that is as wide as the vocabulary for later.
 
 Shapes: R rows (time x batch, flattened), H width of the last layer, F width of the features, E embedding width,
@@ -28,7 +28,7 @@ from ..indexing import set_elements, set_rows
 from .dropout import Dropout
 from .precision import Affine, Products
 
-_PARTS = 4  # in which the rows of an adaptive softmax's widest group are worked on, if that is all of a chunk's
+_PARTS = 4  # in which an adaptive softmax's widest group is computed, if all rows of a chunk are in it
 _NEVER = -1e30  # a logit whose probability is 0
 
 
@@ -56,7 +56,7 @@ class TrainingHead:
     def backward(
         self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray, loss_scale: float = 1.0
     ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
-        """The loss and its gradient, that by the parameters added to theirs.
+        """The loss and its gradient with respect to the features; adds that of the parameters to theirs.
 
         Parameters
         ----------
@@ -66,18 +66,18 @@ class TrainingHead:
         logits_SV : NDArray
             Room for the logits.
         loss_scale : float
-            All gradients are multiplied by it, and the losses are not.
+            All gradients are multiplied by it, the losses are not.
 
         Returns
         -------
         losses_R : NDArray
             Negative log-likelihood of each target, in nats; not finite where the features are not.
         grad_RF : NDArray
-            Gradient of their sum by the features.
+            Gradient of their sum with respect to the features.
         """
 
     def gradient_rows(self, ids: np.ndarray) -> np.ndarray | None:
-        """Rows of the decoder that training on these targets gives a gradient; None: any."""
+        """Rows of the decoder that get a gradient from training on these targets; None: any."""
         return None
 
 
@@ -98,8 +98,8 @@ class Head(TrainingHead, gluon.HybridBlock):
     def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
         """As `TrainingHead.room_for_logits`, or of another `width`.
 
-        It is asked of the system only once: an array of that size, freed and made anew in each step, never finds its
-        old place.
+        It is allocated only once: an array of that size that is freed and allocated in each step never gets its old
+        place back.
         """
         rooms: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
         room, width = rooms.get(device), width or self.logits_width
@@ -108,7 +108,7 @@ class Head(TrainingHead, gluon.HybridBlock):
         return _corner(room, num_softmaxes, width)
 
     def for_window(self, rng: np.random.Generator) -> TrainingHead:
-        """What training on one window takes for the head: itself, or what it draws for that window."""
+        """What training on one window uses as the head: itself, or what it draws for that window."""
         return self
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Head(TrainingHead, gluon.HybridBlock):
         """Log-probabilities up to a constant for each row: ``hidden_..H -> scores_..V``, in a graph or outside."""
 
     def features(self, hidden_TNH: mx.nd.NDArray) -> mx.nd.NDArray:
-        """What the distribution after each word depends on: ``features_TNF``, here the hidden vectors themselves."""
+        """The features that determine the distribution after each word: here the hidden vectors themselves."""
         return hidden_TNH
 
     @abstractmethod
@@ -164,16 +164,17 @@ class MixtureHead(Head):
     ``p(word) = sum_k prior_k softmax(W z_k + b)[word]`` with ``prior = softmax(P h)`` and the experts' vectors
     ``z_k = tanh(L_k h + l_k)``, all equations of their section 2.4.
 
-    The loss needs the probabilities of the targets alone. With the responsibilities
-    ``r_k = prior_k p_k(target) / p(target)`` its gradient by the logits of expert k is ``r_k (p_k - onehot(target))``
-    and by the logarithm of its prior ``-r_k``: each softmax of a row is a row of its own in the plain head's way.
+    The loss needs only the probabilities of the targets. With the responsibilities
+    ``r_k = prior_k p_k(target) / p(target)`` its gradient with respect to the logits of expert k is
+    ``r_k (p_k - onehot(target))``, and to the logarithm of its prior ``-r_k``: so each softmax of a row is treated like
+    a row of the plain head.
 
     Parameters
     ----------
     vocab_size, input_size, embed_size, num_experts : int
         V, H, E and K.
     latent_dropout : float
-        Probability of dropping an element of z, the same one for all words of a window.
+        Probability of dropping an element of z, the same elements for all words of a window.
     embedding : gluon.nn.Embedding, optional
         When given, W is its matrix.
     """
@@ -209,10 +210,10 @@ class MixtureHead(Head):
         return F.log(F.maximum(probs_RV, SMALLEST_FLOAT32))
 
     def features(self, hidden_TNH):
-        """The experts' vectors, one after the other, and the logarithms of their priors: F = K E + K."""
+        """The experts' vectors, concatenated, and the logarithms of their priors: F = K E + K."""
         latents_TND = self.latent_dropout(self.latent(hidden_TNH))
         logits_TNK = self.prior(hidden_TNH)
-        # Not log_softmax, which is off by as much as 1e-6 here, and by that even for a single expert.
+        # Not log_softmax, which is off by up to 1e-6 here, even for a single expert.
         shifted_TNK = mx.nd.broadcast_sub(logits_TNK, logits_TNK.detach().max(axis=-1, keepdims=True))
         log_sums_TN1 = mx.nd.log(mx.nd.exp(shifted_TNK).sum(axis=-1, keepdims=True))
         return mx.nd.concat(latents_TND, mx.nd.broadcast_sub(shifted_TNK, log_sums_TN1), dim=-1)
@@ -243,17 +244,17 @@ class MixtureHead(Head):
 
 
 class SampledHead(SoftmaxHead):
-    """A softmax that is trained on a sample of the vocabulary, and is used and evaluated as what it is: a whole one.
+    """A softmax that is trained on a sample of the vocabulary; evaluation and generation use the full softmax.
 
-    Each window draws `num_sampled` different words from a log-uniform distribution over ids, which suits words in order
+    Each window draws `num_sampled` distinct words from a log-uniform distribution over ids, which suits words in order
     of falling frequency (Zipf's law); see `SampledSoftmax`.
 
     Parameters
     ----------
     vocab_size, input_size, embedding
-        As of `SoftmaxHead`.
+        As in `SoftmaxHead`.
     num_sampled : int
-        At most V. With all V words training is that of `SoftmaxHead`.
+        At most V. With all V words, training equals that of `SoftmaxHead`.
     """
 
     def __init__(self, vocab_size: int, input_size: int, num_sampled: int, embedding=None, **kwargs) -> None:
@@ -262,35 +263,35 @@ class SampledHead(SoftmaxHead):
         self._probs_V = np.log1p(1 / np.arange(1.0, vocab_size + 1)) / np.log(vocab_size + 1)
 
     def for_window(self, rng):
-        # Words that arrive at random, word w at the rate p(w), come in the order in which they would first turn up
-        # in draws from p, one after another.
+        # If word w arrives at random with rate p(w), the order of first arrivals is that of first occurrences in
+        # successive draws from p.
         arrivals_V = rng.standard_exponential(self.vocab_size) / self._probs_V
         if self._num_sampled == self.vocab_size:
             return SampledSoftmax(self, np.arange(self.vocab_size), np.ones(self.vocab_size))
         first = np.argpartition(arrivals_V, self._num_sampled)
-        # Given when the next one came, each of them was in time with a probability that depends on nothing else.
+        # Given the next one's arrival, each word has arrived before it with a probability of its own, independently.
         next_arrival = arrivals_V[first[self._num_sampled]]
         return SampledSoftmax(self, np.sort(first[: self._num_sampled]), -np.expm1(-next_arrival * self._probs_V))
 
 
 class SampledSoftmax(TrainingHead):
-    """The loss that a `SampledHead` is trained with on one window: a softmax over each target and the same sample.
+    """The training loss of a `SampledHead` on one window: a softmax over each target and one sample shared by all.
 
     Importance sampling as in Jozefowicz et al. 2016, "Exploring the Limits of Language Modeling", section 3.1: the
-    logarithm of how often each word is expected in the sample is subtracted from its logit, the target's among them,
-    and a word of the sample that is a row's target does not count in that row a second time. The expected counts are
-    exact: the sum over the sample of ``f(w) / expected(w)`` has the mean ``sum_w f(w)`` for every f (Cohen & Kaplan
-    2007, "Summarizing Data using Bottom-k Sketches", section 5).
+    logarithm of each word's expected count in the sample is subtracted from its logit, including the target's, and a
+    word of the sample that is a row's target does not count in that row a second time. The expected counts are exact:
+    the sum over the sample of ``f(w) / expected(w)`` has the mean ``sum_w f(w)`` for every f (Cohen & Kaplan 2007,
+    "Summarizing Data using Bottom-k Sketches", section 5).
 
-    The loss is of a choice among some thousand words, so it is well below the negative log-likelihood.
+    The loss is over some thousand words only, so it is well below the negative log-likelihood.
 
     Parameters
     ----------
     head : SampledHead
     ids_S : ndarray of int
-        The sample, rising.
+        The sample, in ascending order.
     expected_V : ndarray
-        For each word of the vocabulary the probability of being in it.
+        For each word of the vocabulary, its probability of being in the sample.
     """
 
     def __init__(self, head: SampledHead, ids_S: np.ndarray, expected_V: np.ndarray) -> None:
@@ -305,12 +306,12 @@ class SampledSoftmax(TrainingHead):
         return np.append(ids, self.ids_S)
 
     def backward(self, features_RF, targets_R, logits_RC, loss_scale=1.0):
-        ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: nothing is waited for
+        ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: this does not block
         ones_1F = mx.nd.ones((1, features_RF.shape[1]), ctx=device)
         features_RF.attach_grad()
         with mx.autograd.record():
             # The first column is overwritten by the targets, and its gradient is zero. All rows are looked up at once:
-            # of two look-ups in one matrix autograd adds up the gradients as two whole matrices.
+            # for two look-ups in one matrix, autograd would sum two gradients of the whole matrix.
             rows, biases = self._rows(np.concatenate([self.ids_S[:1], self.ids_S, ids_R]), device)
             num_columns = len(self.ids_S) + 1
             weight_CF, weight_RF = rows[:num_columns], rows[num_columns:]
@@ -340,7 +341,7 @@ class SampledSoftmax(TrainingHead):
         correction = mx.nd.array(np.log(self.expected_V[ids]), ctx=device, dtype="float32")
         places = mx.nd.array(ids, ctx=device, dtype="int32")
         rows = mx.nd.Embedding(places, weight_VF, input_dim=weight_VF.shape[0], output_dim=weight_VF.shape[1])
-        # Not `take`, whose gradient by a vector a single thread of the GPU adds up.
+        # Not `take`: its gradient with respect to a vector is summed by a single thread of the GPU.
         biases = mx.nd.Embedding(places, bias_V.reshape((-1, 1)), input_dim=bias_V.shape[0], output_dim=1)
         return rows, biases.reshape((-1,)) - correction
 
@@ -350,15 +351,15 @@ class AdaptiveHead(Head):
 
     A shortlist of the most frequent words and one entry for each group of rarer ones share a softmax over the whole
     hidden vector. Within group i, counted from 1, ``p(word) = p(group) softmax(W_i P_i h + b_i)[word]``, where P_i
-    makes h ``4^i`` times narrower. Training and evaluation compute the shortlist for every row, and each group for the
-    rows alone whose target is in it; generation and export need all words, and so all groups.
+    makes h ``4^i`` times narrower. Training and evaluation compute the shortlist for every row, and each group only for
+    the rows whose target is in it; generation and export need all words, and so all groups.
 
     Parameters
     ----------
     vocab_size, input_size : int
         V and H.
     cutoffs : sequence of int
-        Rising, below V: the first id of each group. Ids are in order of falling frequency.
+        Ascending, below V: the first id of each group. Ids are in order of falling frequency.
     """
 
     def __init__(self, vocab_size: int, input_size: int, cutoffs: Sequence[int], **kwargs) -> None:
@@ -366,7 +367,7 @@ class AdaptiveHead(Head):
         self._bounds = [*cutoffs, vocab_size]
         sizes = [stop - start for start, stop in zip(self._bounds, self._bounds[1:])]
         num_entries = self._bounds[0] + len(sizes)
-        # A quarter of a chunk's rows at a time have room for the widest group; seldom are so many in it.
+        # There is room for a quarter of a chunk's rows in the widest group at a time; seldom are that many in it.
         self.logits_width = max(num_entries, -(-max(sizes, default=0) // _PARTS))
         with self.name_scope():
             self.shortlist = nn.Dense(num_entries, in_units=input_size, flatten=False)
@@ -421,8 +422,8 @@ class AdaptiveHead(Head):
     def _look_up(
         self, targets_R: mx.nd.NDArray
     ) -> tuple[mx.nd.NDArray, Iterator[tuple[_Group, mx.nd.NDArray, mx.nd.NDArray]]]:
-        """Each target's entry of the shortlist; and for each group with targets in it their rows and places in it."""
-        ids_R, device = targets_R.asnumpy(), targets_R.context  # they came from the host: nothing is waited for
+        """Each target's entry in the shortlist; and, for each group with targets, their rows and positions in it."""
+        ids_R, device = targets_R.asnumpy(), targets_R.context  # they came from the host: this does not block
         groups_R = np.searchsorted(self._bounds, ids_R, side="right")  # 0: the shortlist
         entries_R = np.where(groups_R == 0, ids_R, self._bounds[0] - 1 + groups_R)
 
@@ -450,7 +451,7 @@ class _Group(gluon.HybridBlock):
         return F.log_softmax(self.decoder(self.projection(hidden_RH)), axis=-1)
 
     def parts(self, num_rows: int, room_SV: mx.nd.NDArray) -> Iterator[tuple[slice, mx.nd.NDArray]]:
-        """Cut rows so that the logits of each part fit into the room; with each its place there."""
+        """Cut rows so that the logits of each part fit into the room; yields each with its part of the room."""
         width = self.decoder.weight.shape[0]
         most = max(1, room_SV.size // width)
         for start in range(0, num_rows, most):
@@ -464,10 +465,10 @@ def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -
 
 
 class _Softmax:
-    """Softmaxes of an affine map on their way to the gradient, in the memory of one array of logits.
+    """Softmaxes of an affine map and their gradient, in the memory of one array of logits.
 
     The gradient of ``-log softmax(z)[y]`` is ``softmax(z) - onehot(y)``, and the affine map does not need its own
-    output to go back: so the array holds first the logits, then the probabilities, then their gradient.
+    output in the backward pass: so the array holds first the logits, then the probabilities, then the gradient.
     """
 
     def __init__(self, affine: Affine, targets_S: mx.nd.NDArray) -> None:
@@ -480,9 +481,9 @@ class _Softmax:
         return mx.nd.log(mx.nd.maximum(self._target_probs_S, SMALLEST_FLOAT32))
 
     def backward(self, weights: mx.nd.NDArray | float) -> mx.nd.NDArray:
-        """Gradient of the weighted sum of losses by the inputs; that by the decoder's parameters is added to theirs.
+        """Gradient of the weighted sum of losses with respect to the inputs; adds that of the decoder's parameters.
 
-        The weights are one for all, or an array (S, 1).
+        The weights are a single number, or an array (S, 1).
         """
         grad_SV, targets_S = self._probs_SV, self._targets_S
         numbers_S = mx.nd.arange(targets_S.shape[0], ctx=targets_S.context, dtype="int32")
@@ -501,12 +502,12 @@ def _target_log_probs(decoder, inputs_SE, targets_S, logits_SV):
 
 
 def _corner(room, num_rows, width):
-    """The first elements of an array as one of shape (num_rows, width), in the same memory."""
+    """The first elements of an array, as an array of shape (num_rows, width) in the same memory."""
     return room.reshape((-1,))[: num_rows * width].reshape((num_rows, width))
 
 
 def _add_to_rows(array, rows_P, values):
-    """Add to different rows of an array."""
+    """Add to rows of an array, all different."""
     set_rows(array, rows_P, mx.nd.take(array, rows_P) + values)
 
 
@@ -515,7 +516,7 @@ def _log_sum_exp(values_RK):
     return mx.nd.log(mx.nd.exp(values_RK - largest_R1).sum(axis=-1)) + largest_R1.reshape((-1,))
 
 
-# From the configuration, the number of words, and the embedding where its matrix is the head's too.
+# From the configuration, the number of words, and the embedding if the head shares its matrix.
 HEADS: dict[str, Callable[[ModelConfig, int, nn.Embedding | None], Head]] = {
     "softmax": lambda config, vocab_size, tied: SoftmaxHead(vocab_size, config.layer_sizes[-1], tied),
     "mixture": lambda config, vocab_size, tied: MixtureHead(

@@ -19,7 +19,7 @@ from .precision import HalfProducts, check_half_precision, in_float16
 from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
 _BLOCK = 1 << 22
-State = list  # of NDArrays (1, N, H), layer after layer; an LSTM layer has hidden and cell
+State = list  # of NDArrays (1, N, H), layer by layer; an LSTM layer has hidden and cell
 
 
 class WordEmbedding(nn.Embedding):
@@ -27,7 +27,8 @@ class WordEmbedding(nn.Embedding):
 
     Whole words: Gal & Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks";
     Merity et al. 2017, section 4.3. A word or element that is dropped is dropped wherever the word occurs in the
-    window, and what is left is scaled by 1 / (1 - p). The matrix stays whole, so that a tied output layer sees it all.
+    window, and the rest is scaled by 1 / (1 - p). The matrix itself is not masked, so a tied output layer uses all of
+    it.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class WordEmbedding(nn.Embedding):
             mask_TN1 = F.Embedding(tokens_TN, mask_V1, input_dim=self._vocab_size, output_dim=1)
             embedded_TNE = F.broadcast_mul(embedded_TNE, mask_TN1)
         if self._element_dropout:
-            # One row of mask for each different word of the window, and not one for each word of the vocabulary.
+            # One row of the mask for each distinct word of the window, not for each word of the vocabulary.
             ones_RE = F.ones_like(F.BlockGrad(F.reshape(embedded_TNE, shape=(-3, 0))))
             mask_RE = drop(F, ones_RE, self._element_dropout)
             mask_TNE = F.reshape_like(F.take(mask_RE, _number_of_word(F, tokens_TN)), embedded_TNE)
@@ -60,7 +61,7 @@ class WordEmbedding(nn.Embedding):
 
 
 def _number_of_word(F, tokens_TN):
-    """Numbers 0, 1, ... for the different words of a window, in order of their ids: float32 of shape (T x N,)."""
+    """Numbers 0, 1, ... for the distinct words of a window, in order of their ids: float32 of shape (T x N,)."""
     tokens_R = F.cast(F.reshape(tokens_TN, shape=(-1,)), dtype="float32")
     order_R = F.argsort(tokens_R)
     sorted_R = F.take(tokens_R, order_R)
@@ -73,7 +74,7 @@ def _number_of_word(F, tokens_TN):
 class Encoder(gluon.HybridBlock):
     """Embedding and a stack of recurrent layers, with dropout on the input of each.
 
-    The dropout is drawn anew for each word (Zaremba et al. 2014, "Recurrent Neural Network Regularization"), or locked:
+    The dropout mask is drawn for each word (Zaremba et al. 2014, "Recurrent Neural Network Regularization"), or locked:
     one mask for all words of a window (Gal & Ghahramani 2016).
 
     Parameters
@@ -109,7 +110,7 @@ class Encoder(gluon.HybridBlock):
 
 
 def make_dropout(rate: float, locked: bool) -> Dropout:
-    """Dropout of elements of a (T, N, ...) array; locked, with one mask for all T."""
+    """Dropout of elements of a (T, N, ...) array; if locked, with one mask for all T."""
     return Dropout(rate, axes=(0,) if locked else ())
 
 
@@ -130,8 +131,8 @@ class LanguageModel(gluon.HybridBlock):
     """A recurrent language model over a vocabulary of words.
 
     Called as a block it maps ``tokens_TN, *states`` to ``log_probs_TNV, *new_states``. Training calls
-    `training_encoder`, `output_dropout` and `head` apart, evaluation `encoder` and `head`, because the head works on
-    chunks of rows.
+    `training_encoder`, `output_dropout` and `head` separately, and evaluation `encoder` and `head`, because the head
+    works on chunks of rows.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ class LanguageModel(gluon.HybridBlock):
     vocab_size : int
     """
 
-    _float16_encoder: tuple[gluon.SymbolBlock, ...] = ()  # or as an attribute it would count as a part of the model
+    _float16_encoder: tuple[gluon.SymbolBlock, ...] = ()  # in a tuple, or it would be registered as a child block
 
     def __init__(self, config: ModelConfig, vocab_size: int, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -162,7 +163,7 @@ class LanguageModel(gluon.HybridBlock):
         ]
 
     def named_parameters(self) -> dict[str, gluon.Parameter]:
-        """Each parameter once, by the path of its block: a tied matrix goes by the embedding's name."""
+        """Each parameter once, by the path of its block: a tied matrix has the embedding's name."""
         named, seen = {}, set()
         for name, parameter in self._collect_params_with_prefix().items():
             if parameter not in seen:
@@ -171,9 +172,9 @@ class LanguageModel(gluon.HybridBlock):
         return named
 
     def gradient_rows(self, window: Window, head: TrainingHead) -> dict[str, np.ndarray]:
-        """Rows outside of which training on a window gives no gradient, for parameters that have such: ids by name.
+        """For parameters where only some rows get a gradient from training on a window: the ids of these, by name.
 
-        `head` is what `Head.for_window` gave for that window.
+        `head` is what `Head.for_window` returned for that window.
         """
         words = window.tokens_TN.reshape(-1)
         by_head = head.gradient_rows(window.targets_TN.reshape(-1)[: window.num_targets])
@@ -192,8 +193,8 @@ class LanguageModel(gluon.HybridBlock):
         a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale
         1 and shift 0, but 1 for the forget gate.
 
-        Gradients are added up from now on (``grad_req`` ``"add"``): a training loop of one's own clears them before
-        each step, by ``model.collect_params().zero_grad()``.
+        Gradients are accumulated from now on (``grad_req`` ``"add"``): a custom training loop must clear them before
+        each step, with ``model.collect_params().zero_grad()``.
         """
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
@@ -202,7 +203,7 @@ class LanguageModel(gluon.HybridBlock):
             parameter.initialize(mx.init.Zero(), ctx=devices)
             values = parameter.data(devices[0])
             flat = values.reshape((-1,))
-            for start in range(0, values.size, _BLOCK):  # numpy draws in float64: a large matrix twice over
+            for start in range(0, values.size, _BLOCK):  # numpy draws in float64, twice the size of the matrix
                 stop = min(start + _BLOCK, values.size)
                 flat[start:stop] = rng.uniform(centre - bound, centre + bound, stop - start)
                 beat()
@@ -226,14 +227,15 @@ class LanguageModel(gluon.HybridBlock):
     def hybridize_for_use(self, by_layer: bool = False) -> None:
         """Compile the encoder into one graph that keeps its memory from call to call.
 
-        The head stays as it is: its few operators work in place on a chunk of logits, and a graph of its own would hold
-        several chunks for good.
+        The head is not compiled: its few operators work in place on a chunk of logits, and a graph would hold several
+        chunks permanently.
 
         Parameters
         ----------
         by_layer : bool
-            Make a graph of each layer. MXNet hands out the gradients of a graph all at once, when it has gone back
-            through the whole of it; so those of the last layer can travel while the layers before are computed.
+            Make a graph of each layer. MXNet releases the gradients of a graph all at once, after the backward pass
+            through all of it; with a graph per layer, those of the last layer can be sent while the earlier layers are
+            computed.
         """
         for block in (self.encoder.embedding, *self.encoder.layers) if by_layer else (self.encoder,):
             block.hybridize(static_alloc=True)
@@ -241,13 +243,14 @@ class LanguageModel(gluon.HybridBlock):
     def train_in_half_precision(self, kind: str) -> None:
         """Let training compute products in ``bfloat16`` or ``float16`` from now on; nothing else changes.
 
-        The output layer's products are, but for those of a `SampledSoftmax`, which stay float32. The recurrent layers'
-        are in ``float16``, and stay float32 beside ``bfloat16``, which MXNet's recurrent operator has not.
+        This applies to the products of the output layer, except for those of a `SampledSoftmax`, which stay float32.
+        The recurrent layers use ``float16`` as well, but stay float32 with ``bfloat16``, which MXNet's recurrent
+        operator does not support.
 
         Raises
         ------
         ConfigError
-            Where a device of the model cannot.
+            If a device of the model does not support it.
         """
         for device in self.encoder.embedding.weight.list_ctx():
             check_half_precision(kind, device)

@@ -1,8 +1,8 @@
-"""Training with matrix products in half precision: parameters, their gradients and all else stay float32.
+"""Training with matrix products in half precision: parameters, their gradients and everything else stay float32.
 
-MXNet's automatic mixed precision has lists of the operators that may compute in half precision, and a pass that puts
-casts into a graph; the encoder's graph goes through it. The head is no graph: between its forward and
-backward products the logits are worked on in float32. So its products are cast here, by the same operator.
+MXNet's automatic mixed precision has lists of the operators that may compute in half precision, and a pass that
+inserts casts into a graph; the encoder's graph goes through it. The head is not a graph: between its forward and
+backward products the logits are processed in float32. So its products are cast here, by the same operator.
 
 Shapes: S rows of inputs, E their width, V width of the output.
 """
@@ -25,21 +25,21 @@ from ..errors import ConfigError
 from ..processors import cpu_flags
 
 DTYPES = {"bfloat16": amp.amp.bfloat16, "float16": np.dtype(np.float16)}
-# Elements that are cast at a time where the whole would have to be kept; on a GPU each piece takes a launch more.
+# Elements that are cast at a time, so that the cast of the whole need not be kept; on a GPU each piece is a launch.
 _BLOCK = {"cpu": 1 << 20, "gpu": 1 << 24}
-# For each number of rows that it meets, oneDNN keeps a float32 copy of the output of a half-precision product for good,
-# and windows of random length make many: so the forward pass is cut into pieces that come in few sizes.
+# For each number of rows that it meets, oneDNN permanently keeps a float32 copy of the output of a half-precision
+# product, and windows of random length make many: so the forward pass is cut into pieces of few different sizes.
 FORWARD_ROWS = 512
 FORWARD_MULTIPLE = 64
 
 
 def check_half_precision(kind: str, device: mx.Context) -> None:
-    """Make sure that a device computes products in ``bfloat16`` or ``float16``.
+    """Make sure that a device can compute products in ``bfloat16`` or ``float16``.
 
     Raises
     ------
     ConfigError
-        Naming what it lacks.
+        Naming what is missing.
     """
     if kind not in DTYPES:
         raise ConfigError(f"{kind}: must be one of {', '.join(DTYPES)}")
@@ -66,7 +66,7 @@ def check_half_precision(kind: str, device: mx.Context) -> None:
 
 
 class Affine:
-    """``inputs W^T + b`` of a layer on its way to the gradient, in float32.
+    """``inputs W^T + b`` of a layer, and its gradient, in float32.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class Affine:
     Attributes
     ----------
     output_SV : NDArray
-        The result. The map does not need it to go back, so its memory may take what is made of it.
+        The result. The backward pass does not need it, so its memory may be reused for what is computed from it.
     """
 
     def __init__(self, layer: nn.Dense, inputs_SE: mx.nd.NDArray, output_SV: mx.nd.NDArray) -> None:
@@ -88,7 +88,7 @@ class Affine:
         self.output_SV = _recorded(inputs_SE, layer.weight.data(device), layer.bias.data(device), output_SV)
 
     def backward(self, grad_SV: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Gradient by the inputs; that by the layer's parameters is added to theirs."""
+        """Gradient with respect to the inputs; adds that of the layer's parameters to theirs."""
         self.output_SV.backward(grad_SV)
         return self._inputs_SE.grad
 
@@ -97,19 +97,19 @@ class Products:
     """How a head computes its affine maps in training: in float32."""
 
     def begin_window(self, device: mx.Context) -> None:
-        """Called before a head goes through a window on a device: the parameters may have changed."""
+        """Called before a head processes a window on a device: the parameters may have changed."""
 
     def affine(self, layer: nn.Dense, inputs_SE: mx.nd.NDArray, output_SV: mx.nd.NDArray) -> Affine:
-        """An `Affine`, or what takes its place."""
+        """An `Affine`, or what replaces it."""
         return Affine(layer, inputs_SE, output_SV)
 
 
 class HalfProducts(Products):
     """Affine maps whose three products are in half precision; what goes in and comes out is float32.
 
-    Oriented after Micikevicius et al. 2018, "Mixed Precision Training", section 3: a parameter stays float32 and is
-    cast once for each window; its gradient by each chunk of rows is added up in float32. What is as wide as the
-    vocabulary is cast twice for each chunk, the logits and their gradient.
+    Following Micikevicius et al. 2018, "Mixed Precision Training", section 3: a parameter stays float32 and is
+    cast once for each window; its gradients from the chunks of rows are summed in float32. What is as wide as the
+    vocabulary, the logits and their gradient, is cast once each per chunk.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ class _HalfAffine(Affine):
         self._products, self._parameters = products, (layer.weight, layer.bias)
         self._weight_VE, bias_V = (products.cast(parameter, device) for parameter in self._parameters)
         vocab_size = bias_V.shape[0]
-        num_padded = -(-num_rows // FORWARD_MULTIPLE) * FORWARD_MULTIPLE  # what the other rows hold does not matter
+        num_padded = -(-num_rows // FORWARD_MULTIPLE) * FORWARD_MULTIPLE  # the contents of the other rows do not matter
         inputs = products.room("inputs", (num_padded, width), device)
         outputs = products.room("outputs", (num_padded, vocab_size), device)
         self._inputs_SE, self._half_SV, self.output_SV = inputs[:num_rows], outputs[:num_rows], output_SV
@@ -177,9 +177,9 @@ class _HalfAffine(Affine):
 def fully_connected_backward(
     grad_SV: mx.nd.NDArray, inputs_SE: mx.nd.NDArray, weight_VE: mx.nd.NDArray, grads: list[mx.nd.NDArray]
 ) -> None:
-    """Write the gradients of a ``FullyConnected`` by its inputs, weight and bias into `grads`.
+    """Write the gradients of a ``FullyConnected`` with respect to its inputs, weight and bias into `grads`.
 
-    It is the operator that autograd calls, for which MXNet makes no Python function that takes arrays.
+    It is the operator that autograd calls, for which MXNet has no Python function that takes arrays.
     """
     operator, operands, num_hidden = OpHandle(), [grad_SV, inputs_SE, weight_VE], grad_SV.shape[1]
     check_call(_LIB.NNGetOpHandle(c_str("_backward_FullyConnected"), ctypes.byref(operator)))
@@ -205,8 +205,8 @@ def _add(half: mx.nd.NDArray, total: mx.nd.NDArray) -> None:
 def in_float16(block: gluon.HybridBlock, num_inputs: int, whole: gluon.Block) -> gluon.SymbolBlock:
     """A block's graph after MXNet's pass for mixed precision, with the block's own Parameters.
 
-    Recurrent layers and affine maps get their operands cast to float16 and compute in it; what comes out of the graph
-    is cast back. MXNet's pass does not look into loops, so what is computed step by step stays float32.
+    Recurrent layers and affine maps get their operands cast to float16 and compute in it; the graph's outputs are cast
+    back. MXNet's pass does not enter loops, so what is computed step by step stays float32.
 
     Parameters
     ----------
@@ -227,6 +227,6 @@ def in_float16(block: gluon.HybridBlock, num_inputs: int, whole: gluon.Block) ->
         data_names=graph.list_inputs(),
     )
     with warnings.catch_warnings():
-        # The type of the tokens, which MXNet says it cannot tell, does not matter: a table is looked up by them.
+        # The type of the tokens, which MXNet warns that it cannot infer, does not matter: they only index a table.
         warnings.filterwarnings("ignore", "Cannot decide type", UserWarning)
         return gluon.SymbolBlock(graph, inputs, params=block.collect_params())

@@ -15,7 +15,7 @@ class WeightDropLayer(gluon.HybridBlock):
     """The parameters of a recurrent layer, whose matrices have elements dropped in training.
 
     DropConnect (Wan et al. 2013, "Regularization of Neural Networks using DropConnect"; Merity et al. 2017,
-    "Regularizing and Optimizing LSTM Language Models", section 2): one mask for a whole window, what is left scaled by
+    "Regularizing and Optimizing LSTM Language Models", section 2): one mask for a whole window, the rest scaled by
     1 / (1 - p).
 
     Parameters
@@ -51,7 +51,7 @@ class WeightDropLayer(gluon.HybridBlock):
                 self.h2h_bias = self.params.get("h2h_bias", shape=(self.num_rows,), init="zeros")
 
     def drop_weights(self, F, i2h_weight, h2h_weight):
-        """The matrices of one window."""
+        """The matrices for one window."""
         if self._input_weight_drop:
             i2h_weight = drop(F, i2h_weight, self._input_weight_drop)
         if self._weight_drop:
@@ -62,16 +62,16 @@ class WeightDropLayer(gluon.HybridBlock):
 class RecurrentLayer(WeightDropLayer):
     """A single recurrent layer through MXNet's fused ``RNN`` operator (oneDNN on CPU, cuDNN on GPU).
 
-    Layers are kept apart because the operator's own dropout between layers does nothing on CPU; the stack above
-    puts dropout between them as an operator of its own. LSTM gates are ordered input, forget, candidate, output;
-    GRU gates reset, update, candidate, with the reset gate applied after the recurrent product, as cuDNN has it.
+    Layers are separate because the operator's own dropout between layers does nothing on CPU; the stack that uses them
+    inserts dropout as an operator of its own. LSTM gates are ordered input, forget, candidate, output; GRU gates reset,
+    update, candidate, with the reset gate applied after the recurrent product, as in cuDNN.
     """
 
     def hybrid_forward(self, F, inputs_TNI, *states_1NH, i2h_weight, h2h_weight, i2h_bias, h2h_bias):
         """Return ``(outputs_TNH, *states_1NH)``; the states are hidden, and cell for an LSTM."""
         matrices = self.drop_weights(F, i2h_weight, h2h_weight)
-        # The operator takes one flat vector. Joined as matrices as wide as a bias, which all four are multiples of,
-        # the copy is oneDNN's; joined as vectors it would take six times as long.
+        # The operator takes one flat vector. Concatenated as matrices as wide as a bias, of which all four are
+        # multiples, the copy is oneDNN's; concatenated as vectors it would take six times as long.
         parts = [F.reshape(part, shape=(-1, self.num_rows)) for part in (*matrices, i2h_bias, h2h_bias)]
         return F.RNN(
             inputs_TNI,
@@ -85,7 +85,7 @@ class RecurrentLayer(WeightDropLayer):
 
 
 class UnrolledLSTMLayer(WeightDropLayer):
-    """An LSTM layer computed step by step, for what the fused operator cannot do; without that it equals it.
+    """An LSTM layer computed step by step, for what the fused operator cannot do; without that the two agree.
 
     Parameters
     ----------
@@ -95,8 +95,8 @@ class UnrolledLSTMLayer(WeightDropLayer):
         Probability of dropping an element of the candidate, tanh(j), anew at each step (Semeniuta et al. 2016,
         "Recurrent Dropout without Memory Loss").
     layer_norm : bool
-        Normalise each of the four gates, and the cell state that is carried on, over the units (Ba et al. 2016, "Layer
-        Normalization"). The normalisation's shift takes the place of the biases; the forget gate's starts at 1.
+        Normalise each of the four gates, and the carried cell state, over the units (Ba et al. 2016, "Layer
+        Normalization"). The normalisation's shift replaces the biases; the forget gate's starts at 1.
     """
 
     def __init__(

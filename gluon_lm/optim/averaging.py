@@ -1,4 +1,4 @@
-"""Averaged SGD: the mean of the weights after each step (Polyak & Juditsky 1992), begun once it pays off.
+"""Averaged SGD: the mean of the weights after each step (Polyak & Juditsky 1992), from when it pays off.
 
 Merity et al. 2017, "Regularizing and Optimizing LSTM Language Models", section 3 and algorithm 1 (NT-ASGD).
 """
@@ -42,7 +42,7 @@ class WeightAverage:
         self._means = {name: mx.nd.zeros_like(weight) for name, weight in self._weights.items()}
 
     def update(self) -> None:
-        """Take in the weights as they are after a step."""
+        """Add the weights as they are after a step."""
         self.count += 1
         share = 1 / self.count
         for name, mean in self._means.items():
@@ -51,7 +51,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Within it the device's weights are the means; afterwards they are as before. Before any step: no change."""
+        """A block in which the device's weights are the means; before any step, they do not change."""
         if self.count:
             self._swap()
         try:
@@ -67,14 +67,14 @@ class WeightAverage:
             mean.copyto(weight)
             held.copyto(mean)
             del held
-            mx.nd.waitall()  # or every copy is made before the first is freed
+            mx.nd.waitall()  # otherwise every copy is made before the first is freed
 
     def state(self) -> dict[str, mx.nd.NDArray]:
         """The means by parameter name; empty before the first step."""
         return dict(self._means) if self.count else {}
 
     def load(self, means: Mapping[str, mx.nd.NDArray], count: int) -> None:
-        """Put back what `state` gave after `count` steps."""
+        """Restore what `state` returned after `count` steps."""
         self.count = count
         if count:
             for name, mean in self._means.items():

@@ -1,6 +1,6 @@
 """Registry of optimisers, and their state as plain arrays.
 
-A checkpoint must not hold pickles (`gluon.Trainer.save_states` writes one), so the state is taken out of the
+A checkpoint must not contain pickles (`gluon.Trainer.save_states` writes one), so the state is taken from the
 trainer's updaters here, and nowhere else.
 """
 
@@ -19,13 +19,13 @@ from ..indexing import set_rows
 class SGD(mx.optimizer.Optimizer):
     """Stochastic gradient descent without momentum: ``w -= lr * (rescale_grad * g + wd * w)``.
 
-    MXNet's own updates several arrays at once even where there is one, which takes twice as long on CPU.
+    MXNet's own uses the update for several arrays even for a single one, which takes twice as long on CPU.
 
     Attributes
     ----------
     rows : dict of int to NDArray of int32
-        By a parameter's number: the rows outside of which its gradient is zero, for parameters that have such. They
-        alone are updated, which is the same as long as there is no weight decay.
+        By parameter number, for parameters whose gradient is zero in all other rows: the rows to update. Without weight
+        decay, that is the same as updating all.
     """
 
     def __init__(self, **kwargs) -> None:
@@ -61,7 +61,7 @@ def create_optimizer(config: OptimConfig) -> mx.optimizer.Optimizer:
 
 
 def optimizer_state(trainer: gluon.Trainer, names: Sequence[str]) -> dict[str, mx.nd.NDArray]:
-    """State arrays of the optimiser as ``name/k``; the same on every device, so the first one's.
+    """State arrays of the optimiser as ``name/k``; those of the first device, as they are the same on all.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def optimizer_state(trainer: gluon.Trainer, names: Sequence[str]) -> dict[str, m
 def load_optimizer_state(
     trainer: gluon.Trainer, names: Sequence[str], arrays: Mapping[str, mx.nd.NDArray], num_updates: int
 ) -> None:
-    """Put back what `optimizer_state` took out, on every device.
+    """Restore what `optimizer_state` returned, on every device.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def load_optimizer_state(
     Raises
     ------
     CheckpointError
-        If the arrays are another optimiser's.
+        If the arrays belong to another optimiser or model.
     """
     optimizer = trainer._optimizer
     optimizer.begin_num_update = optimizer.num_update = num_updates

@@ -1,12 +1,12 @@
-"""Gradients of which a step fills few rows: what else is zero is neither cleared nor read nor subtracted.
+"""Gradients of which a step fills only few rows: the other rows, all zero, are not cleared, read or applied.
 
-A matrix of 267,735 words and 400 units has 428 MB. To clear its gradient, to take its norm and to update it reads and
-writes 2.5 GB, which takes longer than all products of a sampled softmax; 14,000 rows of it have 22 MB. Of an untied
+A matrix of 267,735 words and 400 units takes 428 MB. Clearing its gradient, computing its norm and updating it read and
+write 2.5 GB, which takes longer than all products of a sampled softmax; 14,000 rows of it take 22 MB. In an untied
 embedding, whatever the head, only the rows of the window's words are filled.
 
-It is exact for stochastic gradient descent without weight decay. A weight decay, Adam's moments and an average change
-every row at every step whether it was filled or not, and a reduction over devices adds up whole arrays; each of these
-therefore keeps the cost of whole matrices.
+This is exact for stochastic gradient descent without weight decay. Weight decay, Adam's moments and an average change
+every row at every step, whether it was filled or not, and a reduction over devices sums whole arrays; with any of
+these, the cost remains that of whole matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mxnet import gluon
 
 from ..indexing import set_rows
 
-_WORTH_IT = 4  # times as many rows as are filled: below that, picking them out takes as long as taking all
+_WORTH_IT = 4  # a matrix must have this many times the filled rows: otherwise gathering them saves nothing
 
 
 class FilledRows:
@@ -32,8 +32,8 @@ class FilledRows:
     Attributes
     ----------
     by_index : dict of int to NDArray of int32
-        By a parameter's number: the rows, rising, outside of which its gradient is zero. A parameter that is missing
-        may be filled all over.
+        By parameter number: the rows, ascending, outside of which its gradient is zero. A parameter that is missing may
+        have gradients everywhere.
     """
 
     def __init__(self, parameters: Mapping[str, gluon.Parameter]) -> None:
@@ -42,7 +42,7 @@ class FilledRows:
         self.by_index: dict[int, mx.nd.NDArray] = {}
 
     def note(self, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
-        """Remember, by parameter, the rows that were filled since the gradients were cleared, in any order."""
+        """Record, by parameter, the rows that were filled since the gradients were cleared, in any order."""
         self.by_index = {}
         for name, parts in rows.items():
             number, filled = self._numbers[name], np.unique(np.concatenate(parts))
@@ -65,6 +65,6 @@ class FilledRows:
             mx.nd.reset_arrays(*grads, num_arrays=len(grads))
 
     def gradients(self) -> list[mx.nd.NDArray]:
-        """The first device's gradients; where few rows are filled, these alone."""
+        """The first device's gradients; of those with few filled rows, only these rows."""
         grads = [parameter.list_grad()[0] for parameter in self._parameters]
         return [mx.nd.take(grad, self.by_index[i]) if i in self.by_index else grad for i, grad in enumerate(grads)]

@@ -1,4 +1,4 @@
-"""The curves of a report, whatever draws them: what is shown of each run, smoothing, scales and ticks."""
+"""The curves of a report, independent of what draws them: what is shown of each run, smoothing, scales and ticks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _SMOOTHED = 0.01  # standard deviation of the smoothing, as a share of the point
 _FEWEST_SMOOTHED = 20
 _MOST_LOG_TICKS = 7
 _SHORTENED_FROM = 1e9
-_LOG_FROM = 5.0  # a scale is logarithmic where the largest value is so many times the smallest
+_LOG_FROM = 5.0  # a scale is logarithmic if the largest value is this many times the smallest
 
-# Colours that can be told apart, of contrast 4.5 and more on the page's ground, and dashes to tell neighbours apart
-# without colour.
+# Colours that can be distinguished, with a contrast of at least 4.5 to the page's background, and dashes that
+# distinguish neighbours without colour.
 COLOURS = ("#0b63b5", "#b93c0a", "#19794a", "#8a3ab9", "#8a5a00", "#0b6f8a", "#be185d", "#4b5563")
 DARK_COLOURS = ("#79b8ff", "#ff9b71", "#6fd99b", "#d0a4ff", "#e6c14f", "#5fd3e8", "#ff9ecb", "#c3c9d2")
 _DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3))
 
 
 def colour_of(run: int) -> int:
-    """The place in `COLOURS` of a run's colour."""
+    """The index in `COLOURS` of a run's colour."""
     return run % len(COLOURS)
 
 
 def dashes_of(run: int) -> tuple[int, ...]:
-    """Lengths of a run's dashes and gaps, other ones where the colours begin again; none: a whole line."""
+    """Lengths of a run's dashes and gaps, different ones once the colours repeat; none: a solid line."""
     return _DASHES[(run + run // len(COLOURS)) % len(_DASHES)]
 
 
@@ -46,7 +46,7 @@ class Curve:
     steps, values : ndarray of float64, shape (n,)
         As they were logged.
     smooth : ndarray of float64, shape (n,)
-        What is drawn bold; the values themselves where they are few.
+        What is drawn bold; the values themselves if they are few.
     """
 
     run: int
@@ -67,12 +67,12 @@ class Panel:
     Attributes
     ----------
     key : str
-        Of file names.
+        For file names.
     title : str
     form : str
         How a value is written: a format specification.
     best : str
-        What is noteworthy of a curve: ``lowest``, ``highest``, or nothing.
+        Which value of a curve is worth noting: ``lowest``, ``highest``, or nothing.
     curves : list of Curve
     is_log : bool
     """
@@ -86,7 +86,7 @@ class Panel:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The lowest and the highest value on the scale; of what is bold, for a spike must not flatten all else."""
+        """The lowest and highest value on the scale; those of the bold line, as a spike must not flatten the rest."""
         bold = np.concatenate([curve.smooth for curve in self.curves])
         low, high = float(bold.min()), float(bold.max())
         if self.is_log:
@@ -101,7 +101,7 @@ class Panel:
         return float(max(curve.steps[-1] for curve in self.curves)) or 1.0
 
     def height(self, values: np.ndarray) -> np.ndarray:
-        """Where values are on the scale: 0 at the bottom, 1 at the top; what is not smoothed may be beyond."""
+        """Where values are on the scale: 0 at the bottom, 1 at the top; values that are not smoothed may exceed it."""
         low, high = self.range
         if self.is_log:
             values, low, high = np.log(values), math.log(low), math.log(high)
@@ -114,8 +114,8 @@ class Panel:
 
 
 _SAMPLED = "sampled-training-perplexity"  # over the words that a sampled softmax draws
-# Key, title, event, number, format, noteworthy, whether it is smoothed. A perplexity is the exponential of what is
-# trained, so its scale is logarithmic.
+# Key, title, event, number, format, value worth noting, whether it is smoothed. A perplexity is the exponential of the
+# loss, so its scale is logarithmic.
 _QUANTITIES = (
     ("validation-perplexity", "Validation perplexity", "valid", "perplexity", ",.2f", "lowest", False),
     ("training-perplexity", "Training perplexity", "train", "perplexity", ",.2f", "lowest", True),
@@ -130,7 +130,7 @@ _SCALES = {"peak_memory": 1e-6, "device_memory": 1e-6}
 
 
 def panels_of(runs: Sequence[RunHistory]) -> list[Panel]:
-    """The panels that at least one run has something for."""
+    """The panels for which at least one run has data."""
     panels = []
     for key, title, event, name, form, best, is_smoothed in _QUANTITIES:
         curves = []
@@ -151,9 +151,9 @@ def panels_of(runs: Sequence[RunHistory]) -> list[Panel]:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """A mean over neighbours, weighted by a bell curve about 1 % of the points wide, no later than the values.
+    """A mean over neighbours, weighted by a Gaussian about 1 % of the points wide; symmetric, so without delay.
 
-    Positive values, which all of these are, are averaged by their logarithms: for a perplexity that is the mean loss.
+    If all values are positive, their logarithms are averaged: for a perplexity that is the mean loss.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As many points as can be seen: the first, the last, and of each stretch the lowest and the highest."""
+    """No more points than can be seen: the first, the last, and the lowest and highest of each stretch."""
     if len(values) <= _MOST_POINTS:
         return steps, values
     edges = np.linspace(0, len(values), _MOST_POINTS // 2).astype(int)
@@ -184,7 +184,7 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """At most so many round numbers from `low` to `high`, evenly apart."""
+    """About `most` round numbers from `low` to `high`, evenly spaced."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough * (1 - 1e-9))
@@ -193,7 +193,7 @@ def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """A few round numbers from `low` to `high`: as many digits of each power of ten as there is room for."""
+    """A few round numbers from `low` to `high`: as many multiples of each power of ten as there is room for."""
     if high < 4 * low:
         return linear_ticks(low, high, _MOST_LOG_TICKS)
     highest = min(math.ceil(math.log10(high)), sys.float_info.max_10_exp)
@@ -209,7 +209,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def brief(value: float, form: str) -> str:
-    """A value in a format, or in few digits where it is huge, as the perplexity of a model that diverges."""
+    """A value in a format, or in few digits if it is huge, like the perplexity of a model that diverges."""
     return f"{value:{'.3g' if value >= _SHORTENED_FROM else form}}"
 
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page that asks the network for nothing. Every text of a user's is escaped on its way into it."""
+"""A report as one HTML page that loads nothing from the network. All text from users is escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..history import RunHistory, duration
 from ..metrics import finite_or_none, perplexity
 from .curves import COLOURS, DARK_COLOURS, Curve, Panel, brief, colour_of, dashes_of, linear_ticks, thinned, tick_label
 
-_SIDE = 1000  # of a plot's coordinates, which are stretched over the room that there is
+_SIDE = 1000  # of a plot's coordinates, which are stretched to the available size
 _EMPTY = "–"
 
 
@@ -32,7 +32,7 @@ class GeneratedTexts:
     ----------
     texts : list of str
     how : str
-        From what, and under which seed; or why there are none.
+        By which checkpoint, and with which seed; or why there are none.
     """
 
     texts: list[str]
@@ -48,7 +48,7 @@ def render_page(
     ----------
     runs : sequence of RunHistory
     names : sequence of str
-        How each run is called, all different.
+        The name of each run, all different.
     panels : sequence of Panel
     generated : sequence of GeneratedTexts, optional
         One for each run.
@@ -102,7 +102,7 @@ def _swatch(run: int) -> str:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What stands in a table, as HTML; numbers are aligned on the right."""
+    """A table cell's content, as HTML; numbers are right-aligned."""
 
     html: str
     is_number: bool = False
@@ -125,7 +125,7 @@ def _size(num_bytes: int | None, unit: str = " MB") -> _Cell:
 
 
 def _table(caption: str | None, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[_Cell]]]) -> str:
-    """A table whose rows have a heading each, given as HTML; on a narrow screen a row is a list of its own."""
+    """A table with a heading, given as HTML, in each row; on a narrow screen each row becomes a list."""
     first = rows[0][1]
     numbers = [False, *(cell.is_number for cell in first)]
     heads = "".join(
@@ -171,7 +171,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     )
     summaries = [run.summary() for run in runs]
     evaluated = [run for run, summary in zip(runs, summaries) if summary["best_perplexity"] is not None]
-    # The start of each stream of the text is harder to predict, so their number counts.
+    # The start of each stream of the text is harder to predict, so their number matters.
     are_alike = len({(run.corpus, run.vocab_size, run.config.training.eval_batch_size) for run in evaluated}) <= 1
     are_comparable = are_alike and len({run.text for run in evaluated if run.text is not None}) <= 1
     leads = {}
@@ -198,7 +198,7 @@ def _results(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         rows.append((escape(name), cells))
     note = "Perplexity is that of the best checkpoint; tokens per second are the median over the log."
     if not are_comparable:
-        note += " Perplexities over different texts, vocabularies or --eval-batch-size do not compare."
+        note += " Perplexities over different texts, vocabularies or --eval-batch-size are not comparable."
     return f'{_table(None, columns, rows)}\n<p class="quiet">{note}</p>'
 
 
@@ -241,7 +241,7 @@ def _configuration(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
         caption, columns = "What differs between the runs", ("Setting", *names)
     else:
         named = resolve(config_file=runs[0].folder.config, default_recipe=None).recipe
-        recipe = named if named in recipe_names() else None  # a run may come from where there are others
+        recipe = named if named in recipe_names() else None  # a run may come from a version with other recipes
         base = resolve(recipe=recipe, default_recipe=None).config
         configs = [base, *configs]
         differing = [name for name in fields if get(base, name) != get(configs[1], name)]
@@ -296,7 +296,7 @@ def _figure(panel: Panel, names: Sequence[str]) -> str:
             style = f"left: {left:.2f}%; bottom: {height:.2f}%; background: {_colour(curve.run)}"
             dots.append(f'<span class="dot" data-run="{curve.run}" style="{style}"></span>')
     told = ". ".join(_describe(panel, curve, names[curve.run]) for curve in panel.curves)
-    smoothing = "Bold is smoothed, faint is as logged. " if any(curve.is_smoothed for curve in panel.curves) else ""
+    smoothing = "Bold: smoothed, faint: as logged. " if any(curve.is_smoothed for curve in panel.curves) else ""
     title = escape(panel.title)
     return (
         f'<figure class="sheet"><figcaption><h3>{title}</h3></figcaption>\n'
@@ -330,7 +330,7 @@ def _describe(panel: Panel, curve: Curve, name: str) -> str:
 
 
 def _remarkable(panel: Panel, names: Sequence[str]) -> str:
-    """What is said below a plot until a value is read off."""
+    """The text below a plot until a value is read off."""
     if panel.best != "lowest":
         told = [f"{names[curve.run]} {brief(curve.smooth[-1], panel.form)}" for curve in panel.curves]
         return "At the end: " + ", ".join(told)
@@ -342,7 +342,7 @@ def _remarkable(panel: Panel, names: Sequence[str]) -> str:
 
 
 def _data(panel: Panel) -> str:
-    """The points of a panel as JSON, for the reading off of values; numbers only."""
+    """The points of a panel as JSON, for reading off values; numbers only."""
     curves = []
     for curve in panel.curves:
         steps, values = thinned(curve.steps, curve.smooth)

@@ -1,4 +1,4 @@
-"""The curves of a report as PNG files, by matplotlib."""
+"""The curves of a report as PNG files, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INCHES, _DOTS_PER_INCH = (8.0, 4.5), 150
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is there."""
+    """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -33,7 +33,7 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
     Path
         Each file, once it is written.
     """
-    # Not pyplot: it would choose a window system, and keeps every figure.
+    # Not pyplot: it would choose a windowing backend, and keeps every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -43,7 +43,7 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_yscale("log" if panel.is_log else "linear")
-        axes.set_ylim(*panel.range)  # before anything is drawn: finding a range of its own, matplotlib may overflow
+        axes.set_ylim(*panel.range)  # before anything is drawn: when it chooses a range itself, matplotlib may overflow
         axes.set_xlim(0, panel.last_step)
         for curve in panel.curves:
             colour = COLOURS[colour_of(curve.run)]
@@ -66,6 +66,6 @@ def write_plots(panels: Sequence[Panel], names: Sequence[str], stem: Path) -> It
         axes.legend(frameon=False)
         path = stem.with_name(f"{stem.name}-{panel.key}.png")
         with atomic_write(path) as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # a name's, once for each letter
+            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # for each letter of a run's name
             figure.savefig(file, format="png")
         yield path

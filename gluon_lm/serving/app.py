@@ -1,6 +1,6 @@
 """The web application: a form, a JSON API, a page.
 
-Handlers are coroutines of one event loop. They hand work to the engine and wait for its futures.
+Handlers are coroutines of one event loop. They pass work to the engine and wait for its futures.
 
 FastAPI reads the handlers' annotations when they are defined, so annotations are not postponed here.
 """
@@ -44,9 +44,9 @@ _Responses = dict[Union[int, str], dict[str, Any]]
 _REFUSALS = {
     408: "The request came too slowly.",
     413: "The request is too long.",
-    421: "It is addressed to a host name that is not the server's.",
+    421: "The request is addressed to a host name that is not the server's.",
     429: "Too much is waiting already; try again later.",
-    503: "The server is stopping, or the time was up.",
+    503: "The server is stopping, or the request timed out.",
 }
 _PROBLEMS: _Responses = {
     **{status: {"model": schemas.Problem, "description": what} for status, what in _REFUSALS.items()},
@@ -78,10 +78,10 @@ def create_app(
     Parameters
     ----------
     predictor : Predictor
-        The application's own from now on.
+        Only the application may use it from now on.
     limits : Limits, optional
     root_path : str, optional
-        Where a proxy puts the application, such as ``/expose/ID``. Paths may have it in front or not; a form may be
+        Where a proxy puts the application, such as ``/expose/ID``. Paths may have this prefix or not; a form may be
         sent to any path below it.
     allowed_hosts : iterable of str, optional
         As of `gluon_lm.serving.guard.Guard`.
@@ -89,7 +89,7 @@ def create_app(
     Returns
     -------
     FastAPI
-        Its engine runs from the start of the application to its end.
+        Its engine runs from the application's startup to its shutdown.
     """
     limits = limits or Limits()
     root_path = None if root_path is None else root_path.rstrip("/")
@@ -99,7 +99,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with engine:
-            yield  # until every request has been answered, or the time for that is up
+            yield  # until every request has been answered, or has timed out
 
     app = FastAPI(
         title="gluon_lm",
@@ -136,7 +136,7 @@ def create_app(
 
 @dataclass(frozen=True)
 class _Served:
-    """What answers are made with."""
+    """What the handlers need to answer requests."""
 
     predictor: Predictor
     engine: Engine
@@ -159,7 +159,7 @@ def _add_form(app: FastAPI, served: _Served, models: schemas.RequestModels) -> N
 
     @app.post(
         "/",
-        summary="Write text, asked for with a form",
+        summary="Write text, as a form asks for it",
         response_class=PlainTextResponse,
         responses=_FORM_ANSWERS,
         openapi_extra={"requestBody": {"required": True, "content": _form_content(models.Form)}},
@@ -208,7 +208,7 @@ def _add_generation(app: FastAPI, served: _Served, models: schemas.RequestModels
 def _events(
     served: _Served, request: Request, requests: list[TextRequest], given: dict[str, Any]
 ) -> AsyncIterator[str]:
-    """Put texts to work; the events that tell of them, from the words `given` at the start to the end."""
+    """Have texts written; returns the events that report them, from what is `given` at the start to the end."""
     loop, written = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
 
     def on_word(index: int, word: str) -> None:
@@ -219,7 +219,7 @@ def _events(
 
     def end(texts: asyncio.Future[Any]) -> None:
         if not texts.cancelled():
-            texts.exception()  # or, where nobody is there to hear of it, asyncio complains
+            texts.exception()  # otherwise asyncio complains that nobody has retrieved it
         written.put_nowait(None)
 
     texts.add_done_callback(end)
@@ -231,7 +231,7 @@ def _events(
             words = [await written.get()]
             while not written.empty():
                 words.append(written.get_nowait())
-            is_open = None not in words  # a word that was under way when the time was up may come after it
+            is_open = None not in words  # on a time-out, a word that was being written may come after it
             yield "".join(_event(word) for word in words if word is not None)
         error = texts.exception()
         if error is None:
@@ -244,16 +244,16 @@ def _events(
 
 
 def _add_scoring(app: FastAPI, served: _Served, models: schemas.RequestModels) -> None:
-    """How likely lines are."""
+    """Log-probabilities of lines."""
 
     @app.post(
         "/v1/score",
-        summary="How likely the model finds lines, each on its own",
+        summary="Log-probabilities of lines, each on its own",
         response_model=schemas.ScoreAnswer,
         responses=_PROBLEMS,
     )
     async def score(request: Request, asked: models.Score) -> Any:  # type: ignore[name-defined]
-        lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other sign ends a line
+        lines = asked.lines or asked.text.removesuffix("\n").split("\n")  # no other character ends a line
         tokenize = TOKENIZERS[served.predictor.tokenizer]
         request.scope[WORK].append(served.engine.score([tokenize(line) for line in lines]))
         (scores,) = await served.result(request.scope[WORK])
@@ -261,7 +261,7 @@ def _add_scoring(app: FastAPI, served: _Served, models: schemas.RequestModels) -
 
 
 def _add_status(app: FastAPI, served: _Served, metrics: RequestMetrics) -> None:
-    """What is served, whether it works, and its figures."""
+    """What is served, whether it works, and its metrics."""
     predictor, engine, limits = served.predictor, served.engine, served.limits
 
     @app.get("/v1/model", summary="What is served", response_model=schemas.ModelAnswer)
@@ -286,7 +286,7 @@ def _add_status(app: FastAPI, served: _Served, metrics: RequestMetrics) -> None:
             raise HTTPException(503, "the engine is starting, stopping or full")
         return {"ok": True}
 
-    @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def show_metrics() -> PlainTextResponse:
         figures = {
             "gluon_lm_words_total": ("counter", "Words written.", engine.num_words),
@@ -298,7 +298,7 @@ def _add_status(app: FastAPI, served: _Served, metrics: RequestMetrics) -> None:
 
 
 def _add_page(app: FastAPI, path: str, file: str, summary: str, root_path: Optional[str]) -> None:
-    """A page that lies here as a file, with its links below `root_path`."""
+    """A page from a file in this folder, with its links below `root_path`."""
     base = f'<base href="{escape(root_path or "")}/">'
     page = (_HERE / file).read_text(encoding="utf-8").replace('<base href="/">', base)
 
@@ -348,7 +348,7 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: Any) -> Response:
-        # What was sent stays out of the answer: it may be what JSON or UTF-8 cannot say.
+        # The answer does not repeat what was sent: JSON or UTF-8 may not be able to express it.
         keys = ("loc", "msg", "type")
         problems = [{key: problem[key] for key in keys} for problem in error.errors()]
         is_unread = all(tuple(problem["loc"]) == ("body",) for problem in problems)
@@ -358,7 +358,7 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: Any) -> Response:
-        if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to what no parser can read
+        if error.status_code == 400 and request.scope["path"] != "/":  # FastAPI's answer to an unreadable body
             return error_response(
                 request.scope, 422, [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
             )
@@ -374,7 +374,7 @@ def _answer_errors(app: FastAPI, limits: Limits) -> None:
 
 
 def _methods_of(app: FastAPI, request: Request) -> str:
-    """The methods that a path takes, of all its routes; HEAD where there is GET, which the guard answers."""
+    """The methods of all routes of a path; HEAD is added to GET, because the guard answers it."""
     routes = (route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE)
     methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
     return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
@@ -387,7 +387,7 @@ def _refusal(error: BaseException, limits: Limits) -> tuple[int, str]:
         return 503, str(error)
     if isinstance(error, asyncio.TimeoutError):
         return 503, f"not done within {limits.timeout:g} s; ask for less, or try again later"
-    return 500, "the server made an error; its log says which"
+    return 500, "internal error; the server's log has the details"
 
 
 def _in_words(problem: Any) -> str:

@@ -1,8 +1,8 @@
-"""The thread that alone calls MXNet, and steps the texts of all requests together.
+"""The only thread that calls MXNet; it steps the texts of all requests together.
 
 A step runs the model on a batch of a fixed number of slots, one for each text; slots without a text are padding. The
-size never changes, because matrix products of different sizes differ in their last bits: so a text under a seed is
-the same to the word, whoever else is served. Prompts and lines to score are read alone, a piece between two steps.
+size never changes, because matrix products of different sizes differ in their last bits: so a seed gives the same text,
+word for word, whoever else is served. Prompts and lines to score are read separately, in pieces between two steps.
 
 Shapes: T time, N slots, V vocabulary.
 """
@@ -32,7 +32,7 @@ _PIECES_PER_STEP = 2
 
 
 class Busy(Exception):
-    """The engine has as much to do as it may accept."""
+    """The engine has as much work as it may accept."""
 
 
 class Closed(Exception):
@@ -41,18 +41,18 @@ class Closed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class TextRequest:
-    """What one text is to be. `ValueError` for a text of no words.
+    """A text to write. `ValueError` for a text without words.
 
     Attributes
     ----------
     num_words : int
-        Its length at most.
+        Its maximum length.
     sampling : Sampling
     seed, index : int
-        They decide the words; the text is that of number `index` in `gluon_lm.generation.generator.generate`, as far
-        as rounding goes.
+        They determine the words; up to rounding, the text is number `index` of those of
+        `gluon_lm.generation.generator.generate`.
     prompt : sequence of str, optional
-        Words that come before it; without them it begins after a word drawn evenly from the vocabulary.
+        Words that come before it; without them it begins after a word drawn uniformly from the vocabulary.
     stop_at_eos : bool
         End with the first ``<eos>``.
     """
@@ -70,7 +70,7 @@ class TextRequest:
 
 
 class _Text:
-    """A text at work: its last word, which is its next input, and where its random numbers come from.
+    """A text being written: its last word, which is its next input, and the source of its random numbers.
 
     The words before that one are read first, and `states` are those after them; None: the zero state.
     """
@@ -92,8 +92,8 @@ class _Text:
 class Engine:
     """Writes texts and scores lines for many callers at once.
 
-    Use it as a context manager, once; what is unfinished when the block is left is given up with `Closed`. `generate`
-    and `score` may be called from any thread; cancelling the future that they return frees what it held before the next
+    Use it as a context manager, once; work that is unfinished when the block is left fails with `Closed`. `generate`
+    and `score` may be called from any thread; cancelling the future that they return frees its slot before the next
     step.
 
     Parameters
@@ -101,9 +101,9 @@ class Engine:
     predictor : Predictor
         Nobody else may use it while the engine runs.
     num_slots : int
-        Texts that are worked on at the same time. Padding costs as much as they do.
+        Texts that are written at the same time. Padding costs as much as they do.
     max_waiting : int
-        Texts and scorings that may wait for their turn.
+        Texts and scoring requests that may wait for their turn.
     """
 
     def __init__(self, predictor: Predictor, num_slots: int = 32, max_waiting: int = 256) -> None:
@@ -118,7 +118,7 @@ class Engine:
         self._sampler = Sampler(
             predictor.network, self._sampling, len(self._vocabulary), self._vocabulary.unk_id, predictor.device
         )
-        # What other threads touch, under the lock of `_changed`:
+        # Shared with other threads, under the lock of `_changed`:
         self._changed = threading.Condition()
         self._accepted: list[Callable[[], None]] = []
         self._unfinished: set[Future[Any]] = set()
@@ -148,7 +148,7 @@ class Engine:
         return has_room and self._is_ready.is_set() and self.is_alive and not self._is_closing
 
     def wait_until_ready(self) -> None:
-        """Wait until the first step has been taken; raises what kept it from that."""
+        """Wait until the first step has been taken; raises the error if it failed."""
         self._is_ready.wait()
         if self._failure is not None:
             raise self._failure
@@ -160,20 +160,20 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Texts and scorings that have been accepted and have no slot."""
+        """Texts and scoring requests that have been accepted and have no slot."""
         return max(0, len(self._unfinished) - self.num_live)
 
     def generate(
         self, requests: Sequence[TextRequest], on_word: Callable[[int, str], None] | None = None
     ) -> list[Future[list[str]]]:
-        """Write texts, all or none of which are accepted.
+        """Write texts; either all or none are accepted.
 
         Parameters
         ----------
         requests : sequence of TextRequest
         on_word : callable, optional
-            Takes the place of a text in `requests` and its next word, in the engine's thread: it must be quick. What it
-            raises ends that text and becomes the error of its future.
+            Called with the index of a text in `requests` and its next word, in the engine's thread: it must be quick.
+            An exception that it raises ends that text and becomes the error of its future.
 
         Returns
         -------
@@ -182,7 +182,10 @@ class Engine:
 
         Raises
         ------
-        Busy, Closed
+        Busy
+            If the engine has as much work as it may accept.
+        Closed
+            If it has not started, is stopping or has stopped.
         """
         futures: list[Future[list[str]]] = [Future() for _ in requests]
         texts = [
@@ -206,12 +209,12 @@ class Engine:
     def score(self, lines: Sequence[Sequence[str]]) -> Future[list[LineScore]]:
         """Score lines, each on its own, as `gluon_lm.scoring.score_lines` does; raises `Busy` or `Closed`."""
         future: Future[list[LineScore]] = Future()
-        ids = [self._vocabulary.encode(line) for line in lines]  # here, where what is no line is its caller's error
+        ids = [self._vocabulary.encode(line) for line in lines]  # here, so that an invalid line is the caller's error
         self._accept([future], lambda: self._pieces.append(([future], self._score(lines, ids, future))))
         return future
 
     def close(self, timeout: float) -> None:
-        """Take no more work, finish what has been accepted for as long as `timeout` seconds, and stop the thread."""
+        """Accept no more work, finish accepted work for up to `timeout` seconds, and stop the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -251,7 +254,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._reset()
-            self._step()  # padding alone: what MXNet does once, it does now
+            self._step()  # of padding alone, for what MXNet does once
         except Exception as error:
             self._failure = error
             self._fail_unfinished(error)
@@ -266,12 +269,12 @@ class Engine:
                 if self.num_live:
                     self._step()
             except Exception as error:
-                LOGGER.exception("the engine failed; all that it was working on is given up")
+                LOGGER.exception("the engine failed; all work in progress is given up")
                 self._fail_all(error)
         self._fail_all(Closed("the server is stopping"))
 
     def _wait_for_work(self) -> bool:
-        """Take in what has been accepted, sleeping while there is nothing to do; False when the thread is to end."""
+        """Take over accepted work, sleeping while there is nothing to do; False when the thread must end."""
         with self._changed:
             while not self._is_aborted and not self._accepted and not self._has_work():
                 if self._is_closing:
@@ -319,14 +322,14 @@ class Engine:
                 text.states = None
 
     def _advance_pieces(self) -> None:
-        """Read pieces, in turn, of what is to be read: a few between two steps, so that texts do not stop."""
+        """Read prompts and lines in turn, a few pieces between two steps, so that texts are not held up."""
         for _ in range(min(_PIECES_PER_STEP, len(self._pieces))):
             futures, pieces = self._pieces.popleft()
             if next(pieces, pieces) is not pieces:
                 self._pieces.append((futures, pieces))
 
     def _read_prompt(self, before: Sequence[int], texts: Sequence[_Text]) -> Iterator[None]:
-        """Read the words before the last of a prompt once for all texts that go on from it."""
+        """Read the words before the last of a prompt once for all texts that continue it."""
         states = self._predictor.begin_state(1)
         for start in range(0, len(before), _WORDS_PER_PIECE):
             piece = before[start : start + _WORDS_PER_PIECE]
@@ -351,7 +354,7 @@ class Engine:
                 losses_R, states = self._losses(tokens[piece], targets[piece], states)
                 log_probs.append(-losses_R.asnumpy())
                 num_read += max(len(losses_R), _WORDS_PER_PIECE // 4)  # one word takes about as long as these
-                if num_read >= _WORDS_PER_PIECE:  # short lines are one piece together
+                if num_read >= _WORDS_PER_PIECE:  # short lines together make one piece
                     num_read = 0
                     yield
             scores.append(LineScore.of(line, np.concatenate(log_probs), self._vocabulary))
@@ -379,7 +382,7 @@ class Engine:
                 self._slots[slot] = None
 
     def _extend(self, text: _Text, word: int) -> bool:
-        """Add a word to a text; returns whether it goes on."""
+        """Add a word to a text; returns whether it continues."""
         text.last_word = word
         text.words.append(self._vocabulary.words[word])
         self.num_words += 1

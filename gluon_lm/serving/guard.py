@@ -1,7 +1,7 @@
-"""What stands around every request: its size, its time, its client's presence, its line in the log.
+"""What guards every request: its size, its time, its client's presence, its line in the log.
 
-The application behind it may thus wait for the engine without looking left and right: it is cancelled when the client
-goes away or the time is up, and what it had put to work is then given up.
+So the application behind it need not handle disconnects and time-outs itself: it is cancelled when the client goes away
+or the time is up, and the work that it had submitted is then cancelled too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..logs import LOGGER
 from .metrics import RequestMetrics
 
 WORK = "gluon_lm.work"  # where in a request's scope the futures are that are cancelled when it ends
-OUTCOME = "gluon_lm.outcome"  # and the status, for log and metrics only, of what went wrong after an answer had begun
+OUTCOME = "gluon_lm.outcome"  # and the status, for log and metrics only, of an error after an answer had begun
 _METHODS = {"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"}
 SECONDS_TO_SEND = 10.0
-_CLIENT_GONE = 499  # the customary number, in log and metrics only
+_CLIENT_GONE = 499  # the customary status, in log and metrics only
 _STOPPING = "the server is stopping"
 
 Message = MutableMapping[str, Any]
@@ -38,7 +38,7 @@ Application = Callable[[Any, Receive, Send], Awaitable[None]]
 class Guard:
     """ASGI middleware.
 
-    A path means the same with a slash at its end as without.
+    A path means the same with and without a slash at its end.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Guard:
         Seconds for reading a request, and then for answering it. Sending has ten more, so that the application can
         still say why it stopped.
     root_path : str, optional
-        A prefix that is taken from paths, where they have it.
+        A prefix that is removed from paths that have it.
     post_paths : collection of str
         Below `root_path`, POST to any path but these goes to ``/``.
     allowed_hosts : collection of str, optional
@@ -118,7 +118,7 @@ class Guard:
         return {**scope, "path": path, "raw_path": path.encode()}
 
     async def _answer(self, scope: Any, receive: Receive, send: Send) -> tuple[int, str]:
-        """Run the application; what to refuse the request with if it has not answered, or not to the end."""
+        """Run the application; returns how to refuse the request if it has not answered, or not completely."""
         try:
             body = await asyncio.wait_for(_read(receive, self._max_body), self._timeout)
         except asyncio.TimeoutError:
@@ -131,7 +131,7 @@ class Guard:
             return 413, f"the request is longer than {self._max_body} bytes"
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if self._allowed_hosts is not None and not _is_among(host, self._allowed_hosts):
-            return 421, f"Host {_printable(host)}: is none of this server's names; see --allowed-hosts of serve"
+            return 421, f"Host {_printable(host)}: is not a name of this server; see --allowed-hosts of serve"
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:
@@ -147,7 +147,7 @@ class Guard:
             return 503, _STOPPING
         except Exception:
             LOGGER.exception("a request failed")
-            return 500, "the server made an error; its log says which"
+            return 500, "internal error; the server's log has the details"
         finally:
             for task in (gone, answer):
                 task.cancel()
@@ -155,7 +155,7 @@ class Guard:
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes | None:
-    """A request's body, whole or just too long; None if the client went away."""
+    """A request's body, complete or just too long; None if the client went away."""
     body = bytearray()
     while True:
         message = await receive()
@@ -204,5 +204,5 @@ def _is_among(host: str, allowed: frozenset[str]) -> bool:
 
 
 def _printable(sent: str) -> str:
-    """What a client sent, without what could forge a line of the log."""
+    """What a client sent, without characters that could forge a line of the log."""
     return re.sub(r"[^!-~]", "?", sent[:200])

@@ -1,4 +1,4 @@
-"""How much a server takes on."""
+"""The limits of a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import Section, integer, option, real
 class Limits(Section):
     """Bounds on one request, and on all of them together."""
 
-    slots: int = option(32, integer(1, 4096), "texts that are written at the same time, each a word a step")
+    slots: int = option(32, integer(1, 4096), "texts generated at once (the batch of each step)")
     max_waiting: int = option(256, integer(0, 65536), "texts that may wait for a slot; more are refused (429)")
     max_words: int = option(2000, integer(), "longest text")
     max_texts: int = option(8, integer(1, 4096), "most texts of one request")
@@ -25,5 +25,5 @@ class Limits(Section):
 
     @property
     def max_body(self) -> int:
-        """Bytes of a request: 12 for a character, which JSON may write as two escapes, and room for the rest."""
+        """Bytes of a request: 12 per character, which JSON may write as two escapes, and room for the rest."""
         return 12 * self.max_prompt + 8192

@@ -18,19 +18,19 @@ class RequestMetrics:
         self._seconds: dict[str, float] = {}
 
     def add(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Note a request that was answered; `route` is the pattern that matched, of which there are few."""
+        """Count a request that was answered; `route` is the pattern that matched, of which there are few."""
         self._counts[method, route, status] += 1
         buckets = self._buckets.setdefault(route, [0] * (len(_BUCKETS) + 1))
         buckets[bisect.bisect_left(_BUCKETS, seconds)] += 1
         self._seconds[route] = self._seconds.get(route, 0.0) + seconds
 
     def render(self, figures: Mapping[str, tuple[str, str, float]]) -> str:
-        """All of it as text.
+        """All metrics as text.
 
         Parameters
         ----------
         figures : mapping
-            Others, by name: type (``gauge`` or ``counter``), help and value.
+            Further metrics, by name: type (``gauge`` or ``counter``), help and value.
         """
         lines = []
         for name, (kind, what, value) in figures.items():

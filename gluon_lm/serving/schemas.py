@@ -1,4 +1,4 @@
-"""What requests and answers hold, as the API's description shows it.
+"""The contents of requests and answers, as the API's description shows them.
 
 Annotations are read when the classes are made, in Python 3.9 as well, so they are neither postponed nor written ``|``.
 """
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..generation import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from .limits import Limits
 
-_DARING = "Below 1 keeps to likely words, above 1 is more daring."
+_DARING = "Below 1 favours likely words, above 1 gives more variety."
 _GREEDY = f"Below {LOWEST_TEMPERATURE:g}: the likeliest word each time."
 
 
 class RequestModels:
-    """The classes of requests, bounded as `limits` says.
+    """The classes of requests, bounded by `limits`.
 
     Attributes
     ----------
@@ -31,17 +31,17 @@ class RequestModels:
             prompt: Optional[str] = Field(
                 None,
                 max_length=limits.max_prompt,
-                description="Words to go on from; none: one is drawn at random.",
+                description="Words to continue; none: one is drawn at random.",
             )
             top_k: Optional[int] = Field(None, ge=1, description="Draw from the k likeliest words.")
             top_p: Optional[float] = Field(
-                None, gt=0, le=1, description="Draw from the fewest words that have this probability together."
+                None, gt=0, le=1, description="Draw from the fewest likeliest words with this total probability."
             )
             seed: Optional[int] = Field(
-                None, ge=0, le=2**31 - 1, description="Decides the text; none: one is drawn, and returned."
+                None, ge=0, le=2**31 - 1, description="Determines the text; none: one is drawn, and returned."
             )
             suppress_unk: bool = Field(False, description="Never write `<unk>`.")
-            stop_at_eos: bool = Field(False, description="End a text with its first `<eos>`.")
+            stop_at_eos: bool = Field(False, description="End a text at its first `<eos>`.")
 
         class GenerateRequest(Knobs):
             model_config = ConfigDict(extra="forbid", strict=True)
@@ -49,7 +49,7 @@ class RequestModels:
             words: int = word_count(min(100, limits.max_words))
             temperature: float = Field(1.0, ge=0, le=HIGHEST_TEMPERATURE, description=f"{_DARING} {_GREEDY}")
             n: int = Field(1, ge=1, le=limits.max_texts, description="Texts to write.")
-            stream: bool = Field(False, description="Send each word when it is written, as server-sent events.")
+            stream: bool = Field(False, description="Send each word once it is written, as server-sent events.")
 
         class FormRequest(Knobs):
             model_config = ConfigDict(extra="forbid")
@@ -83,8 +83,8 @@ class RequestModels:
 class Text(BaseModel):
     """A text that was written."""
 
-    text: str = Field(description="As English is written: `<eos>` ends a line, punctuation stands at its word.")
-    words: list[str] = Field(description="As the model has them; without the prompt.")
+    text: str = Field(description="As English is written: `<eos>` ends a line, punctuation is attached to its word.")
+    words: list[str] = Field(description="As the model wrote them; without the prompt.")
 
 
 class GenerateAnswer(BaseModel):
@@ -96,15 +96,15 @@ class GenerateAnswer(BaseModel):
 
 
 class WordScore(BaseModel):
-    """How likely a word was after those before it."""
+    """The log-probability of a word, given those before it."""
 
     word: str
-    log_prob: Optional[float] = Field(description="Base e; none where it is not finite.")
+    log_prob: Optional[float] = Field(description="Base e; null if it is not finite.")
     unknown: bool = Field(description="The model does not know the word and scores it as `<unk>`.")
 
 
 class LineAnswer(BaseModel):
-    """How likely a line was; none where a number is not finite."""
+    """The log-probability of a line; null for a number that is not finite."""
 
     log_prob: Optional[float]
     perplexity: Optional[float]
@@ -118,7 +118,7 @@ class ScoreAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """What is served, and within which limits."""
+    """What is served, and with which limits."""
 
     version: str
     tokenizer: str
@@ -128,7 +128,7 @@ class ModelAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server is well."""
+    """Whether the server works."""
 
     ok: bool
 

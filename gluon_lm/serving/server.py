@@ -27,12 +27,12 @@ def run_server(app: Any, limits: Limits, listener: socket.socket) -> None:
     app : FastAPI
     limits : Limits
     listener : socket
-        Bound, and closed at the end.
+        Bound; it is closed at the end.
 
     Raises
     ------
     Exception
-        What kept the engine from starting.
+        If the engine could not start.
     """
     engine: Engine = app.state.engine
     config = uvicorn.Config(
@@ -46,11 +46,11 @@ def run_server(app: Any, limits: Limits, listener: socket.socket) -> None:
     try:
         _Server(config, engine, listener).run(sockets=[listener])
     finally:
-        engine.close(0)  # where a second Ctrl-C left no time for the application to do so
+        engine.close(0)  # in case a second Ctrl-C left no time for the application to do so
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens and, on the first signal, how much is left to do; ends well on any."""
+    """Logs where it listens and, on the first signal, how much is left to do; shuts down cleanly on any."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, listener: socket.socket) -> None:
         super().__init__(config)
@@ -61,10 +61,10 @@ class _Server(uvicorn.Server):
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._engine.wait_until_ready)
         except Exception:
-            self.force_exit = True  # nobody is to wait for what cannot be done
+            self.force_exit = True  # nothing to wait for
             await self.shutdown(sockets)
             raise
-        if self.should_exit:  # by a signal in the meantime, after which some versions would leave at once
+        if self.should_exit:  # by a signal in the meantime, after which some versions would exit at once
             await self.shutdown(sockets)
             return
         host, port, *_ = self._address
@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit:  # which leaves the rest to the event loop, and that complains of it
+        if self.force_exit:  # which leaves tasks to the event loop, and that complains about them
             tasks = list(self.server_state.tasks)
             for task in tasks:
                 task.cancel()
@@ -97,7 +97,7 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(seconds: float) -> type[asyncio.Protocol]:
-    """HTTP as uvicorn speaks it, but that connections are closed on which no request arrives whole in time.
+    """The HTTP protocol of uvicorn, but closing connections on which the head of a request does not arrive in time.
 
     So are those on which the client has stopped reading the answer.
     """
@@ -132,7 +132,7 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
             self._wait_for_reader()
 
         def _wait_for_reader(self, unread_before: float = math.inf) -> None:
-            """Close the connection once the client has read nothing for so long of what is still to be sent."""
+            """Close the connection once the client has read nothing of the remaining answer for too long."""
             self._stop_waiting()
             unread = self.transport.get_write_buffer_size()
             if unread >= unread_before:
@@ -147,7 +147,7 @@ def _protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def _watch(self) -> None:
             if self.cycle is not None and not self.cycle.response_complete:
-                self._forget()  # the head of a request is here, and the application minds the rest
+                self._forget()  # the head of a request has arrived, and the application watches the rest
             elif self._closing is None:
                 self._closing = self.loop.call_later(seconds, self.transport.close)
 

@@ -14,7 +14,7 @@ from ..errors import DistributedError
 
 
 def worker_facts(config: Config, corpus_digest: str, communicator: Communicator) -> dict[str, object]:
-    """What decides the result of a worker's steps, by name."""
+    """What determines the result of a worker's steps, by name."""
     devices = config.devices
     shared = dataclasses.replace(config, data=DataConfig(), devices=DeviceConfig())
     configuration = hashlib.sha256(shared.to_yaml().encode()).hexdigest()
@@ -31,7 +31,7 @@ def worker_facts(config: Config, corpus_digest: str, communicator: Communicator)
 
 
 def check_alike(own: dict[str, object], communicator: Communicator) -> None:
-    """Make sure that all workers are about to do the same.
+    """Make sure that all workers are set up to do the same.
 
     Raises
     ------

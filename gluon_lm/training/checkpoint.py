@@ -1,7 +1,7 @@
-"""Checkpoints: one directory each, whole or absent, with all that a resumed run needs to go on as if never stopped.
+"""Checkpoints: one directory each, complete or absent, with all that a resumed run needs to go on as if never stopped.
 
 - ``parameters.npz``: the model, by parameter name; once weights are averaged, their averages
-- ``unaveraged.npz``: then the weights that training goes on from
+- ``unaveraged.npz``: then also the weights from which training goes on
 - ``optimizer.npz``: optimiser state, by parameter name
 - ``residuals.npz``: what 2-bit compression has not sent yet, where it can be kept
 - ``carried.npz``: recurrent state between two windows, all streams side by side
@@ -53,8 +53,8 @@ TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
 _FORMAT = 2
-_TRIES = 5  # at the best checkpoint of a run that replaces it
-_UNREADABLE = (ValueError, TypeError, KeyError, mx.MXNetError)  # the last three for types that MXNet has not
+_TRIES = 5  # to read the best checkpoint of a run that replaces it meanwhile
+_UNREADABLE = (ValueError, TypeError, KeyError, mx.MXNetError)  # the last three for types that MXNet does not have
 
 _Loaded = TypeVar("_Loaded")
 
@@ -66,19 +66,19 @@ class TrainingState:
     Attributes
     ----------
     step, epoch, window : int
-        Steps gone through; epoch (from 0) and number, in it, of the next window.
+        Steps taken; epoch (from 0) of the next window, and its number in that.
     skipped : int
-        Steps among them that changed no parameter.
+        Steps among them that did not change the parameters.
     lr : float
     evaluated_step : int
         Step of the last evaluation on the validation text.
     best_loss, best_step : float and int, or None
-        Lowest validation loss so far, in nats a token, and the step of its checkpoint.
+        Lowest validation loss so far, in nats per token, and the step of its checkpoint.
     evaluations_since_best : int
     valid_losses : list of float
-        Of all evaluations so far but one before the first step.
+        Of all evaluations so far, except for one before the first step.
     averaging_since : int or None
-        Updates of the parameters after which they are averaged.
+        Updates of the parameters after which averaging started.
     seconds : float
         Time that training has taken since the last evaluation.
     """
@@ -110,7 +110,7 @@ class Checkpoint:
     ----------
     parameters, optimizer : dict of str to NDArray
     unaveraged : dict of str to NDArray
-        The weights behind the averages that are `parameters`; empty where these are no averages.
+        The weights, if `parameters` are their averages; otherwise empty.
     carried : list of NDArray
         Recurrent state of all streams, (1, N, H) each; empty at the start of an epoch.
     training : TrainingState
@@ -124,7 +124,7 @@ class Checkpoint:
     residuals : dict of str to NDArray
         `Communicator.residuals`.
     loss_scale : dict
-        `LossScale.state_dict`; empty where the loss was not scaled.
+        `LossScale.state_dict`; empty if the loss was not scaled.
     """
 
     parameters: Mapping[str, mx.nd.NDArray]
@@ -149,23 +149,23 @@ def save_checkpoint(
     keep: int,
     is_best: bool,
 ) -> Path:
-    """Write a checkpoint beside the others, then let ``latest`` (and ``best``) name it, then drop the oldest.
+    """Write a checkpoint next to the others, then point ``latest`` (and ``best``) to it, then remove the oldest.
 
-    Every step is one rename on a synchronised file system, so a process killed at any moment leaves whole
-    checkpoints and links to whole checkpoints.
+    Every step is one rename on a synchronised file system, so a process killed at any moment leaves complete
+    checkpoints and links to complete checkpoints.
 
     Parameters
     ----------
     keep : int
-        Newest checkpoints to keep; the best one stays besides.
+        Newest checkpoints to keep; the best one is kept in addition.
 
     Raises
     ------
     CheckpointError
-        If it cannot be written; those before it are as they were.
+        If it cannot be written; those before it are unchanged.
     """
     started = time.perf_counter()
-    final = run.checkpoint(checkpoint.training.step)  # which is there already where the same step is now evaluated
+    final = run.checkpoint(checkpoint.training.step)  # which exists already if it was saved before it was evaluated
     try:
         _check_space(run.checkpoints, checkpoint)
         with replaced_folder(final) as fresh:
@@ -205,12 +205,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint after comparing every file with its hash.
+    """Read a checkpoint after verifying the hash of every file.
 
     Raises
     ------
     CheckpointError
-        If a file is missing, unreadable or not as it was written.
+        If a file is missing, unreadable or changed.
     """
     path = Path(path)
     state = verify_checkpoint(path)
@@ -241,7 +241,7 @@ def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
 
 
 def _read_training(values: Mapping[str, Any]) -> TrainingState:
-    """From JSON; `TypeError` or `KeyError` where a value is none of its field, or is not there."""
+    """From JSON; `TypeError` if a value does not have its field's type, `KeyError` if it is missing."""
     nothing = type(None)
     types: dict[str, tuple[type, ...]] = {
         "int": (int,),
@@ -258,11 +258,12 @@ def _read_training(values: Mapping[str, Any]) -> TrainingState:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of ``state.json``, once every file fits its hash.
+    """The contents of ``state.json``, after verifying the hash of every file.
 
     Raises
     ------
     CheckpointError
+        If a file is missing or changed, or the checkpoint has another format.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -285,7 +286,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: RunFolder) -> Path:
-    """The newest checkpoint, whole or not; `CheckpointError` if there is none."""
+    """The newest checkpoint, damaged or not; `CheckpointError` if there is none."""
     checkpoints = run.saved_checkpoints()
     if not checkpoints:
         raise CheckpointError(f"{run.path}: has no checkpoint yet; train it again with --overwrite")
@@ -293,7 +294,7 @@ def newest_checkpoint(run: RunFolder) -> Path:
 
 
 def best_checkpoint(run: RunFolder) -> Path:
-    """The checkpoint with the lowest validation loss, or the newest where none was evaluated; else as above."""
+    """The checkpoint with the lowest validation loss, or the newest if none was evaluated; errors as above."""
     if run.best.exists():
         return run.best.resolve()
     newest = newest_checkpoint(run)
@@ -303,7 +304,7 @@ def best_checkpoint(run: RunFolder) -> Path:
 
 
 def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, str]]:
-    """Rename the checkpoints of steps that a run, going on from an older one, is about to take again.
+    """Rename the checkpoints of steps that a run, continuing from an older one, is about to take again.
 
     Returns
     -------
@@ -318,7 +319,7 @@ def set_aside_after(run: RunFolder, training: TrainingState) -> list[tuple[str, 
 
 
 def repair_links(run: RunFolder, training: TrainingState) -> None:
-    """Let ``best`` and ``latest`` name what a run goes on with: a kill may have come before they did."""
+    """Point ``best`` and ``latest`` to what a run continues with: it may have been killed before they were set."""
     for link, step in ((run.best, training.best_step), (run.latest, training.step)):
         checkpoint = run.checkpoint(step)
         if checkpoint.is_dir():
@@ -329,7 +330,7 @@ def repair_links(run: RunFolder, training: TrainingState) -> None:
 
 def _link(link: Path, checkpoint: Path) -> None:
     if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)  # a copy of a checkpoint, as `scp -r` puts it in the place of a link
+        shutil.rmtree(link)  # a copy of a checkpoint, which `scp -r` makes of a link
     replace_symlink(link, checkpoint)
 
 
@@ -339,8 +340,8 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     Parameters
     ----------
     name : str or Path, optional
-        As `gluon_lm.training.run_folder.find_run` takes it. Of a run folder, the best checkpoint is taken, or the
-        newest where none was evaluated.
+        As `gluon_lm.training.run_folder.find_run` takes it. From a run folder, the best checkpoint is loaded, or the
+        newest if none was evaluated.
     device : Context
 
     Returns
@@ -350,6 +351,7 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
     Raises
     ------
     CheckpointError
+        If there is no such run or checkpoint, or it is damaged.
     """
     return load_model_and_state(name, device)[:4]
 
@@ -357,7 +359,7 @@ def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageMod
 def load_model_and_state(
     name: str | Path | None, device: mx.Context
 ) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
-    """As `load_model`, and what `verify_checkpoint` returns besides."""
+    """As `load_model`, and also what `verify_checkpoint` returns."""
 
     def load(path: Path) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
         state = verify_checkpoint(path)
@@ -373,10 +375,10 @@ def load_model_and_state(
 
 
 def load_by_name(name: str | Path | None, load: Callable[[Path], _Loaded]) -> _Loaded:
-    """What `load` makes of the checkpoint that a user's name means, as for `load_model`.
+    """What `load` returns for the checkpoint that a user names, as in `load_model`.
 
-    A run that is being trained may find a new best checkpoint, and take the old one away, while that is read; then the
-    new one is.
+    A run in training may find a new best checkpoint, and remove the old one, while that is read; then the new one is
+    read.
     """
     run, path = find_run(name)
     if path is not None:
@@ -400,7 +402,7 @@ def describe_checkpoint(
     Raises
     ------
     CheckpointError
-        If `state` is none of ours.
+        If `state` is not that of a checkpoint.
     """
     try:
         training, text = _read_training(state["training"]), dict(state["text"])
@@ -432,7 +434,7 @@ def load_parameters(model: LanguageModel, path: str | Path) -> None:
     Raises
     ------
     CheckpointError
-        If it is damaged, or another model's; some parameters may have been read by then.
+        If it is damaged, or of another model; some parameters may have been read by then.
     """
     path = Path(path)
     verify_checkpoint(path)
@@ -458,7 +460,7 @@ def set_parameters(model: LanguageModel, arrays: Mapping[str, mx.nd.NDArray], or
     Raises
     ------
     CheckpointError
-        If a name or a shape is not the model's.
+        If a name or a shape differs from the model's.
     """
     parameters = model.named_parameters()
     differing = sorted(parameters.keys() ^ arrays.keys()) or [
@@ -480,13 +482,13 @@ def _of_another_model(origin: Path, differing: Sequence[str]) -> CheckpointError
 def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
     for path in run.saved_checkpoints()[:-keep]:
         if path != best:
-            path.rename(path.with_name(f".{path.name}.old"))  # so that no kill leaves a part of it under its name
+            path.rename(path.with_name(f".{path.name}.old"))  # so that a kill leaves no part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)
 
 
 def _others(path: Path) -> str:
-    """A word on the checkpoint to use instead of the one at `path`."""
+    """A hint, for messages, on the checkpoint to use instead of the one at `path`."""
     run = RunFolder(path.resolve().parent.parent)
     saved, own = run.saved_checkpoints(), run.checkpoints / path.resolve().name
     if own not in saved:  # set aside, or a copy of the user's
@@ -504,8 +506,8 @@ def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
-    # Not MXNet's own format: it remembers the device, which may not be there when it is read, and its writer does not
-    # notice when the last block of a file finds the disk full.
+    # Not MXNet's own format: it records the device, which may not exist when it is read, and its writer does not notice
+    # that the disk is full at the last block of a file.
     write_arrays(path, ((name, array.asnumpy()) for name, array in arrays.items()))
 
 

@@ -1,4 +1,4 @@
-"""A resolved command line of `train`, and what of a run may change while it goes on."""
+"""A resolved command line of `train`, and which settings of a run may change when it continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data import Corpus, Vocabulary, load_corpus
 from ..errors import ConfigError
 from ..logs import Verbosity
 
-# What a run that begins with the model of another has from that one: the architecture, and how text becomes ids.
+# What a run that begins with the model of another must take from it: the architecture, and how text becomes ids.
 FIXED = frozenset(
     {
         *("tokenizer", "min_freq", "max_vocab", "vocab"),
@@ -20,8 +20,8 @@ FIXED = frozenset(
         *("num_experts", "last_hidden_size", "layer_norm", "cutoffs"),
     }
 )
-# What stays while a run goes on: besides, what is trained, and on which windows in which order. The rest (the place of
-# the text, devices, how long, how often, and how hard it is regularised) may change.
+# What must stay when a run continues: in addition, what is trained, and on which windows in which order. The rest (the
+# place of the text, devices, durations and intervals, regularisation) may change.
 FIXED_ON_RESUME = FIXED | {
     *("num_sampled", "locked", "optimizer", "asgd"),
     *("max_seq_len_delta", "random_start", "shuffle", "batch_size", "bptt", "seed"),
@@ -41,15 +41,15 @@ class TrainCommand:
         Name of the recipe.
     save, resume, init_from : str or None
         The run folder to write, the run to continue, and the one to begin with, as the user named them. With one of
-        the last two, `config` holds the command line alone, unchecked: `over` lays it over that run's configuration.
+        the last two, `config` holds the command line alone, unchecked: `over` applies it to that run's configuration.
     overwrite, print_config, dry_run : bool
     verbosity : Verbosity
     settings : Layer
         The flags that were given.
     stem : str or None
-        What the name of a new run begins with, where `save` does not name it: the time follows.
+        What the name of a new run begins with if `save` does not name it; the time follows.
     kept_origins : mapping of str to str
-        Where the values came from, when the run began, that are now those of the run being continued.
+        For the values that are now those of the run being continued: where they came from when it began.
     """
 
     config: Config
@@ -68,20 +68,20 @@ class TrainCommand:
 
     @property
     def base(self) -> str | None:
-        """The run over whose configuration the flags are laid."""
+        """The run whose configuration the flags change."""
         return self.init_from if self.resume is None else self.resume
 
     def load_corpus(self, vocabulary: Vocabulary | None) -> Corpus:
-        """The text, read with the vocabulary of the run that goes on or is begun with; None: no other run."""
+        """The text, read with the vocabulary of the run that it continues or begins with; None: no other run."""
         of_run = vocabulary is not None and "data" not in self.settings
         return load_corpus(self.config.data, vocabulary=vocabulary, of_run=of_run)
 
     def describe(self) -> str:
-        """The answer to ``--print-config``: YAML with the source of each value behind it."""
+        """The output of ``--print-config``: YAML with the source of each value after it."""
         return self.config.to_yaml({**self.sources, **self.kept_origins}, self.recipe)
 
     def with_tokenizer(self, tokenizer: str, corpus: str) -> TrainCommand:
-        """With the tokenizer that the corpus was read with, so that other text is read alike later."""
+        """With the tokenizer that the corpus was read with, so that other text is later read in the same way."""
         if self.config.data.tokenizer == tokenizer:
             return self
         data = dataclasses.replace(self.config.data, tokenizer=tokenizer)
@@ -104,7 +104,7 @@ class TrainCommand:
         fixed : set of str
             Fields that may not differ from the run's.
         is_same_run : bool
-            Whether the run itself goes on, and its values keep their origin; another one has them from this run.
+            Whether the run itself continues, so that its values keep their origins; for another, they are this run's.
 
         Raises
         ------
@@ -114,7 +114,7 @@ class TrainCommand:
         before = resolve(config_file=config_file, default_recipe=None).config
         resolved = resolve(self.settings, config_file, default_recipe=None)
         was_locked = before.model.has_locked_dropout
-        if "locked" in fixed and "locked" not in self.settings:  # which by default follows rates that may change
+        if "locked" in fixed and "locked" not in self.settings:  # whose default depends on rates that may change
             model = dataclasses.replace(resolved.config.model, locked=was_locked)
             if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
                 resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
@@ -127,7 +127,7 @@ class TrainCommand:
             if value != old and name in fixed:
                 flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
                 was = f"{config_file.parent} was trained with {show(old)}"
-                problems.append(f"{flag}: {was}; leave the flag out, or train anew")
+                problems.append(f"{flag}: {was}; leave the flag out, or train a new run")
         problems += validate(resolved.config, sources)
         if problems:
             raise ConfigError(problems)

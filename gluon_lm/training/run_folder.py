@@ -1,4 +1,4 @@
-"""The folder of a run: where things lie in it, how it is made, and how a user's name for it is understood."""
+"""The folder of a run: where things are in it, how it is created, and how a user's name for it is resolved."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..files import atomic_write, check_folder, swap_folders, temporary_sibling
 from ..locks import is_in_use, sole_use
 from ..logs import LOGGER
 
-# In a run; the first two are in each of its checkpoints as well.
+# In a run; the first two are also in each of its checkpoints.
 CONFIG, VOCABULARY = "config.yaml", "vocab.txt"
 METRICS, CHECKPOINTS, BEST, LATEST = "metrics.jsonl", "checkpoints", "best", "latest"
 STATE, PARAMETERS = "state.json", "parameters.npz"  # in a checkpoint
 CHECKPOINT_PREFIX = "step-"
 FINETUNED = "finetune_model"  # a run in a run
 _SUFFIXES = (".pt", ".params")  # the references name a file where we name a folder
-_HAS_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # as shares for Windows, and cards and sticks, answer
+_HAS_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP)  # errors of Windows shares, memory cards and USB sticks
 
 
 class RunFolder:
@@ -35,7 +35,7 @@ class RunFolder:
     ----------
     path : Path
         ``config.yaml``, ``vocab.txt``, ``log.txt``, ``metrics.jsonl``, ``status.json``, ``checkpoints/step-N/``, the
-        links ``best`` and ``latest`` to two of these, and ``tensorboard/`` where it was asked for.
+        links ``best`` and ``latest`` to two of these, and ``tensorboard/`` if it was asked for.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,13 +57,13 @@ class RunFolder:
 
     @classmethod
     def stamped(cls, stem: str | Path) -> RunFolder:
-        """A new run ``<stem>-<time>``, which gets another name where that is taken until it is `created`."""
+        """A new run ``<stem>-<time>``, which gets another name if that one is taken before it is `created`."""
         run = cls(_stamped(Path(stem)))
         run._stem = Path(stem)
         return run
 
     def check_free(self, overwrite: bool) -> None:
-        """Refuse a folder that cannot be made, before anything is computed.
+        """Refuse a folder that cannot be created, before anything is computed.
 
         Raises
         ------
@@ -87,12 +87,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def created(self, config_yaml: str, vocabulary: Vocabulary, overwrite: bool = False) -> Iterator[None]:
-        """Make the folder, configuration and vocabulary in it, in one rename, and hold it as `held` does.
+        """Create the folder with configuration and vocabulary in one rename, and hold it as `held` does.
 
         Raises
         ------
         ConfigError
-            If it exists by now, is held by another process, or cannot be made; then nothing is left of it.
+            If it exists by now, is held by another process, or cannot be created; then nothing is left of it.
         """
         if self._stem is not None and self.path.exists():
             self._set_path(_stamped(self._stem))
@@ -120,10 +120,10 @@ class RunFolder:
 
     @property
     def _place(self) -> Path:
-        return Path(os.path.realpath(self.path))  # a link to a run stays one
+        return Path(os.path.realpath(self.path))  # a link to a run stays a link
 
     def _move_in(self, fresh: Path, overwrite: bool) -> None:
-        """Put the folder `fresh` where this run is or will be."""
+        """Move the folder `fresh` to where this run is or will be."""
         if overwrite and self._place.exists():
             with contextlib.ExitStack() as stack:
                 for run in [self, *map(RunFolder, finetunings(self._place))]:
@@ -158,20 +158,20 @@ class RunFolder:
 
     @property
     def is_held(self) -> bool | None:
-        """Whether a process is writing the run; None where that cannot be told."""
+        """Whether a process is writing the run; None if that is unknown."""
         return is_in_use(self._lock)
 
     def update_config(self, config_yaml: str) -> None:
-        """Replace ``config.yaml``, when a run goes on with other flags."""
+        """Replace ``config.yaml``, when a run continues with other flags."""
         with atomic_write(self.config) as file:
             file.write(config_yaml.encode("utf-8"))
 
     def checkpoint(self, step: int | None) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """The path of a step's checkpoint, which may not exist."""
         return self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
 
     def saved_checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """The checkpoints, oldest first."""
         folders = [
             p for p in self.checkpoints.glob(f"{CHECKPOINT_PREFIX}*") if p.name[len(CHECKPOINT_PREFIX) :].isdigit()
         ]
@@ -196,7 +196,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def folder_of(checkpoint: Path) -> Path:
-    """The run in which a checkpoint is, or would be; its path must not be a link."""
+    """The run to which a checkpoint belongs, which may not exist; its path must not be a link."""
     is_copy = checkpoint.name in (BEST, LATEST)  # of a run that was copied without its links
     return checkpoint.parent if is_copy else checkpoint.parent.parent
 
@@ -216,7 +216,7 @@ def free_name(path: Path) -> Path:
 
 
 def replace_symlink(link: Path, target: Path) -> None:
-    """Make `link` name `target`, which lies beside or below it, in one rename, where the file system has links."""
+    """Point `link` to `target`, which is next to or below it, in one rename, if the file system has links."""
     fresh = temporary_sibling(link)
     try:
         fresh.symlink_to(os.path.relpath(target, link.parent))
@@ -239,7 +239,7 @@ def _say_that_links_are_missing(why: str) -> None:
 
 
 def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
-    """Understand a user's name for a run.
+    """Find a run by a user's name for it.
 
     Parameters
     ----------
@@ -269,13 +269,13 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
     if not path.is_dir() and path != Path(name) and path.name == "model":
         path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
-        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/{CONFIG}"))  # as a mixture's are
+        stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/{CONFIG}"))  # as recipe mos names runs
         hint = f"; did you mean {stamped[-1].parent}?" if stamped else ""
         raise CheckpointError(
             f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
         )
     if RunFolder(path).is_there:
-        # A link such as runs/latest may name another run before this one is done with.
+        # A link such as runs/latest may point to another run before the work on this one ends.
         return RunFolder(path.resolve() if path.is_symlink() else path), None
     checkpoint = path.resolve()
     folder = folder_of(checkpoint)

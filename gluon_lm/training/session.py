@@ -1,4 +1,4 @@
-"""A training run from its command line to its exit code: begun, finetuned or continued."""
+"""A training run from its command line to its exit code: new, finetuned or continued."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     Raises
     ------
     GluonLMError
-        Before anything is written where the configuration, the text, the devices or the folder do not fit; later as
+        Before anything is written, if the configuration, the text, the devices or the folder do not fit; later as in
         `Trainer.fit`.
     """
-    problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program names all values, as a run does
+    problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program sets all values, as a run does
     if problems:
         raise ConfigError(problems)
     RunFolder(Path(save)).check_free(overwrite)
@@ -85,8 +85,8 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     ----------
     command : TrainCommand
     initial : Path, optional
-        Another run, or a checkpoint of one, whose model and vocabulary this one begins with; its text, too, unless the
-        command names the run by ``--init-from``.
+        Another run, or a checkpoint of one, whose model and vocabulary this one begins with; also whose text, unless
+        the command names the run by ``--init-from``.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     Raises
     ------
     GluonLMError
-        Before anything is written where the command, the text or the checkpoint does not fit.
+        Before anything is written, if the command, the text or the checkpoint does not fit.
     """
     communicator = _join(command)
     checkpoint, vocabulary = None, None
@@ -143,7 +143,7 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         _say_whether_averaging_starts(trainer)
-        # Given now, or at an earlier start that was killed before it wrote a checkpoint.
+        # Given now, or at an earlier start that ended before it wrote a checkpoint.
         if "lr" in command.settings or lr_of_checkpoint != command.config.optim.lr:
             trainer.state.lr = command.config.optim.lr
         if trainer.end is not None:
@@ -158,14 +158,14 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         if not communicator.is_primary:
             return trainer.fit()
         for abandoned in set_aside_after(run, checkpoint.training):
-            LOGGER.info("%s is newer than the checkpoint that was named; it is set aside as %s", *abandoned)
+            LOGGER.info("%s is newer than the named checkpoint; it is set aside as %s", *abandoned)
         repair_links(run, checkpoint.training)
         run.update_config(command.describe())
         return _fit_and_tell(trainer, run)
 
 
 def _join(command: TrainCommand) -> Communicator:
-    """The devices and the other workers; of several, only the first speaks."""
+    """The devices and the other workers; of several, only the first logs more than warnings."""
     config = command.config
     shared = math.gcd(config.training.batch_size, config.optim.small_batch_size or 0)
     communicator = create_communicator(config.devices, streams=None if device_count(config) else shared)
@@ -194,7 +194,7 @@ def _say_whether_averaging_starts(trainer: Trainer) -> None:
     if optim.ntasgd and not has_started and training.eval_every is None and training.epochs <= may_stall:
         LOGGER.log(
             NOTICE,
-            "--ntasgd: the weights are not averaged, for training ends after %d epochs (--epochs), and averaging "
+            "--ntasgd: the weights will not be averaged: training ends after %d epochs (--epochs), and averaging "
             "starts after epoch %d at the earliest (--nonmono %d)",
             training.epochs,
             may_stall,
@@ -210,7 +210,7 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     warning = check_need(need, free_memory(communicator), workers_sharing_memory(communicator))
     if warning:
         LOGGER.warning("%s", warning)
-    # Before any of them takes memory, for all on one machine look at what is free.
+    # Before any of them allocates memory, because all on one machine look at what is free.
     check_alike(worker_facts(config, corpus.digest, communicator), communicator)
     with explaining_memory_errors(need):
         model.initialize_parameters(config.training.seed, communicator.devices)
@@ -229,8 +229,8 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
     )
     if config.model.num_sampled:
         LOGGER.info(
-            "the training loss is that of a choice among %s words, drawn for each window; validation and test are over "
-            "all %s",
+            "the training loss is a sampled softmax over %s words a window and is not comparable with validation, "
+            "which is over all %s",
             f"{config.model.num_sampled + 1:,}",
             f"{len(corpus.vocabulary):,}",
         )
@@ -243,21 +243,21 @@ def _load_to_begin_with(path: Path) -> tuple[Path, Checkpoint, Vocabulary]:
 
 
 def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | None) -> None:
-    """Make sure that the output layer fits the vocabulary of a run that begins, maybe with a checkpoint of another.
+    """Make sure that the output layer fits the vocabulary of a new run, which may begin with another's checkpoint.
 
     Raises
     ------
     ConfigError
-        With every way in which it does not.
+        With everything that does not fit.
     """
     vocabulary, model = corpus.vocabulary, command.config.model
     problems = vocabulary_problems(command.config, len(vocabulary), command.sources)
-    # The order is that of the text which the vocabulary was made from, maybe another run's.
+    # The order is that of the text from which the vocabulary was made, which may be another run's.
     is_new = initial is None or (command.init_from is None and "num_sampled" in command.settings and model.num_sampled)
     if model.needs_frequency_order and is_new:
         rise = first_rise(corpus.train, vocabulary)
         if rise is not None:
-            fix = "leave --vocab out, or bring the lines of its file in that order"
+            fix = "leave --vocab out, or sort the lines of its file in that order"
             problems.append(
                 f"{'--num-sampled' if model.num_sampled else '--cutoffs'}: needs the vocabulary in order of falling "
                 f"frequency in the training text, and {rise}; " + (fix if initial is None else "leave it out")
@@ -267,7 +267,7 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
 
 
 def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) -> list[str]:
-    """What of the flags given to a resumed run is new to it and has no effect any more, a line each."""
+    """Flags given to a resumed run that are new to it but come too late to have an effect, a line each."""
     settings, optim, lines = command.settings, command.config.optim, []
     is_new = optim.when is not None and optim.when != before.when
     if "when" in settings and is_new and max(optim.when or ()) <= state.epoch:
@@ -281,7 +281,7 @@ def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) 
 
 
 def _need(config: Config, model: LanguageModel, communicator: Communicator) -> Need:
-    """The memory that a run takes, before any of it is taken."""
+    """The memory that a run will take."""
     head, training, devices = model.head, config.training, communicator.devices
     streams = (config.optim.small_batch_size or training.batch_size) // communicator.num_devices
     tokens = max(1, streams) * (training.bptt + (config.optim.max_seq_len_delta or 0))
@@ -309,14 +309,14 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
 
 
 def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
-    """What the first worker does: train, with a log in the folder of the run, and maybe write a text in the end."""
+    """The part of the first worker: train, with a log in the folder of the run, and maybe write a text in the end."""
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
         if run.path.parent.name == "runs":
             newest = run.path.parent / LATEST
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is itself a run, so it is not made a link to the newest one", newest)
-            elif newest != run.path:  # which is that link itself where --overwrite named it
+            elif newest != run.path:  # --overwrite may have named the link itself
                 try:
                     replace_symlink(newest, run.path)
                 except PermissionError as error:

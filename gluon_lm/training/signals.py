@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed, answered between two steps."""
+"""Ctrl-C, SIGTERM and a closed terminal, handled between two steps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..logs import LOGGER, detach_terminal, tolerate_closed_pipes
 
 
 class Stopped(Exception):
-    """Raised in the midst of work that a stop request ends and that starts anew when the run goes on."""
+    """Raised in the middle of work that a stop request ends, and that is done again when the run continues."""
 
 
 class StopRequest:
     """While entered, notes SIGINT, SIGTERM and SIGHUP in `signal`; a second SIGINT interrupts at once.
 
-    A SIGHUP that is ignored, as under ``nohup``, stays ignored. In a thread other than the main one, which alone may
-    answer signals, it notes none. A worker of a launcher may get every signal twice, from whoever signals all processes
-    and from the launcher, which also decides what is urgent and reads what the worker says: nothing interrupts it.
+    A SIGHUP that is ignored, as under ``nohup``, stays ignored. Only the main thread can handle signals, so in another
+    thread it notes none. A worker of a launcher may get every signal twice, from whoever signals all processes and from
+    the launcher; there, no signal interrupts it at once, as the launcher decides what is urgent and reads its output.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that such a signal ended; 0 without one."""
+        """The exit code that a shell expects after such a signal; 0 without one."""
         return 0 if self.signal is None else 128 + int(self.signal)
 
     def check(self) -> None:
@@ -47,7 +47,7 @@ class StopRequest:
             raise Stopped
 
     def take_over(self, number: int) -> None:
-        """Stop by a signal that another process of the run has got, which may have ended this one's reader as well."""
+        """Stop because of another process's signal, which may also have ended the reader of this one's output."""
         tolerate_closed_pipes()
         self.signal = signal.Signals(number)
 
@@ -74,5 +74,5 @@ class StopRequest:
         if self._has_launcher and was_asked:
             return
         then = "Ctrl-C again stops at once" if number == signal.SIGINT else "the run can go on from there"
-        with contextlib.suppress(RuntimeError):  # the signal came in the midst of a line that waits to be read
+        with contextlib.suppress(RuntimeError):  # the signal came while another line was being written
             LOGGER.info("%s: stopping after this step; %s", self.signal.name, then)

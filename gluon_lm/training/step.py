@@ -25,9 +25,9 @@ from ..optim.optimizers import SGD
 from ..optim.rows import FilledRows
 from .loss_scale import LossScale
 
-# MXNet's operator keeps room for 200 arrays, and does not look whether there are more.
+# MXNet's operator has room for 200 arrays, and does not check whether there are more.
 _CHECKED_AT_ONCE = 200
-_SAMPLES = 1  # sets these seeds apart from others that begin with the run's
+_SAMPLES = 1  # distinguishes these seeds from others that begin with the run's
 
 
 class StepResult(NamedTuple):
@@ -41,9 +41,9 @@ class StepResult(NamedTuple):
     grad_norm : float
         Global L2 norm of the mean loss's gradient, before clipping.
     stop_signals : list of int
-        The signal by which each worker was asked to stop; 0 where it was not.
+        The signal by which each worker was asked to stop; 0 if it was not.
     was_taken : bool
-        Whether the parameters were updated; not where a scaled gradient overflowed, whose norm is NaN.
+        Whether the parameters were updated; False if a scaled gradient overflowed, and its norm is then NaN.
     """
 
     loss_sum: float
@@ -57,8 +57,8 @@ class TrainingStep:
     """Forward, backward, reduce, clip, update, over the devices of a communicator.
 
     The loss is a *sum* over targets until the gradients of all devices are summed too; one factor then makes it a mean
-    and clips it, so that the arithmetic does not depend on how the batch was split. What is drawn at random does:
-    dropout masks, and the words of a sampled softmax.
+    and clips it, so that the arithmetic does not depend on how the batch was split. Random draws do: dropout masks, and
+    the words of a sampled softmax.
 
     Parameters
     ----------
@@ -71,10 +71,10 @@ class TrainingStep:
     alpha, beta : float
         Weights of the activation and the temporal activation regularisation in the loss that is minimised.
     small_batch_size : int, optional
-        Work on so many streams at a time, over all devices together, which takes less memory. It divides the batch, and
-        all workers' devices divide it. The gradients add up to the whole batch's.
+        Process this many streams at a time, over all devices together, which takes less memory. It must divide the
+        batch, and be a multiple of the number of devices. Gradients are accumulated over the whole batch.
     loss_scale : LossScale, optional
-        Where gradients pass through float16. All that comes after the backward pass sees them unscaled.
+        For gradients in float16. They are unscaled right after the backward pass.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class TrainingStep:
         self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
         self._parameters = list(model.named_parameters().values())
         for parameter in self._parameters:
-            parameter.grad_req = "add"  # head and encoder, and chunk after chunk, add to one gradient
+            parameter.grad_req = "add"  # head and encoder, and all chunks, add to one gradient
         self._filled = FilledRows(model.named_parameters())
         is_alone = communicator.size == len(communicator.devices) == 1
         self._updates_rows = is_alone and type(optimizer) is SGD and not optimizer.wd
@@ -123,22 +123,22 @@ class TrainingStep:
         window : Window
             All columns; each device of each worker takes its own.
         seed, step : int
-            The run's seed, and the steps taken before. They, the worker's rank and the device decide the dropout masks,
-            they and the place of its columns in the batch what a device samples, and nothing else does.
+            The run's seed, and the steps taken before. Dropout masks depend only on them, the worker's rank and the
+            device; the words that a device samples only on them and the position of its columns in the batch.
         stop_signal : callable
-            Gives the signal by which this worker was asked to stop, or 0; every worker knows it after this step.
+            Returns the signal by which this worker was asked to stop, or 0; every worker knows it after this step.
         upcoming : Window, optional
             The next step's, which is sent to the devices while they are busy with this one.
 
         Raises
         ------
         TrainingDiverged
-            When the loss is not finite, or the gradient where no scale of the loss can help. Neither parameters nor
-            states have changed then.
+            If the loss is not finite, or the gradient, unless a smaller scale of the loss may help. Neither parameters
+            nor states have changed then.
 
         Notes
         -----
-        MXNet's generators begin anew with each step, from a seed that `seed` and `step` decide.
+        MXNet's generators are seeded for each step, from `seed`, `step` and the worker's rank.
         """
         states = self.states
         mx.random.seed(step_seed(seed, step, self._communicator.rank))
@@ -156,7 +156,7 @@ class TrainingStep:
         numbers = [own_loss_sum, grad_norm, stop_signal()]
         loss_sums_W, grad_norms_W, signals_W = self._communicator.allgather(numbers).T
         stop_signals = signals_W.astype(int).tolist()
-        # All have the same gradient; rank 0's norm, so that all clip it alike to the last bit.
+        # All have the same gradient; rank 0's norm is used, so that all clip it identically, to the last bit.
         is_finite = np.isfinite(grad_norms_W).all()
         loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
         if not (np.isfinite(loss_sum) and np.isfinite(grad_norm)):
@@ -186,10 +186,10 @@ class TrainingStep:
         return StepResult(loss_sum, window.num_targets, grad_norm, stop_signals)
 
     def rehearse(self, window: Window) -> None:
-        """Go through a window forwards and backwards, and leave everything as it was but the memory that this takes.
+        """Process a window forwards and backwards, to allocate its memory; nothing else changes.
 
-        A window that is longer than all before it takes more memory; done once at the start, that comes as no surprise
-        after hours.
+        A window that is longer than all before it takes more memory; with the longest one rehearsed at the start,
+        training does not run out of memory hours later.
         """
         states = self.states
         self._filled.clear()
@@ -206,7 +206,7 @@ class TrainingStep:
             for some in (grads[start : start + _CHECKED_AT_ONCE] for start in range(0, len(grads), _CHECKED_AT_ONCE))
         ]
         is_finite = all(flag.asscalar() for flag in flags)
-        # All or none: a worker that went on would wait for the others, and compression would keep what is no number.
+        # All or none: a worker that went on would wait for the others, and compression would keep NaN or infinity.
         if not self._communicator.allgather([is_finite]).all():
             return False
         for grads in gradients_of_devices:
@@ -227,7 +227,7 @@ class TrainingStep:
         filled: dict[str, list[np.ndarray]] = {}
         for i, (device, share) in enumerate(zip(devices, shares)):
             for parameter in self._parameters:
-                parameter.data(device)._fresh_grad = True  # also where a short row ends before this device's columns
+                parameter.data(device)._fresh_grad = True  # even if a short row ends before this device's columns
             parts = []
             for column in range(share.start, share.stop, part_width):
                 columns = window.columns(column, column + part_width)
@@ -253,8 +253,8 @@ class TrainingStep:
     def _penalties(self, num_targets: int, window: Window, hidden_TNH, raw_TNH) -> list[mx.nd.NDArray]:
         if not (self._alpha or self._beta):
             return []
-        # Like the loss, a sum that becomes a mean when it is divided by the targets of the whole window. There are
-        # fewer pairs of neighbours than targets, and theirs is to be a mean over pairs.
+        # Like the loss, a sum that becomes a mean when it is divided by the targets of the whole window. Pairs of
+        # neighbours are fewer than targets, so beta is scaled to give a mean over pairs.
         num_pairs = max(1, window.num_targets - window.tokens_TN.shape[1])
         beta = self._beta * window.num_targets / num_pairs
         return activation_penalties(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
@@ -265,6 +265,6 @@ class TrainingStep:
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for a worker's generators at one step: their state cannot be saved, so each step starts them anew."""
+    """A 31-bit seed for a worker's generators at one step: their state cannot be saved, so each step reseeds them."""
     entropy = [seed, step, rank] if rank else [seed, step]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)

@@ -39,7 +39,7 @@ from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
 
-_SMALLEST_LR = 1e-30  # MXNet's operators refuse what float32 does not hold; far above that no weight changes any more
+_SMALLEST_LR = 1e-30  # MXNet's operators refuse rates that underflow float32; weights stop changing far above that
 CHECK_EVERY = 100  # steps after which devices and workers compare their parameters
 
 
@@ -63,10 +63,10 @@ class _Interval:
 
 
 class Trainer:
-    """Trains a model to the end of its configuration, or until asked to stop, and can be resumed from any checkpoint.
+    """Trains a model as configured, or until asked to stop, and can be resumed from any checkpoint.
 
     The learning rate is divided by ``lr_decay`` whenever the validation loss is not a new best. With ``ntasgd`` the
-    weights are averaged from the evaluation on at which validation has stalled
+    weights are averaged from the evaluation on at which the validation loss has stalled
     (`gluon_lm.optim.averaging.has_stalled`); with ``asgd`` from the first step on, until it has stalled.
 
     Parameters
@@ -88,7 +88,7 @@ class Trainer:
     DataError
         If the training text is shorter than one window for each stream.
     DistributedError
-        If the batch cannot be shared out evenly over the devices.
+        If the batch cannot be divided evenly among the devices.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
         self._eos = corpus.vocabulary.eos_id
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
-        self._upcoming: Window | None = None  # the one that was sent ahead
+        self._upcoming: Window | None = None  # the one that was sent in advance
         optim = config.optim
         self._loss_scale = LossScale() if config.training.amp == "float16" else None
         self._step = TrainingStep(
@@ -162,8 +162,8 @@ class Trainer:
     def fit(self) -> int:
         """Train, then evaluate the best model on the test text.
 
-        This is done once: the model then holds its best parameters, and the communicator is closed. To go on, build
-        another trainer and `restore` the newest checkpoint.
+        This can be done once: the model then holds its best parameters, and the communicator is closed. To continue,
+        build another trainer and `restore` the newest checkpoint.
 
         Returns
         -------
@@ -173,10 +173,11 @@ class Trainer:
         Raises
         ------
         TrainingDiverged
-            The checkpoints are as they were before the step.
+            If a loss or a gradient is not finite; the checkpoints are as they were before the step.
         OutOfMemory
+            If there is less memory than training takes.
         RuntimeError
-            The second time.
+            If it is called a second time.
         """
         if self._has_run:
             raise RuntimeError("this trainer has run; build another one and restore the newest checkpoint to go on")
@@ -200,7 +201,7 @@ class Trainer:
             self._note_end("finished" if is_whole else "stopped")
             return 0 if is_whole else stop.exit_code
         except (Exception, KeyboardInterrupt) as error:
-            with contextlib.suppress(OSError):  # what ended the run is the error to tell
+            with contextlib.suppress(OSError):  # the error that ended the run is the one to report
                 self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
             raise
         finally:
@@ -259,7 +260,7 @@ class Trainer:
                 interval = _Interval(time.perf_counter())
 
     def _must_stop(self, stop: StopRequest) -> bool:
-        """Whether a signal asks to stop, which all workers must know after the same step."""
+        """Whether to stop because of a signal, on which all workers must agree after the same step."""
         if self._communicator.size > 1 and self._agreed_signal:
             stop.take_over(self._agreed_signal)
         return stop.signal is not None and bool(self._agreed_signal or self._communicator.size == 1)
@@ -270,7 +271,7 @@ class Trainer:
         Raises
         ------
         DistributedError
-            If they have not.
+            If they differ.
         """
         communicator = self._communicator
         if communicator.num_devices == 1:
@@ -287,15 +288,15 @@ class Trainer:
         if others:
             raise DistributedError(
                 f"step {self.state.step}: the parameters of worker {', '.join(map(str, others))} are not those of "
-                "worker 0; the checkpoints before are whole. A faulty machine or another build of MXNet is likely"
+                "worker 0; earlier checkpoints are intact. A faulty machine or another build of MXNet is likely"
             )
         for rank, (_, apart) in enumerate(found):
             if apart:
                 on = ", ".join(apart) + (f" of worker {rank}" if communicator.size > 1 else "")
                 way_round = "; set MXNET_ENABLE_GPU_P2P=0, or use --kvstore local" if first.device_type == "gpu" else ""
                 raise DistributedError(
-                    f"step {self.state.step}: the parameters on {on} are not those on {first}; the checkpoints before "
-                    f"are whole. What is copied between these devices is likely damaged on its way{way_round}"
+                    f"step {self.state.step}: the parameters on {on} are not those on {first}; earlier checkpoints are "
+                    f"intact. Copies between these devices are likely corrupted{way_round}"
                 )
 
     def _take_step(self, stop: StopRequest) -> StepResult:
@@ -342,7 +343,7 @@ class Trainer:
 
     @property
     def end(self) -> str | None:
-        """The rule of its own by which the run has ended, in words; None where it goes on."""
+        """The rule of the configuration by which the run has ended, in words; None if it goes on."""
         training, optim, state = self.config.training, self.config.optim, self.state
         if state.epoch >= training.epochs:
             return f"--epochs {training.epochs} is reached"
@@ -368,11 +369,11 @@ class Trainer:
         loss = self._validation_loss(stop)
         if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"step {state.step}: validation loss {loss:g} must be finite; the checkpoints before are whole. "
+                f"step {state.step}: validation loss {loss:g} must be finite; earlier checkpoints are intact. "
                 f"The learning rate is likely too high: lower --lr (now {state.lr:g})"
             )
         state.evaluated_step = state.step
-        if state.step:  # what a finetuning begins with is compared as the best so far, and not by --nonmono
+        if state.step:  # the model that a finetuning begins with counts as the best so far, but not for --nonmono
             state.valid_losses.append(loss)
         is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
@@ -414,7 +415,7 @@ class Trainer:
         self._counts_from = time.perf_counter()
 
     def _validation_loss(self, stop: StopRequest) -> float:
-        """Rank 0's, on every worker; raises `Stopped` on all where a signal ends the evaluation."""
+        """Rank 0's, on every worker; raises `Stopped` on all if a signal ends the evaluation."""
         loss = None
         if self._communicator.is_primary:
             with contextlib.suppress(Stopped), self._averaged_weights():
@@ -426,7 +427,7 @@ class Trainer:
         return loss
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model that is evaluated: the averages, where there are any."""
+        """A block in which the model has the weights to evaluate: the averages, if there are any."""
         return contextlib.nullcontext() if self._average is None else self._average.in_place_of_weights()
 
     def _position(self) -> str:
@@ -438,7 +439,7 @@ class Trainer:
         return f"epoch {state.epoch + 1:3d} step {state.step:6d}"
 
     def _test_best(self, stop: StopRequest, heeded: signal.Signals | None) -> bool:
-        """Evaluate the best checkpoint on the test text, or the newest where none was evaluated.
+        """Evaluate the best checkpoint on the test text, or the newest if none was evaluated.
 
         Parameters
         ----------
@@ -449,7 +450,7 @@ class Trainer:
         Returns
         -------
         bool
-            Whether it was read to its end, and no signal came that had not come before.
+            Whether it was read to its end, without a new signal.
         """
 
         def check() -> None:
@@ -539,7 +540,7 @@ class Trainer:
         )
 
     def predictor(self) -> ModelPredictor:
-        """The model as it is now, for use; after `fit` the best one."""
+        """A predictor with the model as it is now; after `fit`, the best one."""
         corpus = self.corpus
         return ModelPredictor(self.model, corpus.vocabulary, corpus.tokenizer, self._communicator.devices[0])
 
@@ -560,7 +561,7 @@ class Trainer:
         self._saved_step = self.state.step
 
     def _carried_state(self) -> list[mx.nd.NDArray]:
-        """The recurrent state of all streams: arrays (1, N, H) on rank 0, on the others maybe nothing."""
+        """The recurrent state of all streams: arrays (1, N, H) on rank 0; it may be empty on the others."""
         if not self._step.states:
             return []
         own = [np.concatenate([part.asnumpy() for part in parts], axis=1) for parts in zip(*self._step.states)]
@@ -599,7 +600,7 @@ class Trainer:
         )
 
     def start_from(self, checkpoint: Checkpoint, path: Path, on_any_text: bool = False) -> None:
-        """Take over the model of another run. It is evaluated first, so that a worse one does not take its place.
+        """Begin with the model of another run. It is evaluated first, so that a worse one does not become the best.
 
         Parameters
         ----------
@@ -607,12 +608,12 @@ class Trainer:
         path : Path
             Where it is.
         on_any_text : bool
-            Whether this text may be another than that of the checkpoint.
+            Whether this text may differ from that of the checkpoint.
 
         Raises
         ------
         DataError, CheckpointError
-            As `restore`.
+            As in `restore`.
         """
         if not on_any_text:
             fix = "name the place of that text with --data, or train on this one with train --init-from"
@@ -627,7 +628,7 @@ class Trainer:
             )
 
     def _forget_best_if_gone(self) -> None:
-        """An older checkpoint may know of a best one that a later best has taken the place of since."""
+        """An older checkpoint may name a best one that a later best has replaced since."""
         state = self.state
         is_gone = state.best_step is not None and not self.run.checkpoint(state.best_step).is_dir()
         if self._communicator.broadcast_object(is_gone):  # each worker sees its own machine's folder
@@ -639,7 +640,7 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, on any number of devices that divides the batch.
+        """Continue from a checkpoint, on any number of devices that divides the batch.
 
         Raises
         ------
@@ -648,7 +649,7 @@ class Trainer:
         CheckpointError
             If the checkpoint is of another model or optimiser.
         """
-        fix = "restore the text or name its place with --data, or train anew with --overwrite"
+        fix = "restore the text or name its place with --data, or train again with --overwrite"
         self._check_corpus(checkpoint, self.run.path, fix)
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
@@ -674,7 +675,7 @@ class Trainer:
             )
         expected = [array.shape for array in self.model.begin_state(batch_size, mx.cpu())]
         if [array.shape for array in carried] != expected:
-            raise CheckpointError(f"{self.run.path}: carries a recurrent state of another shape than the model's")
+            raise CheckpointError(f"{self.run.path}: carries a recurrent state whose shape is not the model's")
         self._step.states = [
             [array[:, share].as_in_context(device) for array in carried]
             for share, device in zip(communicator.shares(batch_size), communicator.devices)
@@ -697,6 +698,6 @@ class Trainer:
 
 
 def _differ(parameters: Iterable[gluon.Parameter], first: mx.Context, other: mx.Context) -> bool:
-    """Whether the copies on two devices are not the same; compared on the first one, which is told once."""
+    """Whether the copies on two devices differ; compared on the first one, with a single read-back."""
     unlike = [(p.data(first) != p.data(other).as_in_context(first)).sum() for p in parameters]
     return bool(mx.nd.add_n(*unlike).asscalar())

@@ -390,7 +390,8 @@ def test_a_driver_that_does_not_work_or_is_too_old_is_named(monkeypatch, caplog)
     monkeypatch.setattr(device_flags, "query_driver", lambda: old)
     assert resolve_devices(DeviceConfig()) == [mx.cpu(0)]
     assert (
-        "driver runs CUDA 10.2, older than that of this MXNet" in caplog.text and "Going on with cpu(0)" in caplog.text
+        "driver runs CUDA 10.2, older than the CUDA that this MXNet" in caplog.text
+        and "Going on with cpu(0)" in caplog.text
     )
     with pytest.raises(
         DistributedError, match="--gpus 0: MXNet sees no GPU here; .* update the driver .* leave the flag"

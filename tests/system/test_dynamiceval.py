@@ -62,11 +62,11 @@ def test_a_run_whose_training_text_is_gone_needs_another_place_for_it(run):
 
     (run.path / "moved" / "train.txt").write_text("the zebra sees a cat .\n" * 120)
     refused = run.run("dynamiceval", "run", "--data", "moved", code=2)
-    assert refused.startswith("error: --data moved: has another training text than the one that run was trained on")
+    assert refused.startswith("error: --data moved: its training text is not the one that run was trained on")
     (run.path / "text").mkdir()
     for path in (run.path / "moved").iterdir():
         shutil.copy(path, run.path / "text")
-    assert "has another training text" in run.run("dynamiceval", "run", code=2)
+    assert "its training text is not the one" in run.run("dynamiceval", "run", code=2)
     (run.path / "moved" / "train.txt").unlink()
     refused = run.run("dynamiceval", "run", "--data", "moved", code=2)
     assert refused.startswith("error: moved: has no train text") and len(refused.splitlines()) == 1

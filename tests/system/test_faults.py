@@ -442,7 +442,7 @@ def test_a_text_that_was_moved_is_named_anew(project):
     for command in (("evaluate", "run"), ("train", "--resume", "run"), ("finetune", "run")):
         line = project.refused(*command)
         assert "--data text: must be a corpus" in line
-        assert line.endswith("; if the text of the run lies elsewhere now, name its place with --data")
+        assert line.endswith("; if the text of the run is elsewhere now, name its place with --data")
     assert "tokens 140" in project.run("evaluate", "run", "--data", "moved")
     project.run("train", "--resume", "run", "--epochs", 2, "--data", "moved")
     assert project.parameters("run") == project.parameters("whole")

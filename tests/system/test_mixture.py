@@ -57,7 +57,7 @@ def test_small_parts_of_a_batch_train_as_the_whole_does(project, devices):
     ("flags", "reason"),
     [
         (("--n_experts", 0), "--n-experts 0: must be a whole number, 1 or more"),
-        (("--small_batch_size", 3), "--small-batch-size 3 with --batch-size 4: the batch must be made of such parts"),
+        (("--small_batch_size", 3), "--small-batch-size 3 with --batch-size 4: the batch must be a multiple of it"),
         (
             ("--small_batch_size", 1, "--cpus", 2),
             "--small-batch-size 1: must be a multiple of the number of devices, 2",

@@ -225,7 +225,7 @@ def test_a_folder_of_runs_is_all_of_them_and_a_link_to_one_is_not_another(folder
     for name in NAMES:
         shutil.rmtree(tmp_path / "runs" / name)
     assert report(["runs"]) == 2
-    assert "error: runs: has no run that can be read; " in capsys.readouterr().err
+    assert "error: runs: has no readable run; " in capsys.readouterr().err
 
 
 def test_a_loss_that_has_run_away_and_a_name_without_glyphs_are_drawn(folder, tmp_path):
@@ -280,7 +280,7 @@ def test_texts_of_one_name_do_not_compare(folder, tmp_path):
         state.write_text(json.dumps({**content, "corpus": "another text, of the same name"}))
     page = tmp_path / "page.html"
     assert report([str(folder / NAMES[0]), str(tmp_path / "other"), "--words", "0", "--output", str(page)]) == 0
-    assert "do not compare" in page.read_text()
+    assert "are not comparable" in page.read_text()
 
 
 def test_perplexities_over_different_vocabularies_or_streams_have_no_best(folder, tmp_path, monkeypatch):
@@ -293,8 +293,10 @@ def test_perplexities_over_different_vocabularies_or_streams_have_no_best(folder
         assert report([*map(str, runs), "--words", "0", "--output", str(tmp_path / "page.html")]) == 0
         return (tmp_path / "page.html").read_text()
 
-    assert '<strong class="lead">' in (alike := page(*NAMES)) and "do not compare" not in alike
-    assert '<strong class="lead">' not in (unlike := page(NAMES[0], tmp_path / "other")) and "do not compare" in unlike
+    assert '<strong class="lead">' in (alike := page(*NAMES)) and "are not comparable" not in alike
+    assert (
+        '<strong class="lead">' not in (unlike := page(NAMES[0], tmp_path / "other")) and "are not comparable" in unlike
+    )
     shutil.copytree(NAMES[0], tmp_path / "cut otherwise")
     config = tmp_path / "cut otherwise/config.yaml"
     config.write_text(config.read_text().replace("eval_batch_size: 10", "eval_batch_size: 1"))

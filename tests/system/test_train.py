@@ -135,9 +135,9 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
 
 def test_what_comes_too_late_is_said_on_resume(project):
     output = project.train("run", "--epochs", 3, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--when", 2)
-    assert "not averaged, for training ends after 3 epochs (--epochs), and averaging starts after epoch 3" in output
+    assert "not be averaged: training ends after 3 epochs (--epochs), and averaging starts after epoch 3" in output
     output = project.run("train", "--resume", "run", "--epochs", 4)
-    assert "not averaged" not in output
+    assert "not be averaged" not in output
     output = project.run("train", "--resume", "run", "--epochs", 5, "--when", 3, "--nonmono", 2)
     assert "--when 3: has no effect any more, 4 epochs are done" in output
     assert ("--nonmono 2: has no effect any more, the weights are averaged already" in output) is bool(
@@ -240,7 +240,7 @@ def test_what_does_not_fit_the_run_that_another_begins_with_is_refused(project):
     project.train("base/finetune_model", "--max-steps", 1)
     for run in ("base", "base/best", "base/finetune_model"):
         line = project.refused("train", "--init-from", run, "--save", "base", "--overwrite")
-        assert "a new run cannot take the place of the one it begins with" in line
+        assert "a new run cannot replace the one that it begins with" in line
     (project.path / "text/train.txt").write_text("another text\n" * 100)
     assert "train --init-from" in project.refused("finetune", "base", "--overwrite")
     assert not (project.path / "run").exists()
@@ -458,7 +458,7 @@ def test_devices_whose_parameters_drift_apart_end_training(project, monkeypatch)
     monkeypatch.setattr(Trainer, "_take_step", take_step_and_drift)
     monkeypatch.setattr("gluon_lm.training.trainer.CHECK_EVERY", 3)
     line = project.refused("train", *project.training_flags, "--cpus", 2, "--save", "run", "--checkpoint-every", 4)
-    assert "step 6: the parameters on cpu(1) are not those on cpu(0); the checkpoints before are whole" in line
+    assert "step 6: the parameters on cpu(1) are not those on cpu(0); earlier checkpoints are intact" in line
     assert os.readlink("run/latest").endswith("step-4")
 
 
@@ -497,7 +497,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
     project.train("run", *flags)
     whole, results = project.parameters("run"), project.results("run")
     output = project.run("train", "--resume", "run/checkpoints/step-7")
-    assert "step-14 is newer than the checkpoint that was named; it is set aside as abandoned-step-14" in output
+    assert "step-14 is newer than the named checkpoint; it is set aside as abandoned-step-14" in output
     assert project.parameters("run") == whole and project.results("run") == results
     assert project.parameters("run", "checkpoints/abandoned-step-14") == project.parameters(
         "run", "checkpoints/step-14"

@@ -247,7 +247,7 @@ def test_switches_of_the_mxnet_example_that_are_always_on(capsys):
     command = parse("--hybridize --static_alloc --static-shape --tied")
     assert command.config == parse("--tied").config
     captured = capsys.readouterr()
-    assert captured.err == "warning: --hybridize --static-alloc --static-shape: always so here; leave it out\n"
+    assert captured.err == "warning: --hybridize --static-alloc --static-shape: is always on here; leave it out\n"
 
 
 # ---------------------------------------------------------------- reading flags
@@ -394,7 +394,7 @@ def test_every_problem_at_once(tmp_path):
     assert problems_of("--gpuss 0,1 --gctype 2bit") == ["--gpuss: unknown flag; did you mean --gpus?"]
     assert problems_of("--cpus 3 --gctype 2bit --kvstore local --n-experts 2 --recipe lm") == [
         "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or "
-        "devices whose number divides it",
+        "a number of devices that divides it",
         "--gctype 2bit with --kvstore local: local cannot compress; use --kvstore device",
     ]
 
@@ -440,10 +440,10 @@ def test_every_problem_at_once(tmp_path):
         ("--cutoffs 200,20", ["--cutoffs 200,20", "rising order"]),
         ("--cutoffs 20 20", ["--cutoffs 20 20", "rising order"]),
         ("--cutoffs 0 20", ["--cutoffs 0 20", "1 or more"]),
-        ("--cutoffs 20 --tied", ["--tied with --cutoffs 20", "narrower than the embedding's", "--num-sampled"]),
+        ("--cutoffs 20 --tied", ["--tied with --cutoffs 20", "narrower than their embeddings", "--num-sampled"]),
         ("--cutoffs 20 --num-sampled 8", ["--num-sampled 8 with --cutoffs 20", "leave one of them out"]),
         ("--num-sampled 8 --n-experts 2", ["--n-experts 2 with --num-sampled 8", "leave one of them out"]),
-        ("--num-sampled 8 --amp bfloat16", ["--amp bfloat16 with --num-sampled 8", "whole output layer", "--cutoffs"]),
+        ("--num-sampled 8 --amp bfloat16", ["--amp bfloat16 with --num-sampled 8", "full output layer", "--cutoffs"]),
         ("--cutoffs 20 --n-experts 2 --no-tied", ["--n-experts 2 with --cutoffs 20", "leave one of them out"]),
         ("--cutoffs 20 30 40 --nhid 60", ["--cutoffs 20,30,40", "60 units", "--nhid to 64"]),
         ("--recurrent_keep_prob 0.9", ["--recurrent-keep-prob: unknown flag"]),
@@ -509,10 +509,10 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
     with pytest.raises(ConfigError) as caught:
         parse("--resume RUN --hidden-size 6 --seed 4 --lr 10 --dropoute 0.1 --cpus 3").over(path, FIXED_ON_RESUME)
     assert caught.value.problems == [
-        f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train anew",
-        f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train anew",
+        f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train a new run",
+        f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train a new run",
         f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81, or "
-        "devices whose number divides it",
+        "a number of devices that divides it",
     ]
 
 
@@ -672,7 +672,7 @@ def test_finetuning_keeps_text_and_architecture_and_takes_all_else_from_the_line
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 6
     for flag, value in [("--nhid 6", 5), ("--model lstm", "awd-lstm"), ("--nlayers 2", 3), ("--no-tied", "true")]:
-        assert f"error: {flag}: {path.parent} was trained with {value}; leave the flag out, or train anew" in lines
+        assert f"error: {flag}: {path.parent} was trained with {value}; leave the flag out, or train a new run" in lines
 
 
 def test_finetuning_a_run_that_does_not_exist_or_a_second_time_is_refused(write_run, capsys):

@@ -585,7 +585,7 @@ def test_a_probability_given_under_both_names_is_refused(key, name):
     [
         ("num_gpus: 2", "unknown key num_gpus; name them, as in --gpus 0,1,2,3"),
         ("batch_size_per_gpu: 160", "unknown key batch_size_per_gpu; --batch-size is that of all devices together"),
-        ("forget_bias: 1.0", "unknown key forget_bias; it is 1 with --layer-norm, and learnt"),
+        ("forget_bias: 1.0", "unknown key forget_bias; it starts at 1 with --layer-norm, and is learnt"),
     ],
 )
 def test_a_name_of_another_system_gets_what_is_in_its_place(line, advice):
@@ -722,7 +722,7 @@ CONTRADICTIONS = [
     ),
     (
         {"shuffle": True, "max_seq_len_delta": 0},
-        "--shuffle with --max-seq-len-delta 0: shuffled windows are all of one length; leave one of them out",
+        "--shuffle with --max-seq-len-delta 0: shuffled windows all have the same length; leave one of them out",
     ),
     (
         {"dropout_candidate": 0.1, "model": "gru"},
@@ -840,8 +840,8 @@ def test_a_file_is_answered_for_only_where_it_differs_from_the_default():
 def test_problems_name_the_recipe_or_file_of_a_value():
     resolved = resolve(flags(cpus=3), config_file="gctype: 2bit\nkvstore: local")
     assert validate(resolved.config, resolved.sources) == [
-        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or devices whose "
-        "number divides it",
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or a number "
+        "of devices that divides it",
         "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; use --kvstore device",
     ]
 

@@ -178,7 +178,7 @@ def test_a_host_file_names_machines_and_slots(tmp_path):
         ("127.0.0.2 4\n", "line 1"),
         ("-oProxyCommand=sh\n", "line 1"),
         ("a;b\n", "line 1"),
-        ("127.0.0.2\n127.0.0.2:3\n", "line 2: 127.0.0.2 is there already"),
+        ("127.0.0.2\n127.0.0.2:3\n", "line 2: 127.0.0.2 is listed already"),
     ],
 )
 def test_a_wrong_host_file_is_one_line(tmp_path, text, said):
@@ -192,7 +192,7 @@ def test_a_wrong_host_file_is_one_line(tmp_path, text, said):
 def test_this_machine_among_others_needs_a_name_that_they_know(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("127.0.0.1\n192.0.2.7\n")
-    with pytest.raises(DistributedError, match="127.0.0.1 means another machine to each of the others"):
+    with pytest.raises(DistributedError, match="on the other machines, 127.0.0.1 means those themselves"):
         read_hosts(path)
 
 

@@ -163,7 +163,7 @@ def test_words_that_the_model_cannot_know_are_doubts(tmp_path):
     corpus = load(folder)
     of_vocabulary, of_words = corpus.doubts(made_vocabulary=True)
     assert of_vocabulary.startswith(
-        "the training text has no <unk>, and these tokens are: 1 of the valid text; no model "
+        "the training text has no <unk>, but these tokens are <unk>: 1 of the valid text; no model "
     )
     assert of_words.startswith(f"{folder}/valid.txt: 50% of the words are not in the vocabulary and read as <unk>")
     assert corpus.doubts() == [of_words]

@@ -63,7 +63,7 @@ def test_gpus_are_described_with_whether_this_build_runs_on_them(site, tmp_path)
 def test_a_driver_that_does_not_work_is_told_from_none(site, tmp_path):
     driver = compile_driver(tmp_path / "driver", init_error=999)[0].parent
     facts = examine(site, driver)
-    assert facts["gpus"] == {"driver": "12.4", "devices": [], "problem": "cuInit answers with error 999"}
+    assert facts["gpus"] == {"driver": "12.4", "devices": [], "problem": "cuInit returns error 999"}
     assert len(advice(facts)) == 1 and "nvidia-smi" in advice(facts)[0]
     driver = compile_driver(tmp_path / "driver", init_error=100)[0].parent  # as where CUDA_VISIBLE_DEVICES is empty
     assert examine(site, driver)["gpus"] == {"driver": "12.4", "devices": [], "problem": ""}

@@ -212,7 +212,7 @@ def test_words_loses_nothing_but_white_space_and_does_not_look_across_it(text):
         (b"", "is empty"),
         (b" \n\t\n\n", "has no words"),
         (b"one\ntwo caf\xe9 au lait\n", r"line 2: byte 0xe9 \(byte 11 of the file\) is not UTF-8"),
-        (gzip.compress(b"some words", mtime=0), "is compressed, and no text; unpack it"),
+        (gzip.compress(b"some words", mtime=0), "is compressed, not text; unpack it"),
         (b"\xef\xbb\xbfone\n\xff", r"line 2: byte 0xff \(byte 7 of the file\) is not UTF-8"),
         ("naïve\n".encode("utf-16"), "line 1: byte 0xff"),
     ],

@@ -265,9 +265,9 @@ def test_a_callback_that_fails_ends_its_own_text_alone(engine):
 
 def test_text_in_place_of_words_is_its_callers_error_alone(engine):
     (other,) = engine.generate([TextRequest(30, seed=1)])
-    with pytest.raises(TypeError, match="is a text and not words"):
+    with pytest.raises(TypeError, match="is a text, not words"):
         engine.score(["w1 w2"])
-    with pytest.raises(TypeError, match="is a text and not words"):
+    with pytest.raises(TypeError, match="is a text, not words"):
         engine.generate([TextRequest(5, prompt="w1 w2")])
     assert len(other.result(PATIENCE)) == 30 and engine.num_waiting == 0
 

@@ -71,7 +71,7 @@ def test_encode_and_decode(words, others):
 
 
 def test_a_text_in_place_of_words_is_refused():
-    with pytest.raises(TypeError, match="'the cat': is a text and not words"):
+    with pytest.raises(TypeError, match="'the cat': is a text, not words"):
         Vocabulary(("<unk>", "<eos>", "the", "cat")).encode("the cat")
 
 
