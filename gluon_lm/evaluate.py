@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     from .data import load_corpus
     from .distributed.devices import resolve_single_device
-    from .evaluation.cache import NeuralCache
+    from .evaluation.neural_cache import NeuralCache
     from .evaluation.static import evaluate
     from .losses import target_losses
     from .training.checkpoint import load_model

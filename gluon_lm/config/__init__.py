@@ -3,7 +3,7 @@
 Sources of values, by precedence: flags, ``--config``, the recipe, the default.
 """
 
-from .elsewhere import INSTEAD_OF_TRAINING
+from .foreign_flags import INSTEAD_OF_TRAINING
 from .kinds import (
     SMALLEST_FLOAT32,
     Kind,

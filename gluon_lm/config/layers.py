@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from ..errors import ConfigError
-from .elsewhere import INSTEAD_OF_TRAINING
+from .foreign_flags import INSTEAD_OF_TRAINING
 from .kinds import keep_probability, key_of, read_value, show
 from .rules import device_problems, flag_within, named_setting
 from .sections import (

@@ -11,7 +11,7 @@ import reference
 from builders import VOCAB_SIZE, build_model, values_of
 
 from gluon_lm.evaluation import cache as cache_module
-from gluon_lm.evaluation.cache import NeuralCache
+from gluon_lm.evaluation.neural_cache import NeuralCache
 from gluon_lm.evaluation.static import evaluate
 
 EOS = 3
