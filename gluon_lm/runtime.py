@@ -44,8 +44,9 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
     for work: a time step of a recurrent layer is too short to wake a sleeping thread for, and spinning longer would
     take the processor from other processes. Operators share one workspace, as large as the largest gradient that they
     add to, rather than four in turn, because a context's operators run one after another. A GPU has one random
-    generator rather than four in turn, so that earlier operators do not decide which one draws a mask. Variables that
-    the user has set in the environment are kept.
+    generator rather than four in turn, so that earlier operators do not decide which one draws a mask. Pointwise
+    operators are not compiled into one at run time, because the code that the CUDA wheels' compiler writes needs a
+    newer driver (520) than they do. Variables that the user has set in the environment are kept.
 
     Parameters
     ----------
@@ -79,6 +80,8 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         os.environ.setdefault("MXNET_USE_MKLDNN_RNN", "0")
     os.environ.setdefault("MXNET_CPU_TEMP_COPY", "1")
     os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
+    os.environ.setdefault("MXNET_USE_FUSION", "0")
+    os.environ.setdefault("MXNET_CUDNN_LIB_CHECKING", "0")  # warns of any cuDNN but the one that it was built with
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_cpu_contexts)))
     if num_cpu_contexts == 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "active")

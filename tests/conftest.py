@@ -19,6 +19,7 @@ LONGEST_FIRST = (
 
 # Before MXNet is used: on GPUs, masks as the commands draw them, and products that are those of a CPU.
 os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
+os.environ.setdefault("MXNET_USE_FUSION", "0")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 _OF_LIBRARIES = ("MXNET_", "OMP_", "GOMP_", "NVIDIA_")

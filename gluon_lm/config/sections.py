@@ -344,7 +344,7 @@ class TrainingConfig(Section):
     tf32: bool = option(
         True,
         switch(),
-        "let GPUs of compute capability 8.0 or higher use TF32 in float32 recurrent layers",
+        "let GPUs of compute capability 8.0 or higher round the operands of float32 products to TF32",
     )
     amp: str = option(
         "none",

@@ -203,7 +203,7 @@ class _Step(gluon.HybridBlock):
             scores_NV = F.broadcast_add(scores_NV, F.broadcast_mul(has_no_unk_N1, unk_1V))
         probs_NV = F.softmax(scores_NV, axis=-1)
         if self._ways.num_sorted:
-            threshold_N1 = self._thresholds(F, probs_NV, last_k_N, has_k_N, top_p_N1)
+            threshold_N1 = self._thresholds(F, probs_NV, last_k_N, has_k_N, top_p_N1, padding_NP)
             kept_NV = F.broadcast_mul(probs_NV, F.broadcast_greater_equal(probs_NV, threshold_N1))
         else:
             kept_NV = probs_NV
@@ -212,7 +212,7 @@ class _Step(gluon.HybridBlock):
             words_N = F.where(is_greedy_N, F.argmax(probs_NV, axis=-1), words_N)
         return (F.reshape(F.cast(words_N, dtype="int32"), shape=(1, -1)), *states)
 
-    def _thresholds(self, F, probs_NV, last_k_N, has_k_N, top_p_N1):
+    def _thresholds(self, F, probs_NV, last_k_N, has_k_N, top_p_N1, padding_NP):
         """The smallest probability of a word that each stream may draw."""
         sorted_NK = F.topk(probs_NV, k=self._ways.num_sorted, ret_typ="value", axis=-1)
         by_k_N = F.where(has_k_N, F.pick(sorted_NK, last_k_N, mode="clip"), F.zeros_like(has_k_N))
@@ -220,12 +220,24 @@ class _Step(gluon.HybridBlock):
         if self._ways.num_sorted < self._vocab_size:
             return by_k_N1
         kept_NK = sorted_NK * F.broadcast_greater_equal(sorted_NK, by_k_N1)
-        running_NK = F.cumsum(kept_NK, axis=1)
+        running_NK = self._running_sum(F, kept_NK, padding_NP)
         total_N1 = F.slice_axis(running_NK, axis=1, begin=-1, end=None)  # not the sum, which is rounded differently
         before_NK = running_NK - kept_NK
         num_kept_N = F.sum(F.broadcast_lesser(before_NK, top_p_N1 * total_N1), axis=-1)
         by_p_N1 = F.pick(sorted_NK, F.maximum(num_kept_N - 1, 0), mode="clip", keepdims=True)
         return F.maximum(by_k_N1, by_p_N1)
+
+    def _running_sum(self, F, masses_NV, padding_NP):
+        """Along a row: first within blocks of words, because one thread of a GPU sums a whole row."""
+        blocks_RC = F.reshape(F.concat(masses_NV, padding_NP, dim=1), shape=(-1, _BLOCK))
+        within_RC = F.cumsum(blocks_RC, axis=1)
+        totals_NB = F.reshape(F.slice_axis(within_RC, axis=1, begin=-1, end=None), shape=(-1, self._num_blocks))
+        through_NB = F.cumsum(totals_NB, axis=1)
+        none_N1 = F.zeros_like(F.slice_axis(through_NB, axis=1, begin=0, end=1))
+        before_NB = F.slice_axis(F.concat(none_N1, through_NB, dim=1), axis=1, begin=0, end=-1)
+        running_RC = F.broadcast_add(within_RC, F.reshape(before_NB, shape=(-1, 1)))
+        padded_NP = F.reshape(running_RC, shape=(-1, self._num_blocks * _BLOCK))
+        return F.slice_axis(padded_NP, axis=1, begin=0, end=self._vocab_size)
 
     def _draw(self, F, probs_NV, uniforms_N1, padding_NP, row_starts_N, ones_1C):
         """The word at which the running sum passes a share of the total: first its block of words, then the word."""

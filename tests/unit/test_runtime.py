@@ -51,11 +51,14 @@ def test_what_the_user_has_set_stays(environment):
     variables, limits = environment
     runtime.prepare_process(own_layers=True)
     assert (variables.pop("MXNET_CPU_TEMP_COPY"), variables.pop("MXNET_GPU_PARALLEL_RAND_COPY")) == ("1", "1")
+    assert (variables.pop("MXNET_USE_FUSION"), variables.pop("MXNET_CUDNN_LIB_CHECKING")) == ("0", "0")
     chosen = {
         "MXNET_USE_MKLDNN_RNN": "1",
         "OMP_NUM_THREADS": "7",
         "MXNET_CPU_TEMP_COPY": "2",
         "MXNET_GPU_PARALLEL_RAND_COPY": "3",
+        "MXNET_USE_FUSION": "1",
+        "MXNET_CUDNN_LIB_CHECKING": "1",
     }
     variables.update(chosen)
     runtime.prepare_process(own_layers=True)
