@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,11 @@ LONGEST_FIRST = (
 os.environ.setdefault("MXNET_GPU_PARALLEL_RAND_COPY", "1")
 os.environ.setdefault("MXNET_USE_FUSION", "0")
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+# What nohup, or a shell that starts the tests in the background, has them ignore, all that they start would ignore too.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 _OF_LIBRARIES = ("MXNET_", "OMP_", "GOMP_", "NVIDIA_")
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith(_OF_LIBRARIES)}

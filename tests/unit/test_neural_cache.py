@@ -10,7 +10,7 @@ import pytest
 import reference
 from builders import VOCAB_SIZE, build_model, values_of
 
-from gluon_lm.evaluation import cache as cache_module
+from gluon_lm.evaluation import neural_cache as cache_module
 from gluon_lm.evaluation.neural_cache import NeuralCache
 from gluon_lm.evaluation.static import evaluate
 
