@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -74,3 +76,21 @@ class Found:
             {key[len(name) + 1 :]: array for key, array in arrays.items() if key.startswith(f"{name}/")}
             for arrays in self._arrays
         ]
+
+
+def processes_in(folder):
+    """Ids of the processes that run in a folder, except for the tests' own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.readlink(entry / "cwd").startswith(str(folder)) and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until_none_is_left(folder, seconds=20):
+    """Wait until no process runs in a folder any more."""
+    deadline = time.monotonic() + seconds
+    while left := processes_in(folder):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from processes import wait_for
+from processes import processes_in, wait_for, wait_until_none_is_left
 
 import gluon_lm
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
@@ -155,27 +155,14 @@ def test_what_cannot_be_is_refused_in_one_line(project, flags, reason):
 # ---------------------------------------------------------------- when things break
 
 
-def processes_of(project, environment=""):
+def processes_with(project, setting):
     """The cluster's processes in this project whose environment has that setting."""
     found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if (
-                folder.name.isdigit()
-                and int(folder.name) != os.getpid()
-                and os.readlink(folder / "cwd") == str(project.path)
-            ):
-                settings = (folder / "environ").read_bytes().decode().split("\0")
-                if environment in settings:
-                    found.append(int(folder.name))
+    for pid in processes_in(project.path):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if setting.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
     return found
-
-
-def wait_until_none_is_left(project):
-    deadline = time.monotonic() + 20
-    while left := processes_of(project):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +181,11 @@ def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers
     while not (project.path / "run/latest").exists():
         assert cluster.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(processes_of(project, f"DMLC_ROLE={role}")[-1], number)
+    os.kill(processes_with(project, f"DMLC_ROLE={role}")[-1], number)
     output, _ = cluster.communicate(timeout=100)
     assert cluster.returncode == 2, output
     assert re.search(said, output.splitlines()[-1]), output
-    wait_until_none_is_left(project)
+    wait_until_none_is_left(project.path)
     reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
     goal = ("--max-steps", reached + 3)
     project.run("train", "--resume", "run", "--kvstore", "none", "--cpus", 2, *goal)
@@ -272,7 +259,7 @@ def launch_two(project, first, second, settings=None, timeout_s=60, code=2):
         timeout=240,
     )
     assert cluster.returncode == code, cluster.stdout
-    wait_until_none_is_left(project)
+    wait_until_none_is_left(project.path)
     return cluster.stdout.splitlines()[-1]
 
 

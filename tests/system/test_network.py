@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from namespaces import Network
-from processes import HAS_HOROVOD, NO_HOROVOD, wait_for, with_horovod
+from processes import HAS_HOROVOD, NO_HOROVOD, wait_for, wait_until_none_is_left, with_horovod
 
 ROOT = Path(__file__).resolve().parents[2]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -148,18 +148,6 @@ class Sshd:
         self._log.close()
 
 
-def processes_in(folder):
-    """Ids of the processes that run in a folder, but for the tests' own."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.readlink(entry / "cwd").startswith(str(folder)) and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-        except OSError:
-            pass  # it ended meanwhile
-    return found
-
-
 def start_cluster(project, sshd, hosts, *flags, timeout_s=60, network=None):
     """Start a cluster of two workers on these hosts, from the first one where they are in a network."""
     (project.path / "hosts.txt").write_text("".join(f"{host}\n" for host in hosts))
@@ -204,14 +192,6 @@ def test_hosts_that_are_reached_by_ssh_train_as_one_process(project):
     assert_same_parameters(project, "together", "alone")
 
 
-def wait_until_none_is_left(folder):
-    """On the far side, too, which the one that started all cannot reach any more."""
-    deadline = time.monotonic() + 60
-    while left := processes_in(folder):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-
-
 def assert_goes_on_to_the_same_numbers(project, flags, *alone):
     """Resumed by one process, the run reaches what a run reaches that was never cut."""
     reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
@@ -234,7 +214,7 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode == 2, output
         assert re.match(rf"error: .*\bhost {re.escape(hosts[1])}\b", output.splitlines()[-1]), output
-        wait_until_none_is_left(project.path)
+        wait_until_none_is_left(project.path, seconds=60)  # on the far side, too, which is cut off
     assert_goes_on_to_the_same_numbers(project, flags, "--kvstore", "none")
 
 
@@ -253,5 +233,5 @@ def test_horovods_processes_end_on_both_sides_of_the_cut(project, network):
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode != 0, output
         assert "worker 0 of 2: could not exchange data with the others" in output
-        wait_until_none_is_left(project.path)
+        wait_until_none_is_left(project.path, seconds=60)  # on the far side, too, which is cut off
     assert_goes_on_to_the_same_numbers(project, flags, "--no-horovod")
