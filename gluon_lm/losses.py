@@ -10,7 +10,7 @@ S softmaxes (rows x softmaxes per row), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import mxnet as mx
 
@@ -86,7 +86,9 @@ def backward_through_model(
     window: Window,
     states: State,
     device: mx.Context,
-    penalties: Callable[[mx.nd.NDArray, mx.nd.NDArray], list[mx.nd.NDArray]] = lambda hidden_TNH, raw_TNH: [],
+    *,
+    alpha: float = 0.0,
+    beta: float = 0.0,
     inputs: Inputs | None = None,
     head: TrainingHead | None = None,
     loss_scale: float = 1.0,
@@ -101,8 +103,8 @@ def backward_through_model(
     states : State
         The state before it.
     device : Context
-    penalties : callable, optional
-        Takes the last layer's output with and without dropout, and returns terms whose gradient is added as well.
+    alpha, beta : float
+        Weights of the `activation_penalties` of the window, whose gradient is added as well.
     inputs : tuple of NDArray, optional
         What `copy_inputs` returned for the window, if it was called before.
     head : TrainingHead, optional
@@ -122,7 +124,7 @@ def backward_through_model(
         raw_TNH, *states = model.training_encoder(tokens_TN, *states)
         hidden_TNH = model.output_dropout(raw_TNH)
         features_TNF = model.head.features(hidden_TNH)
-        terms = penalties(hidden_TNH, raw_TNH)
+        terms = activation_penalties(hidden_TNH, raw_TNH, window.num_targets, alpha, beta)
     loss_sum, grad_TNF = backward_through_head(head or model.head, features_TNF.detach(), targets_R, loss_scale)
     grads = [mx.nd.full(term.shape, loss_scale, ctx=device) for term in terms]
     mx.autograd.backward([features_TNF, *terms], [grad_TNF, *grads])

@@ -61,25 +61,15 @@ def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -
     import mxnet as mx
 
     from gluon_lm.distributed.communicator import SingleDevice
-    from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
-    optim = config.optim
     model = new_model(config, vocab_size, mx.cpu())
     model.hybridize_for_use()
-    communicator = SingleDevice([mx.cpu()])
-    step = TrainingStep(
-        model,
-        create_optimizer(optim),
-        communicator,
-        clip_norm=optim.clip_norm,
-        alpha=optim.alpha,
-        beta=optim.beta,
-    )
+    step = TrainingStep(model, SingleDevice([mx.cpu()]), config.optim)
     losses = []
     with progress_bar(total=len(windows), desc=what, unit="step") as bar:
         for number, (window, relative_length) in enumerate(windows):
-            step.trainer.set_learning_rate(optim.lr * relative_length)
+            step.trainer.set_learning_rate(config.optim.lr * relative_length)
             result = step(window, seed, number)
             losses.append(result.loss_sum / result.num_targets)
             bar.update(1)

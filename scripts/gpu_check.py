@@ -111,12 +111,11 @@ def compare_with_cpu(devices: list[str]) -> list[Row]:
     prepare_process(len(devices))
     import mxnet as mx
 
-    from gluon_lm.config import Config, DeviceConfig
+    from gluon_lm.config import DeviceConfig, OptimConfig
     from gluon_lm.data.windows import Streams
     from gluon_lm.distributed.communicator import SingleDevice
     from gluon_lm.distributed.devices import COMMUNICATORS
     from gluon_lm.models import LanguageModel
-    from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
     contexts = [mx.Context(device.rstrip("0123456789"), int(device.lstrip("cpug"))) for device in devices]
@@ -135,8 +134,8 @@ def compare_with_cpu(devices: list[str]) -> list[Row]:
         model.hybridize_for_use()
         before = {name: p.data(communicator.devices[0]).asnumpy() for name, p in model.named_parameters().items()}
         # Four streams at a time wherever they are, because each part of a batch draws a sample of its own.
-        part = {"small_batch_size": 4 * len(communicator.devices)}
-        step = TrainingStep(model, create_optimizer(Config().optim), communicator, clip_norm=0.25, **part)
+        optim = OptimConfig(small_batch_size=4 * len(communicator.devices))
+        step = TrainingStep(model, communicator, optim)
         losses = [
             step(window, 5, i, upcoming=following).loss_sum
             for i, (window, following) in enumerate(zip(windows, [*windows[1:], None]))

@@ -112,7 +112,6 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     from gluon_lm.distributed.devices import create_communicator
     from gluon_lm.heartbeat import beat
     from gluon_lm.models import LanguageModel
-    from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
     communicator = create_communicator(case.devices)
@@ -121,7 +120,7 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     model.hybridize_for_use(by_layer=True)
     parameters = list(model.named_parameters().values())
     communicator.broadcast_parameters(parameters)
-    step = TrainingStep(model, create_optimizer(OPTIM), communicator, clip_norm=OPTIM.clip_norm)
+    step = TrainingStep(model, communicator, OPTIM)
     batch_size = case.workers * case.worker_batch_size
     ids = zipf_ids(batch_size * case.bptt * 8) % case.vocab_size
     streams = Streams(ids, batch_size, eos=0)

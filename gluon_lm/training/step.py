@@ -6,22 +6,21 @@ Shapes: T time, N batch, H hidden width, W workers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
-from ..config import show
+from ..config import OptimConfig, show
 from ..data.windows import Window
 from ..distributed.communicator import Communicator
 from ..errors import TrainingDiverged
 from ..inputs import InputCopies
-from ..losses import activation_penalties, backward_through_model
+from ..losses import backward_through_model
 from ..models import LanguageModel, State
 from ..optim.norms import square_sums
-from ..optim.optimizers import SGD
+from ..optim.optimizers import SGD, create_optimizer
 from ..optim.rows import FilledRows
 from .loss_scale import LossScale
 
@@ -40,8 +39,8 @@ class StepResult(NamedTuple):
     num_targets : int
     grad_norm : float
         Global L2 norm of the mean loss's gradient, before clipping.
-    stop_signals : list of int
-        The signal by which each worker was asked to stop; 0 if it was not.
+    stop_signal : int
+        A signal by which a worker was asked to stop, the same on every worker; 0 if none was.
     was_taken : bool
         Whether the parameters were updated; False if a scaled gradient overflowed, and its norm is then NaN.
     """
@@ -49,7 +48,7 @@ class StepResult(NamedTuple):
     loss_sum: float
     num_targets: int
     grad_norm: float
-    stop_signals: list[int]
+    stop_signal: int
     was_taken: bool = True
 
 
@@ -64,15 +63,12 @@ class TrainingStep:
     ----------
     model : LanguageModel
         Initialised on the communicator's devices.
-    optimizer : mxnet.optimizer.Optimizer
     communicator : Communicator
-    clip_norm : float, optional
-        Bound on the global norm of the mean loss's gradient.
-    alpha, beta : float
-        Weights of the activation and the temporal activation regularisation in the loss that is minimised.
-    small_batch_size : int, optional
-        Process this many streams at a time, over all devices together, which takes less memory. It must divide the
-        batch, and be a multiple of the number of devices. Gradients are accumulated over the whole batch.
+    optim : OptimConfig
+        The update rule, weight decay, clipping and regularisation. With ``small_batch_size`` that many streams, over
+        all devices together, are processed at a time, which takes less memory, and gradients are accumulated over the
+        whole batch. It must divide the batch, and be a multiple of the number of devices. Windows, averages and changes
+        of the learning rate are left to the caller.
     loss_scale : LossScale, optional
         For gradients in float16. They are unscaled right after the backward pass.
 
@@ -86,25 +82,19 @@ class TrainingStep:
     def __init__(
         self,
         model: LanguageModel,
-        optimizer: mx.optimizer.Optimizer,
         communicator: Communicator,
-        *,
-        clip_norm: float | None,
-        alpha: float = 0.0,
-        beta: float = 0.0,
-        small_batch_size: int | None = None,
+        optim: OptimConfig,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self._loss_scale = loss_scale
-        self._model, self._communicator, self._clip_norm = model, communicator, clip_norm
-        self._alpha, self._beta, self._small_batch_size = alpha, beta, small_batch_size
+        self._model, self._communicator, self._optim, self._loss_scale = model, communicator, optim, loss_scale
         self._parameters = list(model.named_parameters().values())
         for parameter in self._parameters:
             parameter.grad_req = "add"  # head and encoder, and all chunks, add to one gradient
         self._filled = FilledRows(model.named_parameters())
         is_alone = communicator.size == len(communicator.devices) == 1
-        self._updates_rows = is_alone and type(optimizer) is SGD and not optimizer.wd
-        self.trainer = gluon.Trainer(self._parameters, optimizer, kvstore=None)
+        self._optimizer = create_optimizer(optim)
+        self._updates_rows = is_alone and isinstance(self._optimizer, SGD) and not optim.weight_decay
+        self.trainer = gluon.Trainer(self._parameters, self._optimizer, kvstore=None)
         self.states: list[State] | None = None
         self._inputs = InputCopies()
 
@@ -140,7 +130,7 @@ class TrainingStep:
         -----
         MXNet's generators are seeded for each step, from `seed`, `step` and the worker's rank.
         """
-        states = self.states
+        states, clip_norm = self.states, self._optim.clip_norm
         mx.random.seed(step_seed(seed, step, self._communicator.rank))
         self._filled.clear()
         factor = 1.0 if self._loss_scale is None else self._loss_scale.factor(window.num_targets)
@@ -155,7 +145,7 @@ class TrainingStep:
         grad_norm = 0.0 if has_overflowed else self._gradient_norm() / window.num_targets
         numbers = [own_loss_sum, grad_norm, stop_signal()]
         loss_sums_W, grad_norms_W, signals_W = self._communicator.allgather(numbers).T
-        stop_signals = signals_W.astype(int).tolist()
+        agreed_signal = int(signals_W.max())
         # All have the same gradient; rank 0's norm is used, so that all clip it identically, to the last bit.
         is_finite = np.isfinite(grad_norms_W).all()
         loss_sum, grad_norm = float(loss_sums_W.sum()), float(grad_norms_W[0] if is_finite else np.nan)
@@ -164,7 +154,7 @@ class TrainingStep:
             raise TrainingDiverged(
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
-                f"{self.trainer.learning_rate:g}) or --clip (now {show(self._clip_norm)})"
+                f"{self.trainer.learning_rate:g}) or --clip (now {show(clip_norm)})"
                 + (", or send the gradients without --gctype fp16" if self._communicator.sends_float16 else "")
             )
         if self._loss_scale is not None:
@@ -176,14 +166,14 @@ class TrainingStep:
                 )
             self._loss_scale.update(has_overflowed)
         if has_overflowed:
-            return StepResult(loss_sum, window.num_targets, np.nan, stop_signals, was_taken=False)
+            return StepResult(loss_sum, window.num_targets, np.nan, agreed_signal, was_taken=False)
         clip_factor = 1.0
-        if self._clip_norm is not None and grad_norm > self._clip_norm:
-            clip_factor = self._clip_norm / grad_norm
+        if clip_norm is not None and grad_norm > clip_norm:
+            clip_factor = clip_norm / grad_norm
         if self._updates_rows:
-            self.trainer._optimizer.rows = self._filled.by_index
+            self._optimizer.rows = self._filled.by_index
         self.trainer.update(window.num_targets / clip_factor)
-        return StepResult(loss_sum, window.num_targets, grad_norm, stop_signals)
+        return StepResult(loss_sum, window.num_targets, grad_norm, agreed_signal)
 
     def rehearse(self, window: Window) -> None:
         """Process a window forwards and backwards, to allocate its memory; nothing else changes.
@@ -215,9 +205,13 @@ class TrainingStep:
         return True
 
     def _forward_backward(self, window: Window, seed: int, step: int, loss_scale: float) -> list[mx.nd.NDArray]:
-        devices = self._communicator.devices
+        devices, optim = self._communicator.devices, self._optim
         batch_size = window.tokens_TN.shape[1]
-        part_width = (self._small_batch_size or batch_size) // self._communicator.num_devices
+        part_width = (optim.small_batch_size or batch_size) // self._communicator.num_devices
+        # Like the loss, penalties are sums that become means when they are divided by the targets of the whole window.
+        # Pairs of neighbours are fewer than targets, so beta is scaled to give a mean over pairs.
+        num_pairs = max(1, window.num_targets - batch_size)
+        beta = optim.beta * window.num_targets / num_pairs
         shares = self._communicator.shares(batch_size)
         before = self.states or [
             self._model.begin_state(share.stop - share.start, device) for share, device in zip(shares, devices)
@@ -234,11 +228,18 @@ class TrainingStep:
                 start = column - share.start
                 states = [state[:, start : start + part_width] for state in before[i]]
                 if columns.num_targets:
-                    penalties = partial(self._penalties, columns.num_targets, window)
                     inputs = self._inputs.take(window, column, column + part_width, device)
                     head = self._model.head.for_window(np.random.default_rng([_SAMPLES, seed, step, column]))
                     loss_sum, states = backward_through_model(
-                        self._model, columns, states, device, penalties, inputs, head, loss_scale
+                        self._model,
+                        columns,
+                        states,
+                        device,
+                        alpha=optim.alpha,
+                        beta=beta,
+                        inputs=inputs,
+                        head=head,
+                        loss_scale=loss_scale,
                     )
                     loss_sums.append(loss_sum)
                     if self._updates_rows:
@@ -249,15 +250,6 @@ class TrainingStep:
         self.states = after
         self._filled.note(filled)
         return loss_sums
-
-    def _penalties(self, num_targets: int, window: Window, hidden_TNH, raw_TNH) -> list[mx.nd.NDArray]:
-        if not (self._alpha or self._beta):
-            return []
-        # Like the loss, a sum that becomes a mean when it is divided by the targets of the whole window. Pairs of
-        # neighbours are fewer than targets, so beta is scaled to give a mean over pairs.
-        num_pairs = max(1, window.num_targets - window.tokens_TN.shape[1])
-        beta = self._beta * window.num_targets / num_pairs
-        return activation_penalties(hidden_TNH, raw_TNH, num_targets, self._alpha, beta)
 
     def _gradient_norm(self) -> float:
         squares = square_sums(self._filled.gradients()).asnumpy()

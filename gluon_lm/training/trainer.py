@@ -29,7 +29,7 @@ from ..memory import Need, explaining_memory_errors, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
-from ..optim.optimizers import create_optimizer, load_optimizer_state, optimizer_state
+from ..optim.optimizers import load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
 from ..progress import Place, TrainingBar
 from ..tracking import MetricsFile, TensorBoard, write_status
@@ -113,20 +113,10 @@ class Trainer:
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
         self._upcoming: Window | None = None  # the one that was sent in advance
-        optim = config.optim
         self._loss_scale = LossScale() if config.training.amp == "float16" else None
-        self._step = TrainingStep(
-            model,
-            create_optimizer(optim),
-            communicator,
-            clip_norm=optim.clip_norm,
-            alpha=optim.alpha,
-            beta=optim.beta,
-            small_batch_size=optim.small_batch_size,
-            loss_scale=self._loss_scale,
-        )
+        self._step = TrainingStep(model, communicator, config.optim, self._loss_scale)
         self._average: WeightAverage | None = None
-        if optim.asgd:
+        if config.optim.asgd:
             self._start_averaging()
         self._saved_step: int | None = None
         self._has_run = False
@@ -315,7 +305,7 @@ class Trainer:
             stop_signal=lambda: stop.signal or 0,
             upcoming=self._upcoming,
         )
-        self._agreed_signal = max(result.stop_signals)
+        self._agreed_signal = result.stop_signal
         if self._average is not None and result.was_taken:
             self._average.update()
         if self._loss_scale is not None and not result.was_taken:

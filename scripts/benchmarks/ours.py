@@ -42,19 +42,10 @@ def ours_step(
     model, communicator = ours_model(size, devices)
     if amp is not None:
         model.train_in_half_precision(amp)
-    from gluon_lm.optim.optimizers import create_optimizer
     from gluon_lm.training.step import TrainingStep
 
-    optim = size.optim
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    return TrainingStep(
-        model,
-        create_optimizer(optim),
-        communicator,
-        clip_norm=optim.clip_norm,
-        alpha=optim.alpha,
-        beta=optim.beta,
-    )
+    return TrainingStep(model, communicator, size.optim)
 
 
 def train_ours(

@@ -34,7 +34,6 @@ from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
 from gluon_lm.heartbeat import beat
-from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.progress import counted
 from gluon_lm.train import main as train_alone
 from gluon_lm.training.step import TrainingStep
@@ -90,14 +89,14 @@ def reduce(communicator, parameters, gradients):
 def train(communicator, name, spoil=False):
     """Ten steps; what each returned, and the parameters after them."""
     settings = {"alpha": 0.0, "beta": 0.0, "weight_decay": 0.0, **MODELS[name]}
-    alpha, beta = settings.pop("alpha"), settings.pop("beta")
-    optimizer = create_optimizer(OptimConfig(optimizer="sgd", lr=0.5, weight_decay=settings.pop("weight_decay")))
+    regularisation = {what: settings.pop(what) for what in ("alpha", "beta", "weight_decay")}
+    optim = OptimConfig(lr=0.5, clip_norm=0.3, **regularisation)
     model = build_model([CPU], **settings)
     if spoil:
         for parameter in model.named_parameters().values():
             parameter.set_data(parameter.data() + communicator.rank)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    step = TrainingStep(model, optimizer, communicator, clip_norm=0.3, alpha=alpha, beta=beta)
+    step = TrainingStep(model, communicator, optim)
     # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
     ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
     windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []

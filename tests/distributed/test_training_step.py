@@ -16,7 +16,6 @@ from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.errors import DistributedError, TrainingDiverged
 from gluon_lm.inputs import InputCopies
 from gluon_lm.optim.norms import square_sums
-from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.training import step as step_module
 from gluon_lm.training.loss_scale import LossScale
 from gluon_lm.training.step import TrainingStep, step_seed
@@ -59,18 +58,16 @@ def build_step(
     **config,
 ):
     model = build_model(communicator.devices, **config)
-    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    step = TrainingStep(
-        model,
-        rule,
-        communicator,
+    optim = OptimConfig(
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
         clip_norm=clip_norm,
         alpha=alpha,
         beta=beta,
         small_batch_size=small_batch_size,
-        loss_scale=loss_scale,
     )
-    return model, step
+    return model, TrainingStep(model, communicator, optim, loss_scale)
 
 
 def train(step, num_steps=10, ids=None, seed=3):
@@ -451,8 +448,8 @@ def overflowing(monkeypatch, steps, device, name="encoder.layers.0.h2h_weight"):
     seeds, current = {step_seed(3, step): step for step in range(100)}, [0]
     original = step_module.backward_through_model
 
-    def backward(model, window, states, on, *rest):
-        result = original(model, window, states, on, *rest)
+    def backward(model, window, states, on, **settings):
+        result = original(model, window, states, on, **settings)
         if current[0] in steps and on == device:
             model.named_parameters()[name].grad(on)[0] = np.inf
         return result
@@ -661,7 +658,7 @@ def test_gradients_add_up_whatever_the_model_was_initialised_for():
     found, _ = build_step(communicator_on(1), tied=True)
     for parameter in found.named_parameters().values():
         parameter.grad_req = "write"
-    step = TrainingStep(found, create_optimizer(OptimConfig(lr=0.5)), communicator_on(1), clip_norm=None)
+    step = TrainingStep(found, communicator_on(1), OptimConfig(lr=0.5, clip_norm=None))
     assert [result.grad_norm for result in train(step, 3)] == [result.grad_norm for result in train(expected_step, 3)]
     for name, value in values_of(expected).items():
         np.testing.assert_array_equal(values_of(found)[name], value)

@@ -57,8 +57,8 @@ def test_skipped_steps_are_counted_logged_and_resumed(project, monkeypatch, flag
         current[0] = step
         return original_seed(seed, step, rank)
 
-    def overflowing(model, window, states, device, *rest):
-        result = original(model, window, states, device, *rest)
+    def overflowing(model, window, states, device, **settings):
+        result = original(model, window, states, device, **settings)
         if current[0] in (0, 3, 12, 40):
             model.head.decoder.bias.grad(device)[:] = np.nan
         return result

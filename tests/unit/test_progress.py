@@ -87,7 +87,7 @@ def test_the_training_bar_tells_the_mean_and_the_time_that_is_left(monkeypatch):
     for step in range(1, 16):
         clock[0] += 0.5 + 5 * (step == 11)
         epoch, window = divmod(step - 1, 10)
-        result = StepResult(loss_sum=40 * 3.0, num_targets=40, grad_norm=1.5, stop_signals=[0])
+        result = StepResult(loss_sum=40 * 3.0, num_targets=40, grad_norm=1.5, stop_signal=0)
         bar.show(Place(epoch + 1, window + 1, 10), step, 0.25, result, seconds=0.5)
     told = terminal.getvalue()
     bar.close()

@@ -23,7 +23,6 @@ from gluon_lm.data.windows import Streams
 from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.models import CELLS, LanguageModel
-from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.training.step import TrainingStep, step_seed
 
 T, N = 7, 8
@@ -146,7 +145,7 @@ def test_masks_follow_the_step_and_differ_between_devices(name):
         model = build_model(devices, **settings)
         apart = SingleDevice(devices[:1])
         apart.devices = devices
-        training_step = TrainingStep(model, create_optimizer(OptimConfig()), apart, clip_norm=None)
+        training_step = TrainingStep(model, apart, OptimConfig(clip_norm=None))
         training_step(window, 1, step)
         return [
             np.concatenate([p.grad(device).asnumpy().ravel() for p in model.named_parameters().values()])
@@ -283,8 +282,8 @@ def take_step(num_devices, window, alpha, beta, **settings):
     devices = [mx.cpu(i) for i in range(num_devices)]
     communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
     model = build_model(devices, **settings)
-    rule = create_optimizer(OptimConfig(lr=1e-30))
-    return model, TrainingStep(model, rule, communicator, clip_norm=None, alpha=alpha, beta=beta)(window, 3, 0)
+    optim = OptimConfig(lr=1e-30, clip_norm=None, alpha=alpha, beta=beta)
+    return model, TrainingStep(model, communicator, optim)(window, 3, 0)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -19,7 +19,6 @@ from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.losses import backward_through_head
 from gluon_lm.models import SampledHead
 from gluon_lm.optim import rows
-from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.training.step import TrainingStep
 
 V, S = 60, 12
@@ -184,8 +183,14 @@ def build_step(
     devices = [mx.cpu(i) for i in range(num_devices)]
     communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
     model = build_model(devices, vocab_size=V, **config)
-    rule = create_optimizer(OptimConfig(optimizer=optimizer, lr=lr, weight_decay=weight_decay))
-    return model, TrainingStep(model, rule, communicator, clip_norm=clip_norm, small_batch_size=small_batch_size)
+    optim = OptimConfig(
+        optimizer=optimizer,
+        lr=lr,
+        clip_norm=clip_norm,
+        weight_decay=weight_decay,
+        small_batch_size=small_batch_size,
+    )
+    return model, TrainingStep(model, communicator, optim)
 
 
 def train(step, steps, seed=3):
