@@ -33,14 +33,19 @@ def row_chunks(num_rows: int, softmaxes_per_row: int, logits_width: int = 1) -> 
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
+def largest_chunk(head: TrainingHead, num_rows: int) -> int:
+    """Elements of the logits that a head has in memory at a time when it works on so many rows."""
+    first = row_chunks(num_rows, head.softmaxes_per_row, head.logits_width)[0]
+    return (first.stop - first.start) * head.softmaxes_per_row * head.logits_width
+
+
 def _chunks(
     head: TrainingHead, features_TNF: mx.nd.NDArray, targets_R: mx.nd.NDArray
-) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]]:
-    """Chunks of rows: where they are, their features, their targets, and room for their logits."""
+) -> Iterator[tuple[slice, mx.nd.NDArray, mx.nd.NDArray]]:
+    """Chunks of rows: where they are, their features, and their targets."""
     features_RF = features_TNF.reshape((-1, features_TNF.shape[-1]))
     for rows in row_chunks(targets_R.shape[0], head.softmaxes_per_row, head.logits_width):
-        num_softmaxes = (rows.stop - rows.start) * head.softmaxes_per_row
-        yield rows, features_RF[rows], targets_R[rows], head.room_for_logits(num_softmaxes, features_RF.context)
+        yield rows, features_RF[rows], targets_R[rows]
 
 
 def backward_through_head(
@@ -75,8 +80,8 @@ def backward_through_head(
     grad_RF = grad_TNF.reshape((-1, grad_TNF.shape[-1]))
     head.products.begin_window(features_TNF.context)
     loss_sums = []
-    for rows, features_RF, targets, logits_SV in _chunks(head, features_TNF, targets_R):
-        losses, grad_RF[rows] = head.backward(features_RF, targets, logits_SV, loss_scale)
+    for rows, features_RF, targets in _chunks(head, features_TNF, targets_R):
+        losses, grad_RF[rows] = head.backward(features_RF, targets, loss_scale)
         loss_sums.append(losses.sum())
     return mx.nd.add_n(*loss_sums), grad_TNF
 

@@ -40,7 +40,7 @@ class Need:
         gradient, because MXNet computes what it adds to it elsewhere; in mixed precision, on GPUs too, a cast of the
         output layer's largest parameter and its gradient, which take as much.
     logits : int
-        The room for a chunk's logits, in training and in evaluation.
+        A chunk's logits, for which training and evaluation share one workspace.
     window : int
         The activations of a window that are kept for the backward pass; an estimate.
     """
@@ -81,7 +81,7 @@ def training_need(
         Elements of all parameters, and of the output layer's largest one, if a second gradient of it, or a cast with
         its gradient, is kept; otherwise 0.
     logits : int
-        Elements of a device's room for logits.
+        Elements of a device's workspace for logits.
     tokens : int
         Tokens of a window that a device processes at once.
     num_sharing : int

@@ -26,7 +26,7 @@ from mxnet.gluon import nn
 from ..config import SMALLEST_FLOAT32, TAIL_FACTOR, ModelConfig
 from ..indexing import set_elements, set_rows
 from .dropout import Dropout
-from .precision import Affine, Products
+from .precision import Products
 
 _PARTS = 4  # in which an adaptive softmax's widest group is computed, if all rows of a chunk are in it
 _NEVER = -1e30  # a logit whose probability is 0
@@ -39,7 +39,7 @@ class TrainingHead:
     ----------
     softmaxes_per_row : int
     logits_width : int
-        Columns of the room for logits: V, or fewer.
+        Logits of each softmax that are in memory at a time: V, or fewer.
     products : Products
         How `backward` computes its affine maps.
     """
@@ -49,12 +49,8 @@ class TrainingHead:
     products: Products
 
     @abstractmethod
-    def room_for_logits(self, num_softmaxes: int, device: mx.Context) -> mx.nd.NDArray:
-        """An array (S, `logits_width`) on a device. All calls from one thread share its memory."""
-
-    @abstractmethod
     def backward(
-        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray, loss_scale: float = 1.0
+        self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, loss_scale: float = 1.0
     ) -> tuple[mx.nd.NDArray, mx.nd.NDArray]:
         """The loss and its gradient with respect to the features; adds that of the parameters to theirs.
 
@@ -63,8 +59,6 @@ class TrainingHead:
         features_RF : NDArray
             Detached.
         targets_R : NDArray of int32
-        logits_SV : NDArray
-            Room for the logits.
         loss_scale : float
             All gradients are multiplied by it, the losses are not.
 
@@ -95,17 +89,16 @@ class Head(TrainingHead, gluon.HybridBlock):
         self.products = Products()
         self._of_thread = threading.local()
 
-    def room_for_logits(self, num_softmaxes: int, device: mx.Context, width: int | None = None) -> mx.nd.NDArray:
-        """As `TrainingHead.room_for_logits`, or of another `width`.
+    def _workspace(self, num_elements: int, device: mx.Context) -> mx.nd.NDArray:
+        """A vector on a device for a chunk's logits. All calls from one thread share its memory.
 
         It is allocated only once: an array of that size that is freed and allocated in each step never gets its old
         place back.
         """
-        rooms: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
-        room, width = rooms.get(device), width or self.logits_width
-        if room is None or room.size < num_softmaxes * width:
-            room = rooms[device] = mx.nd.empty((num_softmaxes * width,), ctx=device)
-        return _corner(room, num_softmaxes, width)
+        workspaces: dict[mx.Context, mx.nd.NDArray] = self._of_thread.__dict__
+        if device not in workspaces or workspaces[device].size < num_elements:
+            workspaces[device] = mx.nd.empty((num_elements,), ctx=device)
+        return workspaces[device][:num_elements]
 
     def for_window(self, rng: np.random.Generator) -> TrainingHead:
         """What training on one window uses as the head: itself, or what it draws for that window."""
@@ -120,11 +113,8 @@ class Head(TrainingHead, gluon.HybridBlock):
         return hidden_TNH
 
     @abstractmethod
-    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray, logits_SV: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded.
-
-        `logits_SV` is room for the logits.
-        """
+    def losses(self, features_RF: mx.nd.NDArray, targets_R: mx.nd.NDArray) -> mx.nd.NDArray:
+        """Negative log-likelihood, in nats, of each of `targets_R` (int32): shape (R,). Nothing is recorded."""
 
 
 class SoftmaxHead(Head):
@@ -150,11 +140,13 @@ class SoftmaxHead(Head):
     def scores(self, F, hidden_RH):
         return self.decoder(hidden_RH)
 
-    def losses(self, features_RF, targets_R, logits_SV):
-        return -_target_log_probs(self.decoder, features_RF, targets_R, logits_SV)
+    def losses(self, features_RF, targets_R):
+        workspace = self._workspace(len(features_RF) * self.vocab_size, features_RF.context)
+        return -_target_log_probs(self.decoder, features_RF, targets_R, workspace)
 
-    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
-        probs_RV = _Softmax(self.products.affine(self.decoder, features_RF, logits_SV), targets_R)
+    def backward(self, features_RF, targets_R, loss_scale=1.0):
+        workspace = self._workspace(len(features_RF) * self.vocab_size, features_RF.context)
+        probs_RV = _Softmax(self.products, self.decoder, features_RF, targets_R, workspace)
         return -probs_RV.target_log_probs(), probs_RV.backward(loss_scale)
 
 
@@ -218,15 +210,17 @@ class MixtureHead(Head):
         log_sums_TN1 = mx.nd.log(mx.nd.exp(shifted_TNK).sum(axis=-1, keepdims=True))
         return mx.nd.concat(latents_TND, mx.nd.broadcast_sub(shifted_TNK, log_sums_TN1), dim=-1)
 
-    def losses(self, features_RF, targets_R, logits_SV):
+    def losses(self, features_RF, targets_R):
         latents_SE, log_priors_RK = self._split(features_RF)
-        log_probs_S = _target_log_probs(self.decoder, latents_SE, self._of_experts(targets_R), logits_SV)
+        workspace = self._workspace(len(latents_SE) * self.vocab_size, latents_SE.context)
+        log_probs_S = _target_log_probs(self.decoder, latents_SE, self._of_experts(targets_R), workspace)
         log_joint_RK = log_priors_RK + log_probs_S.reshape(log_priors_RK.shape)
         return -_log_sum_exp(log_joint_RK)
 
-    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
+    def backward(self, features_RF, targets_R, loss_scale=1.0):
         latents_SE, log_priors_RK = self._split(features_RF)
-        probs_SV = _Softmax(self.products.affine(self.decoder, latents_SE, logits_SV), self._of_experts(targets_R))
+        workspace = self._workspace(len(latents_SE) * self.vocab_size, latents_SE.context)
+        probs_SV = _Softmax(self.products, self.decoder, latents_SE, self._of_experts(targets_R), workspace)
         log_joint_RK = log_priors_RK + probs_SV.target_log_probs().reshape(log_priors_RK.shape)
         responsibilities_RK = mx.nd.softmax(log_joint_RK, axis=-1)
         weights_RK = responsibilities_RK * loss_scale
@@ -299,21 +293,19 @@ class SampledSoftmax(TrainingHead):
         self.products = head.products
         self.logits_width = len(ids_S) + 1  # a column for the target, and one for each word of the sample
 
-    def room_for_logits(self, num_softmaxes, device):
-        return self._head.room_for_logits(num_softmaxes, device, self.logits_width)
-
     def gradient_rows(self, ids):
         return np.append(ids, self.ids_S)
 
-    def backward(self, features_RF, targets_R, logits_RC, loss_scale=1.0):
+    def backward(self, features_RF, targets_R, loss_scale=1.0):
         ids_R, device = targets_R.asnumpy(), features_RF.context  # they came from the host: this does not block
+        num_rows, num_columns = len(ids_R), self.logits_width
+        logits_RC = _view(self._head._workspace(num_rows * num_columns, device), num_rows, num_columns)
         ones_1F = mx.nd.ones((1, features_RF.shape[1]), ctx=device)
         features_RF.attach_grad()
         with mx.autograd.record():
             # The first column is overwritten by the targets, and its gradient is zero. All rows are looked up at once:
             # for two look-ups in one matrix, autograd would sum two gradients of the whole matrix.
             rows, biases = self._rows(np.concatenate([self.ids_S[:1], self.ids_S, ids_R]), device)
-            num_columns = len(self.ids_S) + 1
             weight_CF, weight_RF = rows[:num_columns], rows[num_columns:]
             bias_C, bias_R = biases[:num_columns], biases[num_columns:]
             logits_RC = mx.nd.FullyConnected(features_RF, weight_CF, bias_C, num_hidden=num_columns, out=logits_RC)
@@ -375,9 +367,6 @@ class AdaptiveHead(Head):
             for i, size in enumerate(sizes, 1):
                 self.groups.add(_Group(size, input_size, input_size // TAIL_FACTOR**i))
 
-    def room_for_logits(self, num_softmaxes, device, width=None):
-        return super().room_for_logits(max(num_softmaxes, _PARTS), device, width)  # one row of any group fits
-
     def hybrid_forward(self, F, hidden_RH):
         return self.scores(F, hidden_RH)
 
@@ -388,21 +377,21 @@ class AdaptiveHead(Head):
             parts.append(F.broadcast_add(group(hidden_RH), F.slice_axis(entries, axis=-1, begin=i, end=i + 1)))
         return F.concat(*parts, dim=-1)
 
-    def losses(self, features_RF, targets_R, logits_SV):
+    def losses(self, features_RF, targets_R):
         entries_R, members = self._look_up(targets_R)
-        room = _corner(logits_SV, len(entries_R), self.shortlist.weight.shape[0])
-        losses_R = -_target_log_probs(self.shortlist, features_RF, entries_R, room)
+        workspace = self._workspace_of_chunk(features_RF)
+        losses_R = -_target_log_probs(self.shortlist, features_RF, entries_R, workspace)
         for group, rows_P, targets_P in members:
             projected_PE = group.projection(mx.nd.take(features_RF, rows_P))
-            for part, room in group.parts(len(rows_P), logits_SV):
-                losses = -_target_log_probs(group.decoder, projected_PE[part], targets_P[part], room)
+            for part in group.parts(len(rows_P), workspace.size):
+                losses = -_target_log_probs(group.decoder, projected_PE[part], targets_P[part], workspace)
                 _add_to_rows(losses_R, rows_P[part], losses)
         return losses_R
 
-    def backward(self, features_RF, targets_R, logits_SV, loss_scale=1.0):
+    def backward(self, features_RF, targets_R, loss_scale=1.0):
         entries_R, members = self._look_up(targets_R)
-        room = _corner(logits_SV, len(entries_R), self.shortlist.weight.shape[0])
-        probs = _Softmax(self.products.affine(self.shortlist, features_RF, room), entries_R)
+        workspace = self._workspace_of_chunk(features_RF)
+        probs = _Softmax(self.products, self.shortlist, features_RF, entries_R, workspace)
         losses_R, grad_RF = -probs.target_log_probs(), probs.backward(loss_scale)
         for group, rows_P, targets_P in members:
             features_PF = mx.nd.take(features_RF, rows_P)
@@ -410,14 +399,18 @@ class AdaptiveHead(Head):
             with mx.autograd.record():
                 projected_PE = group.projection(features_PF)
             grad_PE = mx.nd.zeros_like(projected_PE)
-            for part, room in group.parts(len(rows_P), logits_SV):
-                affine = self.products.affine(group.decoder, projected_PE.detach()[part], room)
-                probs = _Softmax(affine, targets_P[part])
+            for part in group.parts(len(rows_P), workspace.size):
+                inputs_PE = projected_PE.detach()[part]
+                probs = _Softmax(self.products, group.decoder, inputs_PE, targets_P[part], workspace)
                 _add_to_rows(losses_R, rows_P[part], -probs.target_log_probs())
                 grad_PE[part] = probs.backward(loss_scale)
             projected_PE.backward(grad_PE)
             _add_to_rows(grad_RF, rows_P, features_PF.grad)
         return losses_R, grad_RF
+
+    def _workspace_of_chunk(self, features_RF: mx.nd.NDArray) -> mx.nd.NDArray:
+        """For the shortlist's logits of all rows, and for a group's of as many as fit, at least one."""
+        return self._workspace(max(len(features_RF), _PARTS) * self.logits_width, features_RF.context)
 
     def _look_up(
         self, targets_R: mx.nd.NDArray
@@ -450,13 +443,10 @@ class _Group(gluon.HybridBlock):
     def hybrid_forward(self, F, hidden_RH):
         return F.log_softmax(self.decoder(self.projection(hidden_RH)), axis=-1)
 
-    def parts(self, num_rows: int, room_SV: mx.nd.NDArray) -> Iterator[tuple[slice, mx.nd.NDArray]]:
-        """Cut rows so that the logits of each part fit into the room; yields each with its part of the room."""
-        width = self.decoder.weight.shape[0]
-        most = max(1, room_SV.size // width)
-        for start in range(0, num_rows, most):
-            stop = min(start + most, num_rows)
-            yield slice(start, stop), _corner(room_SV, stop - start, width)
+    def parts(self, num_rows: int, num_elements: int) -> list[slice]:
+        """Cut rows into parts whose logits have at most `num_elements` elements, as those of one row must have."""
+        most = num_elements // self.decoder.weight.shape[0]
+        return [slice(start, min(start + most, num_rows)) for start in range(0, num_rows, most)]
 
 
 def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -> nn.Dense:
@@ -465,13 +455,21 @@ def _decoder(vocab_size: int, input_size: int, embedding: nn.Embedding | None) -
 
 
 class _Softmax:
-    """Softmaxes of an affine map and their gradient, in the memory of one array of logits.
+    """Softmaxes of an affine map and their gradient, in the first elements of a workspace.
 
     The gradient of ``-log softmax(z)[y]`` is ``softmax(z) - onehot(y)``, and the affine map does not need its own
     output in the backward pass: so the array holds first the logits, then the probabilities, then the gradient.
     """
 
-    def __init__(self, affine: Affine, targets_S: mx.nd.NDArray) -> None:
+    def __init__(
+        self,
+        products: Products,
+        layer: nn.Dense,
+        inputs_SE: mx.nd.NDArray,
+        targets_S: mx.nd.NDArray,
+        workspace: mx.nd.NDArray,
+    ) -> None:
+        affine = products.affine(layer, inputs_SE, _view(workspace, len(inputs_SE), layer.weight.shape[0]))
         self._affine, self._targets_S = affine, targets_S
         self._probs_SV = mx.nd.softmax(affine.output_SV, axis=-1, out=affine.output_SV)
         self._target_probs_S = mx.nd.pick(self._probs_SV, targets_S)
@@ -495,15 +493,16 @@ class _Softmax:
         return self._affine.backward(grad_SV)
 
 
-def _target_log_probs(decoder, inputs_SE, targets_S, logits_SV):
-    weight_VE, bias_V = (parameter.data(inputs_SE.context) for parameter in (decoder.weight, decoder.bias))
+def _target_log_probs(layer, inputs_SE, targets_S, workspace):
+    weight_VE, bias_V = (parameter.data(inputs_SE.context) for parameter in (layer.weight, layer.bias))
+    logits_SV = _view(workspace, len(inputs_SE), weight_VE.shape[0])
     mx.nd.FullyConnected(inputs_SE, weight_VE, bias_V, num_hidden=weight_VE.shape[0], out=logits_SV)
     return mx.nd.pick(mx.nd.log_softmax(logits_SV, axis=-1, out=logits_SV), targets_S)
 
 
-def _corner(room, num_rows, width):
-    """The first elements of an array, as an array of shape (num_rows, width) in the same memory."""
-    return room.reshape((-1,))[: num_rows * width].reshape((num_rows, width))
+def _view(workspace, num_rows, width):
+    """The first elements of a vector, as an array of shape (num_rows, width) in the same memory."""
+    return workspace[: num_rows * width].reshape((num_rows, width))
 
 
 def _add_to_rows(array, rows_P, values):

@@ -74,7 +74,7 @@ class Affine:
         Without activation.
     inputs_SE : NDArray
     output_SV : NDArray
-        Room for the result.
+        Where the result is written.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ class HalfProducts(Products):
         self.dtype = DTYPES[kind]
         self._cast: dict[tuple[gluon.Parameter, mx.Context], mx.nd.NDArray] = {}
         self._fresh: set[tuple[gluon.Parameter, mx.Context]] = set()
-        self._room: dict[tuple[str, mx.Context], mx.nd.NDArray] = {}
+        self._workspaces: dict[tuple[str, mx.Context], mx.nd.NDArray] = {}
 
     def begin_window(self, device):
         self._fresh = {key for key in self._fresh if key[1] != device}
@@ -139,12 +139,12 @@ class HalfProducts(Products):
             self._fresh.add(key)
         return self._cast[key]
 
-    def room(self, purpose: str, shape: tuple[int, ...], device: mx.Context) -> mx.nd.NDArray:
-        """An array in half precision; all calls for a purpose share its memory, as in `Head.room_for_logits`."""
+    def workspace(self, purpose: str, shape: tuple[int, ...], device: mx.Context) -> mx.nd.NDArray:
+        """An array in half precision, which is allocated only once: all calls for a purpose share its memory."""
         key, size = (purpose, device), int(np.prod(shape))
-        if key not in self._room or self._room[key].size < size:
-            self._room[key] = mx.nd.zeros((size,), ctx=device, dtype=self.dtype)
-        return self._room[key][:size].reshape(shape)
+        if key not in self._workspaces or self._workspaces[key].size < size:
+            self._workspaces[key] = mx.nd.zeros((size,), ctx=device, dtype=self.dtype)
+        return self._workspaces[key][:size].reshape(shape)
 
 
 class _HalfAffine(Affine):
@@ -154,8 +154,8 @@ class _HalfAffine(Affine):
         self._weight_VE, bias_V = (products.cast(parameter, device) for parameter in self._parameters)
         vocab_size = bias_V.shape[0]
         num_padded = -(-num_rows // FORWARD_MULTIPLE) * FORWARD_MULTIPLE  # the contents of the other rows do not matter
-        inputs = products.room("inputs", (num_padded, width), device)
-        outputs = products.room("outputs", (num_padded, vocab_size), device)
+        inputs = products.workspace("inputs", (num_padded, width), device)
+        outputs = products.workspace("outputs", (num_padded, vocab_size), device)
         self._inputs_SE, self._half_SV, self.output_SV = inputs[:num_rows], outputs[:num_rows], output_SV
         mx.nd.amp_cast(inputs_SE, dtype=products.dtype, out=self._inputs_SE)
         for start in range(0, num_padded, FORWARD_ROWS):
@@ -167,7 +167,7 @@ class _HalfAffine(Affine):
         device, products = grad_SV.context, self._products
         mx.nd.amp_cast(grad_SV, dtype=products.dtype, out=self._half_SV)
         grad_SE = mx.nd.empty(self._inputs_SE.shape, ctx=device, dtype=products.dtype)
-        grads = [products.room(f"gradient of {i}", p.shape, device) for i, p in enumerate(self._parameters)]
+        grads = [products.workspace(f"gradient of {i}", p.shape, device) for i, p in enumerate(self._parameters)]
         fully_connected_backward(self._half_SV, self._inputs_SE, self._weight_VE, [grad_SE, *grads])
         for half, parameter in zip(grads, self._parameters):
             _add(half, parameter.grad(device))

@@ -7,6 +7,8 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from ..config import (
     Config,
     OptimConfig,
@@ -26,7 +28,7 @@ from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
 from ..logs import LOGGER, NOTICE, RESULT, log_to_file, log_warnings_only, logging_for_file
-from ..losses import row_chunks
+from ..losses import largest_chunk
 from ..memory import Need, check_need, explaining_memory_errors, training_need
 from ..models import LanguageModel
 from ..progress import counted
@@ -286,21 +288,16 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
     streams = (config.optim.small_batch_size or training.batch_size) // communicator.num_devices
     tokens = max(1, streams) * (training.bptt + (config.optim.max_seq_len_delta or 0))
     sizes = {name: math.prod(parameter.shape) for name, parameter in model.named_parameters().items()}
-
-    def room(num_rows: int, width: int) -> int:
-        chunk = row_chunks(num_rows, head.softmaxes_per_row, width)[0]
-        return (chunk.stop - chunk.start) * head.softmaxes_per_row * width
-
-    sampled = config.model.num_sampled
     on_cpu = devices[0].device_type == "cpu"
-    largest = 0 if sampled else max(math.prod(parameter.shape) for parameter in head.collect_params().values())
+    keeps_copy = not config.model.num_sampled and (on_cpu or training.amp != "none")
+    largest = max(math.prod(parameter.shape) for parameter in head.collect_params().values())
     return training_need(
         config,
         num_parameters=sum(sizes.values()),
-        largest=largest if on_cpu or training.amp != "none" else 0,
+        largest=largest if keeps_copy else 0,
         logits=max(
-            room(tokens, sampled + 1 if sampled else head.logits_width),
-            room(max(ROWS_PER_WINDOW, training.eval_batch_size), head.logits_width),
+            largest_chunk(head.for_window(np.random.default_rng()), tokens),
+            largest_chunk(head, max(ROWS_PER_WINDOW, training.eval_batch_size)),
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,

@@ -118,7 +118,7 @@ def test_fewer_than_one_stream_is_refused():
 
 
 def test_threads_that_share_a_model_do_not_disturb_each_other(monkeypatch):
-    """Each has its own room for logits: with one for all, a thread reads what another has written over it."""
+    """Each has its own workspace for logits: with one for all, a thread reads what another has written over it."""
     monkeypatch.setattr("gluon_lm.losses.CHUNK_SOFTMAXES", 4)
     model, texts = build_model(), [text(), text()[::-1].copy()]
     expected = [run(model, ids).loss_sum for ids in texts]

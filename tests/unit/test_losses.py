@@ -12,7 +12,7 @@ from mxnet.gluon import nn
 
 from gluon_lm import losses
 from gluon_lm.config import ModelConfig
-from gluon_lm.losses import backward_through_head, row_chunks, target_losses
+from gluon_lm.losses import backward_through_head, largest_chunk, row_chunks, target_losses
 from gluon_lm.models import HEADS
 
 V, H, T, N = 11, 16, 6, 4
@@ -164,6 +164,25 @@ def test_rows_after_the_last_target_count_for_nothing(name, num_targets, monkeyp
     assert target_losses(head, hidden, targets[:num_targets]).shape == (num_targets,)
 
 
+@HEAD
+def test_all_chunks_windows_and_evaluations_share_one_workspace_of_the_foretold_size(name, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_SOFTMAXES", 10)
+    head, allocated, empty = build_head(name), [], mx.nd.empty
+
+    def noted(shape, **where):
+        allocated.append(np.prod(shape))
+        return empty(shape, **where)
+
+    monkeypatch.setattr(mx.nd, "empty", noted)
+    hidden, targets = sample()
+    of_windows = [head.for_window(np.random.default_rng(seed)) for seed in range(3)]
+    for of_window in of_windows:
+        backward_through_head(of_window, head.features(hidden), targets)
+        target_losses(head, hidden, targets)
+    # That of a sample is smaller, and has grown once, for the evaluation.
+    assert allocated == sorted({largest_chunk(trained, T * N) for trained in (of_windows[0], head)})
+
+
 # ---------------------------------------------------------------- against numpy
 
 
@@ -263,12 +282,11 @@ def test_experts_that_give_a_target_no_chance_are_left_alone_and_the_others_lear
     log_priors_RK = np.log(np.full((2, 3), 1 / 3))
     features_RF = mx.nd.array(np.concatenate([features_RKE.reshape(2, -1), log_priors_RK], axis=1))
     head.decoder.bias.set_data(mx.nd.zeros(V))
-    room_SV = mx.nd.empty((6, V))
-    (losses_R, grad_RF), _ = gradients_after(head, lambda: head.backward(features_RF, int32([5, 5]), room_SV))
+    (losses_R, grad_RF), _ = gradients_after(head, lambda: head.backward(features_RF, int32([5, 5])))
     np.testing.assert_allclose(losses_R.asnumpy()[0], np.log(3 * V), rtol=1e-5)
     np.testing.assert_allclose(grad_RF.asnumpy()[0, -3:], [0, 0, -1], atol=1e-6)
     assert 80 < losses_R.asnumpy()[1] < np.inf and np.isfinite(grad_RF.asnumpy()).all()
-    exact_R = head.losses(features_RF, int32([5, 5]), room_SV).asnumpy()
+    exact_R = head.losses(features_RF, int32([5, 5])).asnumpy()
     np.testing.assert_allclose(exact_R, [np.log(3 * V), 400], rtol=1e-5)
 
 
