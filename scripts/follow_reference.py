@@ -69,7 +69,7 @@ def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -
     losses = []
     with progress_bar(total=len(windows), desc=what, unit="step") as bar:
         for number, (window, relative_length) in enumerate(windows):
-            step.trainer.set_learning_rate(config.optim.lr * relative_length)
+            step.set_learning_rate(config.optim.lr * relative_length)
             result = step(window, seed, number)
             losses.append(result.loss_sum / result.num_targets)
             bar.update(1)

@@ -5,7 +5,8 @@ Shapes: T time, N batch, H hidden width, W workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import mxnet as mx
@@ -15,17 +16,18 @@ from mxnet import gluon
 from ..config import OptimConfig, show
 from ..data.windows import Window
 from ..distributed.communicator import Communicator
-from ..errors import TrainingDiverged
+from ..errors import CheckpointError, TrainingDiverged
 from ..inputs import InputCopies
 from ..losses import backward_through_model
 from ..models import LanguageModel, State
 from ..optim.norms import square_sums
-from ..optim.optimizers import SGD, create_optimizer
+from ..optim.optimizers import SGD, create_optimizer, load_optimizer_state, optimizer_state
 from ..optim.rows import FilledRows
 from .loss_scale import LossScale
 
 # MXNet's operator has room for 200 arrays, and does not check whether there are more.
 _CHECKED_AT_ONCE = 200
+_SMALLEST_LR = 1e-30  # MXNet's operators refuse rates that underflow float32; weights stop changing far above that
 _SAMPLES = 1  # distinguishes these seeds from others that begin with the run's
 
 
@@ -74,7 +76,6 @@ class TrainingStep:
 
     Attributes
     ----------
-    trainer : gluon.Trainer
     states : list of State, or None
         The recurrent state that each device carries into the next window; None starts it from zero.
     """
@@ -87,14 +88,15 @@ class TrainingStep:
         loss_scale: LossScale | None = None,
     ) -> None:
         self._model, self._communicator, self._optim, self._loss_scale = model, communicator, optim, loss_scale
-        self._parameters = list(model.named_parameters().values())
+        named = model.named_parameters()
+        self._names, self._parameters = list(named), list(named.values())
         for parameter in self._parameters:
             parameter.grad_req = "add"  # head and encoder, and all chunks, add to one gradient
-        self._filled = FilledRows(model.named_parameters())
+        self._filled = FilledRows(named)
         is_alone = communicator.size == len(communicator.devices) == 1
         self._optimizer = create_optimizer(optim)
         self._updates_rows = is_alone and isinstance(self._optimizer, SGD) and not optim.weight_decay
-        self.trainer = gluon.Trainer(self._parameters, self._optimizer, kvstore=None)
+        self._trainer = gluon.Trainer(self._parameters, self._optimizer, kvstore=None)
         self.states: list[State] | None = None
         self._inputs = InputCopies()
 
@@ -154,7 +156,7 @@ class TrainingStep:
             raise TrainingDiverged(
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
-                f"{self.trainer.learning_rate:g}) or --clip (now {show(clip_norm)})"
+                f"{self._trainer.learning_rate:g}) or --clip (now {show(clip_norm)})"
                 + (", or send the gradients without --gctype fp16" if self._communicator.sends_float16 else "")
             )
         if self._loss_scale is not None:
@@ -162,7 +164,7 @@ class TrainingStep:
                 self.states = states
                 raise TrainingDiverged(
                     f"step {step + 1}: gradients overflow float16 however the loss is scaled; no parameter was changed "
-                    f"by this step. Lower --lr (now {self.trainer.learning_rate:g}), or train without --amp"
+                    f"by this step. Lower --lr (now {self._trainer.learning_rate:g}), or train without --amp"
                 )
             self._loss_scale.update(has_overflowed)
         if has_overflowed:
@@ -172,7 +174,7 @@ class TrainingStep:
             clip_factor = clip_norm / grad_norm
         if self._updates_rows:
             self._optimizer.rows = self._filled.by_index
-        self.trainer.update(window.num_targets / clip_factor)
+        self._trainer.update(window.num_targets / clip_factor)
         return StepResult(loss_sum, window.num_targets, grad_norm, agreed_signal)
 
     def rehearse(self, window: Window) -> None:
@@ -186,6 +188,66 @@ class TrainingStep:
         self._forward_backward(window, seed=0, step=0, loss_scale=1.0)
         mx.nd.waitall()
         self.states = states
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set that of the next steps. 1e-30 or less counts as 0."""
+        self._trainer.set_learning_rate(lr if lr > _SMALLEST_LR else 0)
+
+    def optimizer_state(self) -> dict[str, mx.nd.NDArray]:
+        """What the optimiser keeps from step to step: arrays by name."""
+        return optimizer_state(self._trainer, self._names)
+
+    def load_optimizer_state(self, arrays: Mapping[str, mx.nd.NDArray], num_updates: int) -> None:
+        """Restore what `optimizer_state` returned after so many updates.
+
+        Raises
+        ------
+        CheckpointError
+            If the arrays belong to another optimiser or model.
+        """
+        load_optimizer_state(self._trainer, self._names, arrays, num_updates)
+
+    def carried_state(self) -> list[mx.nd.NDArray]:
+        """The recurrent state of all streams, if there is one: arrays (1, N, H) on rank 0, maybe none on the others.
+
+        All workers call it together.
+        """
+        if not self.states:
+            return []
+        own = [np.concatenate([part.asnumpy() for part in parts], axis=1) for parts in zip(*self.states)]
+        workers = self._communicator.gather_arrays(own)
+        return [mx.nd.array(np.concatenate(parts, axis=1)) for parts in zip(*workers)]
+
+    def restore_carried_state(self, arrays: Sequence[mx.nd.NDArray], batch_size: int, origin: Path) -> None:
+        """Restore what `carried_state` returned, on any number of devices that divides the batch.
+
+        Parameters
+        ----------
+        arrays : sequence of NDArray
+        batch_size : int
+            N, of all devices together.
+        origin : Path
+            Where the arrays are from, for the message of an error.
+
+        Raises
+        ------
+        CheckpointError
+            If they are not those of this model and batch.
+        """
+        if not arrays:
+            self.states = None
+            return
+        expected = [array.shape for array in self._model.begin_state(batch_size, mx.cpu())]
+        found = [array.shape for array in arrays]
+        if found != expected:
+            raise CheckpointError(
+                f"{origin}: carries a recurrent state of shapes {found}, and this model with --batch-size {batch_size} "
+                f"has {expected}; both must stay as they were"
+            )
+        self.states = [
+            [array[:, share].as_in_context(device) for array in arrays]
+            for share, device in zip(self._communicator.shares(batch_size), self._communicator.devices)
+        ]
 
     def _unscale_gradients(self, loss_scale: float) -> bool:
         """Divide the gradients by the scale of the loss, if they are finite on every device of every worker."""

@@ -6,22 +6,20 @@ import contextlib
 import math
 import signal
 import time
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mxnet as mx
 import numpy as np
-from mxnet import gluon
 
 from ..config import Config, share_problems
 from ..data import Corpus
 from ..data.windows import Epoch, TrainingWindows, Window
 from ..distributed.communicator import Communicator
 from ..distributed.devices import memory_in_use
-from ..errors import CheckpointError, DataError, DistributedError, TrainingDiverged
+from ..errors import DataError, DistributedError, TrainingDiverged
 from ..evaluation.static import Evaluation, evaluate
 from ..heartbeat import beat
 from ..logs import DETAIL, LOGGER, NOTICE, RESULT
@@ -29,17 +27,16 @@ from ..memory import Need, explaining_memory_errors, peak_memory
 from ..metrics import perplexity
 from ..models import LanguageModel
 from ..optim.averaging import WeightAverage, has_stalled
-from ..optim.optimizers import load_optimizer_state, optimizer_state
 from ..prediction import ModelPredictor
 from ..progress import Place, TrainingBar
 from ..tracking import MetricsFile, TensorBoard, write_status
+from .agreement import check_parameters
 from .checkpoint import TRAINING_TEXT, Checkpoint, TrainingState, load_parameters, save_checkpoint, set_parameters
 from .loss_scale import LossScale
 from .run_folder import RunFolder
 from .signals import Stopped, StopRequest
 from .step import StepResult, TrainingStep
 
-_SMALLEST_LR = 1e-30  # MXNet's operators refuse rates that underflow float32; weights stop changing far above that
 CHECK_EVERY = 100  # steps after which devices and workers compare their parameters
 
 
@@ -108,7 +105,6 @@ class Trainer:
         problems = share_problems(config, communicator.num_devices)
         if problems:
             raise DistributedError("; ".join(problems))
-        self._names = list(model.named_parameters())
         self._eos = corpus.vocabulary.eos_id
         self._windows = self._make_windows()
         self._epoch: tuple[int, Epoch] = 0, self._windows.epoch(0)
@@ -256,45 +252,13 @@ class Trainer:
         return stop.signal is not None and bool(self._agreed_signal or self._communicator.size == 1)
 
     def _check_agreement(self) -> None:
-        """Make sure that all devices of all workers have the same parameters.
-
-        Raises
-        ------
-        DistributedError
-            If they differ.
-        """
-        communicator = self._communicator
-        if communicator.num_devices == 1:
-            return
-        parameters = self.model.named_parameters().values()
-        first, *more = communicator.devices
-        apart = [str(device) for device in more if _differ(parameters, first, device)]
-        checksum = 0
-        if communicator.size > 1:
-            for parameter in parameters:
-                checksum = zlib.crc32(parameter.data(first).asnumpy(), checksum)
-        found = communicator.allgather_object([checksum, apart])
-        others = [rank for rank, (of_worker, _) in enumerate(found) if of_worker != found[0][0]]
-        if others:
-            raise DistributedError(
-                f"step {self.state.step}: the parameters of worker {', '.join(map(str, others))} are not those of "
-                "worker 0; earlier checkpoints are intact. A faulty machine or another build of MXNet is likely"
-            )
-        for rank, (_, apart) in enumerate(found):
-            if apart:
-                on = ", ".join(apart) + (f" of worker {rank}" if communicator.size > 1 else "")
-                way_round = "; set MXNET_ENABLE_GPU_P2P=0, or use --kvstore local" if first.device_type == "gpu" else ""
-                raise DistributedError(
-                    f"step {self.state.step}: the parameters on {on} are not those on {first}; earlier checkpoints are "
-                    f"intact. Copies between these devices are likely corrupted{way_round}"
-                )
+        check_parameters(self.model.named_parameters().values(), self._communicator, self.state.step)
 
     def _take_step(self, stop: StopRequest) -> StepResult:
         state, epoch = self.state, self._current_epoch()
         if not epoch.carries_state:
             self._step.states = None
-        lr = state.lr * epoch.relative_length(state.window)
-        self._step.trainer.set_learning_rate(lr if lr > _SMALLEST_LR else 0)
+        self._step.set_learning_rate(state.lr * epoch.relative_length(state.window))
         beat(state.step)
         window = self._upcoming or epoch.window(state.window)
         self._upcoming = epoch.window(state.window + 1) if state.window + 1 < len(epoch) else None
@@ -542,21 +506,13 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         self._check_agreement()
-        carried, residuals = self._carried_state(), self._communicator.residuals()
+        carried, residuals = self._step.carried_state(), self._communicator.residuals()
         is_evaluated = self.state.evaluated_step == self.state.step
         self.state.seconds = 0.0 if is_evaluated else time.perf_counter() - self._counts_from
         if self._communicator.is_primary:
             self._write_checkpoint(carried, residuals, is_best)
         self._communicator.checkpointed()
         self._saved_step = self.state.step
-
-    def _carried_state(self) -> list[mx.nd.NDArray]:
-        """The recurrent state of all streams: arrays (1, N, H) on rank 0; it may be empty on the others."""
-        if not self._step.states:
-            return []
-        own = [np.concatenate([part.asnumpy() for part in parts], axis=1) for parts in zip(*self._step.states)]
-        workers = self._communicator.gather_arrays(own)
-        return [mx.nd.array(np.concatenate(parts, axis=1)) for parts in zip(*workers)]
 
     def _write_checkpoint(
         self, carried: list[mx.nd.NDArray], residuals: dict[str, mx.nd.NDArray], is_best: bool
@@ -566,7 +522,7 @@ class Trainer:
         checkpoint = Checkpoint(
             parameters=averages or weights,
             unaveraged=weights if averages else {},
-            optimizer=optimizer_state(self._step.trainer, self._names),
+            optimizer=self._step.optimizer_state(),
             carried=carried,
             residuals=residuals,
             training=self.state,
@@ -642,7 +598,8 @@ class Trainer:
         fix = "restore the text or name its place with --data, or train again with --overwrite"
         self._check_corpus(checkpoint, self.run.path, fix)
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
-        load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
+        self._step.load_optimizer_state(checkpoint.optimizer, checkpoint.training.num_updates)
+        self._step.restore_carried_state(checkpoint.carried, self.config.training.batch_size, self.run.path)
         self.state = checkpoint.training
         self._forget_best_if_gone()
         if self._loss_scale is not None and checkpoint.loss_scale:
@@ -653,23 +610,7 @@ class Trainer:
             self._average = WeightAverage(self.model.named_parameters(), self._communicator.devices[0])
             self._average.load(checkpoint.parameters, checkpoint.training.num_updates - self.state.averaging_since)
         self._saved_step = self.state.step
-        if checkpoint.carried:
-            self._restore_carried_state(checkpoint.carried)
         self._restore_communication(checkpoint)
-
-    def _restore_carried_state(self, carried: list[mx.nd.NDArray]) -> None:
-        batch_size, communicator = self.config.training.batch_size, self._communicator
-        if carried[0].shape[1:2] != (batch_size,):
-            raise CheckpointError(
-                f"{self.run.path}: carries a state of shape {carried[0].shape}; --batch-size must stay as it was"
-            )
-        expected = [array.shape for array in self.model.begin_state(batch_size, mx.cpu())]
-        if [array.shape for array in carried] != expected:
-            raise CheckpointError(f"{self.run.path}: carries a recurrent state whose shape is not the model's")
-        self._step.states = [
-            [array[:, share].as_in_context(device) for array in carried]
-            for share, device in zip(communicator.shares(batch_size), communicator.devices)
-        ]
 
     def _restore_communication(self, checkpoint: Checkpoint) -> None:
         num_devices = self._communicator.num_devices
@@ -685,9 +626,3 @@ class Trainer:
                 checkpoint.num_devices,
                 num_devices,
             )
-
-
-def _differ(parameters: Iterable[gluon.Parameter], first: mx.Context, other: mx.Context) -> bool:
-    """Whether the copies on two devices differ; compared on the first one, with a single read-back."""
-    unlike = [(p.data(first) != p.data(other).as_in_context(first)).sum() for p in parameters]
-    return bool(mx.nd.add_n(*unlike).asscalar())

@@ -17,7 +17,7 @@ def train_plain_mixture(size: Size, warmup: int, steps: int) -> dict[str, float]
     step = ours_step(size)
     from gluon_lm.data.windows import Streams
 
-    model, trainer = step._model, step.trainer
+    model, trainer = step._model, step._trainer
     head, parameters = model.head, list(model.named_parameters().values())
     ids = zipf_ids((warmup + steps) * size.batch_size * size.bptt, size.vocab_size)
     streams = Streams(ids, size.batch_size, eos=0)
