@@ -23,7 +23,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import check_folder, digest_of, file_hash, replaced_folder, sealed
+from .files import check_folder, read_seal, replaced_folder, verify_files, write_seal
 from .logs import LOGGER
 from .memory import is_allocation_failure
 from .models import CELLS, LanguageModel
@@ -113,9 +113,7 @@ def write_export(
                     **interface,
                     **trained.description,
                 }
-                manifest = sealed(content, fresh)
-                written = json.dumps(manifest, indent=1, ensure_ascii=False)
-                (fresh / MANIFEST).write_text(f"{written}\n", encoding="utf-8", errors="backslashreplace")
+                manifest = write_seal(fresh, MANIFEST, content)
         except OSError as error:
             raise ConfigError(
                 f"--output {output}: cannot be written ({error.strerror or error}); name another folder"
@@ -247,17 +245,15 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
     """
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_seal(folder, MANIFEST)
         if manifest["format"] != _FORMAT or manifest["kind"] != "symbol":
             raise CheckpointError(
                 f"{folder}: is an export as {manifest['kind']} of format {manifest['format']}, and gluon_lm "
                 f"{__version__} loads those as symbol of format {_FORMAT}; export the run again, with --format symbol"
             )
-        if manifest["digest"] != digest_of(manifest):
-            raise CheckpointError(f"{folder}: {MANIFEST} is not as it was written; export the run again")
-        for name in (SYMBOL, PARAMETERS, VOCABULARY):
-            if file_hash(folder / name) != manifest["sha256"][name]:
-                raise CheckpointError(f"{folder}: {name} is not the file that the manifest names; export the run again")
+        if manifest["sha256"].keys() != {SYMBOL, PARAMETERS, VOCABULARY}:
+            raise ValueError(f"{MANIFEST} names other files than an export has")
+        verify_files(folder, manifest)
         predictor = ExportedPredictor(folder, manifest, device or mx.cpu())
         _try_out(predictor)
         return predictor

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..data.vocabulary import EOS
 from ..errors import CheckpointError, GluonLMError, reason
-from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
+from ..files import read_arrays, read_seal, replaced_folder, synchronise, verify_files, write_arrays, write_seal
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..metrics import finite_or_none, perplexity
@@ -189,7 +188,7 @@ def save_checkpoint(
                 "num_devices": checkpoint.num_devices,
                 "num_parameters": sum(array.size for array in checkpoint.parameters.values()),
             }
-            (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
+            write_seal(fresh, STATE, content)
         if is_best:
             _link(run.best, final)
         _link(run.latest, final)
@@ -266,22 +265,17 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         If a file is missing or changed, or the checkpoint has another format.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["digest"] != digest_of(state):
-            raise ValueError(f"{STATE} is not as it was written")
+        state = read_seal(path, STATE)
         if state["format"] != _FORMAT:
             raise CheckpointError(
                 f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
                 f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}"
             )
-        hashes = state["sha256"]
-        if not _ALWAYS <= hashes.keys() <= _ALWAYS | _SOMETIMES:
+        if not _ALWAYS <= state["sha256"].keys() <= _ALWAYS | _SOMETIMES:
             raise ValueError(f"{STATE} names other files than a checkpoint has")
-        for name, digest in hashes.items():
-            if not (path / name).is_file() or file_hash(path / name) != digest:
-                raise ValueError(f"{name} is not as it was written")
+        verify_files(path, state)
         return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
 
 
