@@ -15,7 +15,7 @@ from .exported import is_exported, load_exported
 from .metrics import finite_or_none, perplexity
 from .models import LanguageModel
 from .prediction import ModelPredictor, Predictor, describe_model
-from .training.checkpoint import UNAVERAGED, damaged, load_by_name, read_parameters, read_training, verify_checkpoint
+from .training.checkpoint import UNAVERAGED, load_by_name, read_parameters, training_and_text, verify_checkpoint
 from .training.run_folder import CONFIG, VOCABULARY, folder_of
 
 
@@ -54,10 +54,7 @@ class TrainedModel:
         CheckpointError
             If `state` is not that of a checkpoint.
         """
-        try:
-            training, text = read_training(self.state["training"]), dict(self.state["text"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged(self.path, error) from error
+        training, text = training_and_text(self.path, self.state)
         loss = training.best_loss if training.best_step == training.step else None
         return {
             **describe_model(self.config.model, len(self.vocabulary)),

@@ -217,7 +217,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             parameters=load_arrays(path / PARAMETERS),
             optimizer=load_arrays(path / OPTIMIZER),
             carried=[carried[str(i)] for i in range(len(carried))],
-            training=read_training(state["training"]),
+            training=_read_training(state["training"]),
             communicator=dict(state["communicator"]),
             corpus=str(state["corpus"]),
             text=dict(state["text"]),
@@ -227,7 +227,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             residuals=_load_some_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
 
 
 def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
@@ -237,7 +237,7 @@ def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     return arrays
 
 
-def read_training(values: Mapping[str, Any]) -> TrainingState:
+def _read_training(values: Mapping[str, Any]) -> TrainingState:
     """From JSON; `TypeError` if a value does not have its field's type, `KeyError` if it is missing."""
     nothing = type(None)
     types: dict[str, tuple[type, ...]] = {
@@ -274,7 +274,21 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         verify_files(path, state)
         return state
     except (OSError, ValueError, KeyError) as error:
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
+
+
+def training_and_text(path: Path, state: Mapping[str, Any]) -> tuple[TrainingState, dict[str, str]]:
+    """Where a run was, and its text, as in `Checkpoint`, from what `verify_checkpoint` returned.
+
+    Raises
+    ------
+    CheckpointError
+        If that is not the state of a checkpoint.
+    """
+    try:
+        return _read_training(state["training"]), dict(state["text"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def newest_checkpoint(run: RunFolder) -> Path:
@@ -372,7 +386,7 @@ def read_parameters(model: LanguageModel, path: Path) -> None:
     except _UNREADABLE as error:
         if is_allocation_failure(error):
             raise
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
     if missing:
         raise _of_another_model(path, list(missing))
 
@@ -410,7 +424,7 @@ def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
     """What is raised if reading the checkpoint at `path` ends with another error."""
     return CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}")
 
