@@ -31,11 +31,11 @@ if TYPE_CHECKING:  # what type checkers see of _HOME
         OutOfMemory as OutOfMemory,
         TrainingDiverged as TrainingDiverged,
     )
-    from .exporting import export_run as export_run, load_exported as load_exported
+    from .exported import load_exported as load_exported
+    from .exporting import export_run as export_run
     from .generation.sampling import Sampling as Sampling
     from .models import LanguageModel as LanguageModel
-    from .prediction import load_predictor as load_predictor
-    from .training.checkpoint import load_model as load_model
+    from .trained import load_model as load_model, load_predictor as load_predictor
     from .training.session import train_run as train_run
 
 __version__ = "0.1.0"
@@ -52,9 +52,9 @@ _HOME = {
     "load_corpus": "data",
     "LanguageModel": "models",
     "train_run": "training.session",
-    "load_model": "training.checkpoint",
-    "load_predictor": "prediction",
-    "load_exported": "exporting",
+    "load_model": "trained",
+    "load_predictor": "trained",
+    "load_exported": "exported",
     "export_run": "exporting",
     "Sampling": "generation.sampling",
     "CheckpointError": "errors",

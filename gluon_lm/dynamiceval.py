@@ -53,31 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .data import load_corpus
     from .distributed.devices import resolve_single_device
     from .evaluation.dynamic import dynamic_evaluate, gradient_statistics
-    from .training.checkpoint import TRAINING_TEXT, load_model_and_state
+    from .trained import load_trained
+    from .training.checkpoint import TRAINING_TEXT
     from .training.run_folder import find_run
 
     run, _ = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint, state = load_model_and_state(parsed.run, device)
-    data = parsed.over(config.data)
+    trained = load_trained(parsed.run, device)
+    data = parsed.over(trained.config.data)
     try:
-        corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
+        corpus = load_corpus(data, vocabulary=trained.vocabulary, splits=("train", split))
     except DataError as error:
         raise DataError(
             f"{error}; dynamic evaluation needs the training text of the run as well as the {split} text: name a text "
             "that has both with --data"
         ) from error
-    if state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
+    if trained.state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
         raise DataError(
             f"--data {' '.join(data.data)}: its training text is not the one that {run.path} was trained on; "
             "name that one"
         )
-    LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    LOGGER.info("%s | %s", trained.path, corpus.describe())
     for doubt in corpus.doubts():
         LOGGER.warning("%s", doubt)
-    eos = vocabulary.eos_id
+    eos = trained.vocabulary.eos_id
     statistics = gradient_statistics(
-        model,
+        trained.model,
         corpus.train,
         eos,
         device,
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress="squared gradients",
     )
     result = dynamic_evaluate(
-        model,
+        trained.model,
         corpus.ids[split],
         eos,
         device,

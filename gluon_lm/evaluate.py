@@ -71,26 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .evaluation.neural_cache import NeuralCache
     from .evaluation.static import evaluate
     from .losses import target_losses
-    from .training.checkpoint import load_model
+    from .trained import load_trained
 
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint = load_model(parsed.run, device)
-    of_run = "data" not in parsed.settings
-    corpus = load_corpus(parsed.over(config.data), vocabulary=vocabulary, splits=(split,), of_run=of_run)
+    trained = load_trained(parsed.run, device)
+    data, of_run = parsed.over(trained.config.data), "data" not in parsed.settings
+    corpus = load_corpus(data, vocabulary=trained.vocabulary, splits=(split,), of_run=of_run)
     window_losses = target_losses
     if options.cache:
         window_losses = NeuralCache(options.window, options.theta, options.cache_weight).losses
     result = evaluate(
-        model,
+        trained.model,
         corpus.ids[split],
-        vocabulary.eos_id,
+        trained.vocabulary.eos_id,
         device,
         options.eval_batch_size,
         options.bptt,
         progress=split,
         window_losses=window_losses,
     )
-    LOGGER.info("%s | %s", checkpoint, corpus.describe())
+    LOGGER.info("%s | %s", trained.path, corpus.describe())
     for doubt in corpus.doubts():
         LOGGER.warning("%s", doubt)
     num_streams = min(options.eval_batch_size, result.num_tokens)

@@ -17,7 +17,8 @@ import numpy as np
 
 from .config import SMALLEST_FLOAT32, ModelConfig
 from .errors import MissingDependency
-from .exporting import TrainedModel, state_layout, write_export
+from .exporting import state_layout, write_export
+from .trained import TrainedModel
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 _OPSET, _IR_VERSION = 17, 8

@@ -234,10 +234,64 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def sealed(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`content`, the SHA-256 of each file in `folder`, and a digest of all that."""
-    whole = {**content, "sha256": {path.name: file_hash(path) for path in sorted(folder.iterdir())}}
-    return {**whole, "digest": digest_of(json.loads(json.dumps(whole)))}  # keys come back as strings, sorted as such
+def write_seal(folder: Path, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the last file of a folder: `content`, the SHA-256 of each of the other files, and a digest of all that.
+
+    Parameters
+    ----------
+    folder : Path
+        With all other files in it.
+    name : str
+        Of the file to write, which is JSON.
+    content : mapping
+        JSON values.
+
+    Returns
+    -------
+    dict
+        What `read_seal` will return.
+    """
+    hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
+    seal = json.loads(json.dumps({**content, "sha256": hashes}))  # keys come back as strings, which the digest sorts
+    seal["digest"] = digest_of(seal)
+    written = json.dumps(seal, indent=1, ensure_ascii=False)
+    (folder / name).write_text(f"{written}\n", encoding="utf-8", errors="backslashreplace")
+    return seal
+
+
+def read_seal(folder: Path, name: str) -> dict[str, Any]:
+    """What `write_seal` wrote; whether the files are those that it names, `verify_files` finds out.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is not as it was written.
+    """
+    try:
+        seal = json.loads((folder / name).read_text(encoding="utf-8"))
+        is_whole = seal["digest"] == digest_of(seal) and isinstance(seal["sha256"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{name} is not as it was written")
+    return seal
+
+
+def verify_files(folder: Path, seal: Mapping[str, Any]) -> None:
+    """Make sure that every file that a seal names is as it was when it was sealed.
+
+    Raises
+    ------
+    OSError
+        If one cannot be read.
+    ValueError
+        If one is missing or was changed; the message begins with its name.
+    """
+    for name, sha256 in seal["sha256"].items():
+        if not (folder / name).is_file() or file_hash(folder / name) != sha256:
+            raise ValueError(f"{name} is not as it was written")
 
 
 def output_file(flag: str, name: str) -> Path:

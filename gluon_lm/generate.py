@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .distributed.devices import resolve_single_device
     from .generation.generator import generate
     from .generation.sampling import Sampling
-    from .prediction import load_predictor
+    from .trained import load_predictor
 
     predictor = load_predictor(parsed.run, resolve_single_device(device_config))
     prompt = None if options.prompt is None else words_of(options.prompt, predictor.tokenizer)

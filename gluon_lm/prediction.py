@@ -97,7 +97,7 @@ class Predictor(ABC):
 
 
 class ModelPredictor(Predictor):
-    """A `LanguageModel` whose parameters are on `device`; `origin` describes where they come from."""
+    """A `LanguageModel` whose parameters are on `device`; by default only its architecture is described."""
 
     def __init__(
         self,
@@ -105,14 +105,15 @@ class ModelPredictor(Predictor):
         vocabulary: Vocabulary,
         tokenizer: str,
         device: mx.Context,
-        origin: Mapping[str, Any] | None = None,
+        description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(vocabulary, tokenizer, device)
-        self._model, self._origin = model, origin or {}
+        self._model = model
+        self._description = description or describe_model(model.config, len(vocabulary))
         self.network = _Scores(model)
 
     def describe(self) -> dict[str, Any]:
-        return {**describe_model(self._model.config, len(self.vocabulary)), **self._origin}
+        return dict(self._description)
 
     def begin_state(self, num_streams):
         return self._model.begin_state(num_streams, self.device)
@@ -154,34 +155,3 @@ def describe_model(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
             "vocab_size": vocab_size,
         }
     }
-
-
-def load_predictor(name: str | Path | None, device: mx.Context | None = None) -> Predictor:
-    """A predictor from a run (its best checkpoint), a checkpoint or an exported folder; None: the newest run.
-
-    Parameters
-    ----------
-    name : str or Path, optional
-    device : Context, optional
-        Where it computes; the CPU if None.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such run or folder, or it is damaged.
-    """
-    from .exporting import is_exported, load_exported
-    from .training.checkpoint import describe_checkpoint, load_model_and_state
-    from .training.run_folder import folder_of
-
-    device = device or mx.cpu()
-    if name is not None and is_exported(Path(name)):
-        return load_exported(name, device)
-    model, vocabulary, config, path, state = load_model_and_state(name, device)
-    for parameter in model.named_parameters().values():
-        parameter.grad_req = "null"  # which frees the gradients
-    origin = describe_checkpoint(path, state, config, vocabulary)
-    origin["training"]["run"] = folder_of(path.resolve()).name
-    predictor = ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device, origin)
-    predictor.path = path
-    return predictor

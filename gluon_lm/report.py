@@ -134,8 +134,8 @@ def _write_texts(
     from .data.vocabulary import EOS
     from .distributed.devices import resolve_single_device
     from .generation.generator import generate
-    from .prediction import load_predictor
     from .reporting.page import GeneratedTexts
+    from .trained import load_predictor
 
     device = resolve_single_device(device_config)
     generated = []

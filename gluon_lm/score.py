@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     from .data.tokenizers import TOKENIZERS
     from .distributed.devices import resolve_single_device
-    from .prediction import load_predictor
     from .scoring import score_lines
+    from .trained import load_predictor
 
     predictor = load_predictor(parsed.arguments.run, resolve_single_device(parsed.build(DeviceConfig)))
     is_shown = out is None and is_terminal(sys.stdout)

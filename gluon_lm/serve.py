@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _bind(options.host, options.port) as listener:
         prepare_process(own_layers=True)
         from .distributed.devices import resolve_single_device
-        from .prediction import load_predictor
         from .serving.app import create_app
         from .serving.server import run_server
+        from .trained import load_predictor
 
         predictor = load_predictor(parsed.run, resolve_single_device(parsed.build(DeviceConfig)))
         LOGGER.info("loaded %s", predictor.path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import mxnet as mx
 import numpy as np
 
-from gluon_lm.config import ModelConfig
+from gluon_lm.config import Config, DataConfig, ModelConfig
+from gluon_lm.data import Vocabulary
 from gluon_lm.data.windows import Window
 from gluon_lm.losses import backward_through_model
 from gluon_lm.models import LanguageModel
+from gluon_lm.training.checkpoint import Checkpoint, TrainingState, save_checkpoint
+from gluon_lm.training.run_folder import RunFolder
 
 VOCAB_SIZE = 13
+VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
 
 
 def build_model(devices=None, vocab_size=VOCAB_SIZE, seed=1, hybridize=True, wide=True, **config) -> LanguageModel:
@@ -26,6 +30,25 @@ def build_model(devices=None, vocab_size=VOCAB_SIZE, seed=1, hybridize=True, wid
     if hybridize:
         model.hybridize_for_use()
     return model
+
+
+def save_run(path, averaged=False, evaluated=True, loss=2.5, **model):
+    """A run folder with one checkpoint, of a model with large random weights."""
+    architecture = {"embed_size": 4, "hidden_size": 5, "num_layers": 3, **model}
+    config = Config(data=DataConfig(tokenizer="words"), model=ModelConfig(**{"dropout": 0.2, **architecture}))
+    parameters = {name: p.data() for name, p in build_model(**architecture).named_parameters().items()}
+    checkpoint = Checkpoint(
+        parameters=parameters,
+        unaveraged={name: array + 1 for name, array in parameters.items()} if averaged else {},
+        optimizer={},
+        carried=[],
+        training=TrainingState(step=70, epoch=3, best_loss=loss, best_step=70 if evaluated else 60),
+        text={"name": "tales", "licence": "CC-BY-4.0"},
+    )
+    run = RunFolder(path)
+    with run.created(config.to_yaml(), VOCABULARY):
+        save_checkpoint(run, checkpoint, config.to_yaml(), VOCABULARY, keep=1, is_best=evaluated)
+    return path
 
 
 def values_of(model, device=None) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from ..files import BLOCK_BYTES, digest_of, file_hash, sealed, synchronise
+from ..files import BLOCK_BYTES, read_seal, replaced_folder, verify_files, write_seal
 from ..heartbeat import beat
 from ..locks import exclusive_lock
 from ..logs import LOGGER
@@ -246,12 +246,10 @@ class Cache:
     def _read(self, place: Path) -> dict[str, Any] | None:
         """The values of a complete entry; None for one that is missing or damaged."""
         try:
-            index = json.loads((place / self._INDEX).read_text(encoding="utf-8"))
-            whole = index["digest"] == digest_of(index) and all(
-                file_hash(place / file) == sha256 for file, sha256 in index["sha256"].items()
-            )
-            return dict(index["values"]) if whole else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            index = read_seal(place, self._INDEX)
+            verify_files(place, index)
+            return dict(index["values"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _build(self, place: Path, build: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
@@ -260,23 +258,13 @@ class Cache:
             found = self._read(place)
             if found is not None:
                 return found
-            fresh = place.with_name(f".{place.name}.partial")
-            for remains in (fresh, place):
+            # A damaged entry, and what processes left that were killed: nobody else builds it now.
+            for remains in (place, *self._folder.glob(f".{place.name}.new-*")):
                 if remains.exists():
                     shutil.rmtree(remains)
-            try:
-                fresh.mkdir()
-                values = dict(build(fresh))
-                index = sealed({"values": values}, fresh)
-                (fresh / self._INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-                for path in [*fresh.iterdir(), fresh]:
-                    synchronise(path)
-                fresh.rename(place)
-                synchronise(self._folder)
-            except BaseException:
-                shutil.rmtree(fresh, ignore_errors=True)
-                raise
-            return values
+            with replaced_folder(place) as fresh:
+                index = write_seal(fresh, self._INDEX, {"values": dict(build(fresh))})
+            return index["values"]
 
     def close(self) -> None:
         """Remove the temporary folder, if there is one; open memory maps stay valid."""

@@ -235,7 +235,7 @@ class _GradientPass:
 
     def __init__(self, model: LanguageModel, device: mx.Context, num_streams: int, advice: str) -> None:
         self.model = LanguageModel(model.config.without_dropout(), model.vocab_size)
-        self.model.initialize_parameters(0, [device])
+        self.model.allocate_parameters([device])
         copies = self.model.named_parameters()
         for name, parameter in model.named_parameters().items():
             copies[name].set_data(parameter.data(device))

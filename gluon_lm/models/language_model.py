@@ -184,6 +184,16 @@ class LanguageModel(gluon.HybridBlock):
             return {"encoder.embedding.weight": np.append(words, by_head), "head.decoder.bias": by_head}
         return {"encoder.embedding.weight": words, "head.decoder.weight": by_head, "head.decoder.bias": by_head}
 
+    def allocate_parameters(self, devices: list[mx.Context], grad_req: str = "add") -> None:
+        """Make room for the parameters, which are zero at first, and for their gradients.
+
+        Gradients are accumulated: a custom training loop must clear them before each step, with
+        ``model.collect_params().zero_grad()``. With ``grad_req`` ``"null"`` there are none.
+        """
+        for parameter in self.named_parameters().values():
+            parameter.grad_req = grad_req
+            parameter.initialize(mx.init.Zero(), ctx=devices)
+
     def initialize_parameters(self, seed: int, devices: list[mx.Context]) -> None:
         """Draw the parameters on the host, so that they depend on the seed alone and not on the devices.
 
@@ -193,14 +203,13 @@ class LanguageModel(gluon.HybridBlock):
         a = sqrt(6 / (rows + columns)) (Glorot & Bengio 2010), biases 0. In both, layer normalisation starts with scale
         1 and shift 0, but 1 for the forget gate.
 
-        Gradients are accumulated from now on (``grad_req`` ``"add"``): a custom training loop must clear them before
-        each step, with ``model.collect_params().zero_grad()``.
+        There is room for gradients too, which are accumulated: see `allocate_parameters`.
         """
+        self.allocate_parameters(devices)
         rng = np.random.RandomState(seed)
         for name, parameter in self.named_parameters().items():
             bound = self._initial_bound(name, parameter.shape)
             centre = float(name.endswith(("_scale", "forget_shift")))
-            parameter.initialize(mx.init.Zero(), ctx=devices)
             values = parameter.data(devices[0])
             flat = values.reshape((-1,))
             for start in range(0, values.size, _BLOCK):  # numpy draws in float64, twice the size of the matrix
@@ -209,7 +218,6 @@ class LanguageModel(gluon.HybridBlock):
                 beat()
             for device in devices[1:]:
                 values.copyto(parameter.data(device))
-            parameter.grad_req = "add"
 
     def _initial_bound(self, name: str, shape: tuple[int, ...]) -> float:
         if name == "encoder.embedding.weight":

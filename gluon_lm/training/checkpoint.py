@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +25,12 @@ import mxnet as mx
 import numpy as np
 
 from .. import __version__
-from ..config import Config, read_config, show
+from ..config import show
 from ..data import Vocabulary
-from ..data.vocabulary import EOS
 from ..errors import CheckpointError, GluonLMError, reason
-from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
+from ..files import read_arrays, read_seal, replaced_folder, synchronise, verify_files, write_arrays, write_seal
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
-from ..metrics import finite_or_none, perplexity
 from ..models import LanguageModel
 from .run_folder import (
     CHECKPOINT_PREFIX,
@@ -189,7 +186,7 @@ def save_checkpoint(
                 "num_devices": checkpoint.num_devices,
                 "num_parameters": sum(array.size for array in checkpoint.parameters.values()),
             }
-            (fresh / STATE).write_text(json.dumps(sealed(content, fresh), indent=1), encoding="utf-8")
+            write_seal(fresh, STATE, content)
         if is_best:
             _link(run.best, final)
         _link(run.latest, final)
@@ -230,7 +227,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             residuals=_load_some_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+        raise _damaged(path, error) from error
 
 
 def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
@@ -266,23 +263,32 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         If a file is missing or changed, or the checkpoint has another format.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["digest"] != digest_of(state):
-            raise ValueError(f"{STATE} is not as it was written")
+        state = read_seal(path, STATE)
         if state["format"] != _FORMAT:
             raise CheckpointError(
                 f"{path}: has checkpoint format {state['format']}, this gluon_lm {__version__} reads "
                 f"{_FORMAT}; use the version that wrote it, {state['gluon_lm']}"
             )
-        hashes = state["sha256"]
-        if not _ALWAYS <= hashes.keys() <= _ALWAYS | _SOMETIMES:
+        if not _ALWAYS <= state["sha256"].keys() <= _ALWAYS | _SOMETIMES:
             raise ValueError(f"{STATE} names other files than a checkpoint has")
-        for name, digest in hashes.items():
-            if not (path / name).is_file() or file_hash(path / name) != digest:
-                raise ValueError(f"{name} is not as it was written")
+        verify_files(path, state)
         return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def training_and_text(path: Path, state: Mapping[str, Any]) -> tuple[TrainingState, dict[str, str]]:
+    """Where a run was, and its text, as in `Checkpoint`, from what `verify_checkpoint` returned.
+
+    Raises
+    ------
+    CheckpointError
+        If that is not the state of a checkpoint.
+    """
+    try:
+        return _read_training(state["training"]), dict(state["text"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def newest_checkpoint(run: RunFolder) -> Path:
@@ -334,48 +340,8 @@ def _link(link: Path, checkpoint: Path) -> None:
     replace_symlink(link, checkpoint)
 
 
-def load_model(name: str | Path | None, device: mx.Context) -> tuple[LanguageModel, Vocabulary, Config, Path]:
-    """A trained model, ready for evaluation, from a user's name for it.
-
-    Parameters
-    ----------
-    name : str or Path, optional
-        As `gluon_lm.training.run_folder.find_run` takes it. From a run folder, the best checkpoint is loaded, or the
-        newest if none was evaluated.
-    device : Context
-
-    Returns
-    -------
-    model, vocabulary, config, checkpoint path
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such run or checkpoint, or it is damaged.
-    """
-    return load_model_and_state(name, device)[:4]
-
-
-def load_model_and_state(
-    name: str | Path | None, device: mx.Context
-) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
-    """As `load_model`, and also what `verify_checkpoint` returns."""
-
-    def load(path: Path) -> tuple[LanguageModel, Vocabulary, Config, Path, dict[str, Any]]:
-        state = verify_checkpoint(path)
-        config = read_config(path / CONFIG)
-        vocabulary = Vocabulary.load(path / VOCABULARY)
-        model = LanguageModel(config.model, len(vocabulary))
-        model.initialize_parameters(config.training.seed, [device])
-        set_parameters(model, load_arrays(path / PARAMETERS), path)
-        model.hybridize_for_use()
-        return model, vocabulary, config, path, state
-
-    return load_by_name(name, load)
-
-
 def load_by_name(name: str | Path | None, load: Callable[[Path], _Loaded]) -> _Loaded:
-    """What `load` returns for the checkpoint that a user names, as in `load_model`.
+    """What `load` returns for the checkpoint that a user names, as in `gluon_lm.trained.load_trained`.
 
     A run in training may find a new best checkpoint, and remove the old one, while that is read; then the new one is
     read.
@@ -394,40 +360,6 @@ def load_by_name(name: str | Path | None, load: Callable[[Path], _Loaded]) -> _L
                 raise
 
 
-def describe_checkpoint(
-    path: Path, state: Mapping[str, Any], config: Config, vocabulary: Vocabulary
-) -> dict[str, dict[str, Any]]:
-    """What a checkpoint was trained on, and its result: plain JSON values, from what `verify_checkpoint` returns.
-
-    Raises
-    ------
-    CheckpointError
-        If `state` is not that of a checkpoint.
-    """
-    try:
-        training, text = _read_training(state["training"]), dict(state["text"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
-    loss = training.best_loss if training.best_step == training.step else None
-    return {
-        "text": {
-            **text,
-            "tokenizer": config.data.tokenizer or "whitespace",
-            "begins_with": EOS,
-            "eos_id": vocabulary.eos_id,
-            "unk_id": vocabulary.unk_id,
-        },
-        "training": {
-            "checkpoint": path.name,
-            "epochs": training.epoch,
-            "steps": training.step,
-            "averaged": UNAVERAGED in state["sha256"],
-            "validation_loss": loss,
-            "validation_perplexity": None if loss is None else finite_or_none(perplexity(loss)),
-        },
-    }
-
-
 def load_parameters(model: LanguageModel, path: str | Path) -> None:
     """Read a checkpoint's parameters into its own model, on all devices, one array after the other.
 
@@ -438,6 +370,11 @@ def load_parameters(model: LanguageModel, path: str | Path) -> None:
     """
     path = Path(path)
     verify_checkpoint(path)
+    read_parameters(model, path)
+
+
+def read_parameters(model: LanguageModel, path: Path) -> None:
+    """As `load_parameters`, from a checkpoint that has been verified."""
     parameters = model.named_parameters()
     missing = dict.fromkeys(parameters)
     try:
@@ -449,7 +386,7 @@ def load_parameters(model: LanguageModel, path: str | Path) -> None:
     except _UNREADABLE as error:
         if is_allocation_failure(error):
             raise
-        raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
+        raise _damaged(path, error) from error
     if missing:
         raise _of_another_model(path, list(missing))
 
@@ -485,6 +422,11 @@ def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
             path.rename(path.with_name(f".{path.name}.old"))  # so that a kill leaves no part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    """What is raised if reading the checkpoint at `path` ends with another error."""
+    return CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}")
 
 
 def _others(path: Path) -> str:

@@ -17,8 +17,8 @@ from processes import events
 
 import gluon_lm.export
 import gluon_lm.train
-from gluon_lm import exporting
-from gluon_lm.prediction import load_predictor
+from gluon_lm import exported
+from gluon_lm.trained import load_predictor
 
 SMALL = ("--emsize", 6, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 5, "--max-steps", 10)
 RUNS = {
@@ -169,7 +169,7 @@ def test_the_manifest_has_the_result_of_the_best_checkpoint(exports):
 @pytest.mark.parametrize("head", [(), ("--n-experts", 3, "--recipe", "lm")], ids=["softmax", "mixture"])
 def test_an_export_writes_and_scores_text_as_its_run_does(project, monkeypatch, head):
     project.train("run", "--max-steps", 20, *head)
-    monkeypatch.setattr(exporting, "_ELEMENTS_AT_ONCE", 200)  # so that lines are cut
+    monkeypatch.setattr(exported, "_ELEMENTS_AT_ONCE", 200)  # so that lines are cut
     sources = ("run", "exported")
     project.run("export", "run", "--output", "exported")
     texts = [project.run("generate", source, "--words", 100, "--seed", 3) for source in sources]

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from loopback import Server
 
-from gluon_lm import exporting, tracking
+from gluon_lm import exported, tracking
 from gluon_lm.data import Vocabulary
 from gluon_lm.data.download import PlainMirror, PublishedFile, download_files
 from gluon_lm.errors import DataError
@@ -631,15 +631,15 @@ def test_an_export_with_forged_files_is_refused(project):
     project.have_trained("run")
     project.run("export", "run", "--output", "exported")
     manifest = json.loads(Path("exported/manifest.json").read_text())
-    symbol, parameters = (Path("exported", name).read_bytes() for name in (exporting.SYMBOL, exporting.PARAMETERS))
+    symbol, parameters = (Path("exported", name).read_bytes() for name in (exported.SYMBOL, exported.PARAMETERS))
     cases = [
-        *((exporting.PARAMETERS, content) for content in BAD_ARRAYS.values()),
-        *((exporting.SYMBOL, content) for content in BAD_STATES.values()),
-        *((exporting.VOCABULARY, content) for content in BAD_VOCABULARIES.values()),
-        (exporting.PARAMETERS, parameters[: len(parameters) // 2]),
-        (exporting.PARAMETERS, parameters.replace(b"recurrent", b"recurrend")),
-        (exporting.SYMBOL, symbol.replace(b'"RNN"', b'"Custom"')),
-        (exporting.SYMBOL, symbol.replace(b'"op": "log_softmax"', b'"op": "no_such_op"')),
+        *((exported.PARAMETERS, content) for content in BAD_ARRAYS.values()),
+        *((exported.SYMBOL, content) for content in BAD_STATES.values()),
+        *((exported.VOCABULARY, content) for content in BAD_VOCABULARIES.values()),
+        (exported.PARAMETERS, parameters[: len(parameters) // 2]),
+        (exported.PARAMETERS, parameters.replace(b"recurrent", b"recurrend")),
+        (exported.SYMBOL, symbol.replace(b'"RNN"', b'"Custom"')),
+        (exported.SYMBOL, symbol.replace(b'"op": "log_softmax"', b'"op": "no_such_op"')),
     ]
     for name, content in cases:
         kept = Path("exported", name).read_bytes()

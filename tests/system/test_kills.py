@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from loopback import Server
 
-from gluon_lm.exporting import load_exported
+from gluon_lm.exported import load_exported
 from gluon_lm.training.checkpoint import verify_checkpoint
 from gluon_lm.training.run_folder import RunFolder
 

@@ -29,7 +29,8 @@ from gluon_lm.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from gluon_lm.errors import CheckpointError, ConfigError
 from gluon_lm.logs import LOGGER
 from gluon_lm.models import LanguageModel
-from gluon_lm.training.checkpoint import load_model, load_parameters
+from gluon_lm.trained import load_model
+from gluon_lm.training.checkpoint import load_parameters
 from gluon_lm.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(300)

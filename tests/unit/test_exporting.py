@@ -17,21 +17,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from builders import VOCAB_SIZE, build_model, int32
+from builders import VOCAB_SIZE, VOCABULARY, build_model, int32, save_run
 
 import gluon_lm
 from gluon_lm import exporting_onnx
-from gluon_lm.config import Config, DataConfig, ModelConfig, read_config
-from gluon_lm.data import Vocabulary
+from gluon_lm.config import read_config
 from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError, MissingDependency
 from gluon_lm.exporting import export_run, write_export
 from gluon_lm.exporting_onnx import export_onnx
 from gluon_lm.models import HEADS
-from gluon_lm.prediction import load_predictor
-from gluon_lm.training.checkpoint import Checkpoint, TrainingState, load_checkpoint, save_checkpoint
+from gluon_lm.trained import load_predictor
+from gluon_lm.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from gluon_lm.training.run_folder import RunFolder
 
-VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
 LENGTHS = (1, 6, 3)  # of windows, each from the state of the one before
 MODELS = {
     **{
@@ -52,25 +50,6 @@ MODELS = {
         "dropout_embed": 0.2, "dropout_embed_elements": 0.2, "dropout_candidate": 0.3, "dropout_input": 0.4,
     },
 }  # fmt: skip
-
-
-def save_run(path, averaged=False, evaluated=True, loss=2.5, **model):
-    """A run folder with one checkpoint, of a model with large random weights."""
-    architecture = {"embed_size": 4, "hidden_size": 5, "num_layers": 3, **model}
-    config = Config(data=DataConfig(tokenizer="words"), model=ModelConfig(**{"dropout": 0.2, **architecture}))
-    parameters = {name: p.data() for name, p in build_model(**architecture).named_parameters().items()}
-    checkpoint = Checkpoint(
-        parameters=parameters,
-        unaveraged={name: array + 1 for name, array in parameters.items()} if averaged else {},
-        optimizer={},
-        carried=[],
-        training=TrainingState(step=70, epoch=3, best_loss=loss, best_step=70 if evaluated else 60),
-        text={"name": "tales", "licence": "CC-BY-4.0"},
-    )
-    run = RunFolder(path)
-    with run.created(config.to_yaml(), VOCABULARY):
-        save_checkpoint(run, checkpoint, config.to_yaml(), VOCABULARY, keep=1, is_best=evaluated)
-    return path
 
 
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
@@ -259,8 +238,7 @@ def test_a_best_checkpoint_that_is_replaced_while_it_is_read_is_not_missed(run, 
             save_checkpoint(RunFolder(run), checkpoint, config, VOCABULARY, keep=1, is_best=True)
         return read_config(path)
 
-    for module in ("training.checkpoint", "exporting"):
-        monkeypatch.setattr(f"gluon_lm.{module}.read_config", train_on_and_read)
+    monkeypatch.setattr("gluon_lm.trained.read_config", train_on_and_read)
     steps += [80, 90]
     assert load_predictor(run).describe()["training"]["steps"] == 90
     steps += [100, 110]

@@ -1,4 +1,7 @@
-"""Files that take the place of others: what a killed process left behind goes, what is being written stays."""
+"""Files that take the place of others: what a killed process left behind goes, what is being written stays.
+
+Folders whose files are sealed: what is not as it was written is named.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ import time
 import numpy as np
 import pytest
 
-from gluon_lm.files import atomic_write, read_arrays, replaced_folder, write_arrays
+from gluon_lm.files import (
+    atomic_write,
+    read_arrays,
+    read_seal,
+    replaced_folder,
+    verify_files,
+    write_arrays,
+    write_seal,
+)
 
 A_WEEK_S = 7 * 24 * 3600
 
@@ -47,6 +58,57 @@ def test_a_folder_takes_the_place_of_another_and_of_what_was_left_behind(tmp_pat
         (fresh / "model").write_text("new")
     assert (target / "model").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    (tmp_path / "weights").write_bytes(b"\0\1")
+    (tmp_path / "words").write_text("one two")
+    content = {"name": "M\u00e4rchen \udce9", "counts": {10: 1, 9: 2}, "loss": float("inf")}
+    return tmp_path, write_seal(tmp_path, "seal.json", content)
+
+
+def test_a_seal_is_read_as_it_was_written(sealed):
+    folder, seal = sealed
+    assert (seal["name"], seal["counts"], seal["loss"]) == ("M\u00e4rchen \udce9", {"10": 1, "9": 2}, float("inf"))
+    assert seal["sha256"].keys() == {"weights", "words"}
+    assert read_seal(folder, "seal.json") == seal
+    verify_files(folder, seal)
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut short", "other", "a folder"])
+def test_a_file_that_is_not_as_it_was_sealed_is_named(sealed, harm):
+    folder, seal = sealed
+    file = folder / "words"
+    if harm == "cut short":
+        file.write_text("one tw")
+    elif harm == "other":
+        file.write_text("one 2wo")
+    else:
+        file.unlink()
+    if harm == "a folder":
+        file.mkdir()
+    assert read_seal(folder, "seal.json") == seal
+    with pytest.raises(ValueError, match="^words is not as it was written$"):
+        verify_files(folder, seal)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"7", b"\xff", b"[" * 200_000, b'{"digest": "0", "sha256": {}}']
+)
+def test_a_seal_that_is_none_is_refused(sealed, content):
+    folder, seal = sealed
+    (folder / "seal.json").write_bytes(content)
+    with pytest.raises(ValueError, match="^seal.json is not as it was written$"):
+        read_seal(folder, "seal.json")
+
+
+def test_a_seal_edited_by_hand_is_refused(sealed):
+    folder, seal = sealed
+    file = folder / "seal.json"
+    file.write_text(file.read_text().replace("Infinity", "2.5"))
+    with pytest.raises(ValueError, match="^seal.json is not as it was written$"):
+        read_seal(folder, "seal.json")
 
 
 def test_short_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
