@@ -76,6 +76,13 @@ class Communicator(ABC):
         Always called with the same parameters in the same order.
         """
 
+    def merged_elements(self, sizes: Sequence[int]) -> int:
+        """Elements that a GPU holds to sum gradients, besides its own, for parameters of these sizes.
+
+        Of several GPUs it is the one with the most; without GPUs it is 0.
+        """
+        return 0
+
     def allgather_object(self, value: Any) -> list[Any]:
         """Every worker's value (plain JSON values), by rank, on every worker; all wait until all are here."""
         if self.size > 1:

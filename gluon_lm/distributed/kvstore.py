@@ -41,6 +41,9 @@ class KVStoreCommunicator(Communicator):
             f"{len(self.devices)} devices ({self.devices[0]} to {self.devices[-1]}), KVStore {self._kind}{compression}"
         )
 
+    def merged_elements(self, sizes):
+        return merged_on_gpu(self._kind, self.devices, sizes, compresses=self._scales is not None)
+
     def broadcast_parameters(self, parameters):
         for parameter in parameters:
             parameter.set_data(parameter.data(self.devices[0]))
@@ -79,3 +82,17 @@ class KVStoreCommunicator(Communicator):
         """The store's residuals cannot be read, so a checkpoint cannot hold them; a new store has none."""
         if self._scales:
             self._store = None
+
+
+def merged_on_gpu(kind: str, devices: Sequence[mx.Context], sizes: Sequence[int], compresses: bool = False) -> int:
+    """Elements that a store holds on one of the GPUs whose gradients it sums, for parameters of these sizes.
+
+    These are a parameter's gradients of all GPUs and their sum; with NCCL the sum alone. The store distributes the
+    parameters over the GPUs, and the largest one dominates. If it compresses what the GPUs send, there is one more copy
+    of it, and the residuals of all parameters.
+    """
+    if devices[0].device_type == "cpu" or len(devices) == 1 or kind in ("local", "dist_sync"):
+        return 0
+    if kind == "nccl":
+        return max(sizes)
+    return (len(devices) + 1) * max(sizes) + sum(sizes) if compresses else len(devices) * max(sizes)

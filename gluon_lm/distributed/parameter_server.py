@@ -17,6 +17,7 @@ from ..logs import LOGGER, NOTICE
 from .communicator import Communicator
 from .compression import GradientScales, add_up_at_scale
 from .control import Control
+from .kvstore import merged_on_gpu
 
 
 class ParameterServer(Communicator):
@@ -65,6 +66,9 @@ class ParameterServer(Communicator):
         first, last = self.devices[0], self.devices[-1]
         devices = f"{len(self.devices)} devices each ({first} to {last})" if last != first else f"one each ({first})"
         return f"{self.size} workers, {devices}, KVStore {self._kind}{compression}"
+
+    def merged_elements(self, sizes):
+        return merged_on_gpu(self._kind, self.devices, sizes)  # what is pushed is compressed in the host's memory
 
     def allgather_object(self, value):
         return self._control.allgather(value)

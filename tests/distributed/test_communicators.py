@@ -15,6 +15,7 @@ from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
 from gluon_lm.distributed.devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
 from gluon_lm.distributed.kvstore import KVStoreCommunicator
+from gluon_lm.distributed.parameter_server import ParameterServer
 from gluon_lm.errors import DistributedError
 from gluon_lm.gpus import Driver, Gpu
 
@@ -450,15 +451,24 @@ def test_a_command_for_one_device_refuses_several():
 
 
 @pytest.mark.parametrize(
-    ("config", "num_gpus", "elements"),
-    [
-        (DeviceConfig(), 1, 0),
-        (DeviceConfig(), 4, 4 * 50),
-        (DeviceConfig(gctype="2bit"), 4, 5 * 50 + 60),
-        (DeviceConfig(kvstore="nccl"), 4, 50),
-        (DeviceConfig(kvstore="local"), 4, 0),
-    ],
+    ("kind", "threshold", "elements"),
+    [("device", None, 4 * 50), ("device", 0.5, 5 * 50 + 60), ("nccl", None, 50), ("local", None, 0)],
 )
-def test_what_a_store_holds_on_a_gpu(config, num_gpus, elements):
-    assert device_flags.merged_elements([10, 50], [mx.gpu(i) for i in range(num_gpus)], config) == elements
-    assert device_flags.merged_elements([10, 50], cpus(num_gpus), config) == 0
+def test_what_a_store_holds_on_a_gpu(kind, threshold, elements):
+    for device, held in ((mx.gpu, elements), (mx.cpu, 0)):
+        communicator = KVStoreCommunicator([device(i) for i in range(4)], kind, threshold)
+        assert communicator.merged_elements([10, 50]) == held
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_gpus", "elements"),
+    [("dist_device_sync", 4, 4 * 50), ("dist_device_sync", 1, 0), ("dist_sync", 4, 0)],
+)
+def test_what_a_store_of_a_worker_holds_on_a_gpu(kind, num_gpus, elements):
+    communicator = object.__new__(ParameterServer)  # there is no cluster here
+    communicator.devices, communicator._kind = [mx.gpu(i) for i in range(num_gpus)], kind
+    assert communicator.merged_elements([10, 50]) == elements
+
+
+def test_one_gpu_holds_nothing_besides_its_gradients():
+    assert SingleDevice([mx.gpu(0)]).merged_elements([10, 50]) == 0
