@@ -552,12 +552,12 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         self._check_agreement()
-        carried, residuals = self._carried_state(), self._communicator.residuals()
+        carried = self._carried_state()
+        compression, residuals = self._communicator.compression_state()
         is_evaluated = self.state.evaluated_step == self.state.step
         self.state.seconds = 0.0 if is_evaluated else time.perf_counter() - self._counts_from
         if self._communicator.is_primary:
-            self._write_checkpoint(carried, residuals, is_best)
-        self._communicator.checkpointed()
+            self._write_checkpoint(carried, compression, residuals, is_best)
         self._saved_step = self.state.step
 
     def _carried_state(self) -> list[mx.nd.NDArray]:
@@ -569,7 +569,11 @@ class Trainer:
         return [mx.nd.array(np.concatenate(parts, axis=1)) for parts in zip(*workers)]
 
     def _write_checkpoint(
-        self, carried: list[mx.nd.NDArray], residuals: dict[str, mx.nd.NDArray], is_best: bool
+        self,
+        carried: list[mx.nd.NDArray],
+        compression: dict[str, Any],
+        residuals: dict[str, mx.nd.NDArray],
+        is_best: bool,
     ) -> None:
         weights = {name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()}
         averages = self._average.state() if self._average is not None else {}
@@ -578,16 +582,15 @@ class Trainer:
             unaveraged=weights if averages else {},
             optimizer=optimizer_state(self._step.trainer, self._names),
             carried=carried,
+            compression=compression,
             residuals=residuals,
             training=self.state,
-            communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
             text={
                 "name": self.corpus.name,
                 "licence": self.corpus.licence,
                 TRAINING_TEXT: self.corpus.hashes["train"],
             },
-            num_devices=self._communicator.num_devices,
             loss_scale={} if self._loss_scale is None else self._loss_scale.state_dict(),
         )
         save_checkpoint(
@@ -665,7 +668,7 @@ class Trainer:
         self._saved_step = self.state.step
         if checkpoint.carried:
             self._restore_carried_state(checkpoint.carried)
-        self._restore_communication(checkpoint)
+        self._communicator.restore_compression(checkpoint.compression, checkpoint.residuals)
 
     def _restore_carried_state(self, carried: list[mx.nd.NDArray]) -> None:
         batch_size, communicator = self.config.training.batch_size, self._communicator
@@ -680,21 +683,6 @@ class Trainer:
             [array[:, share].as_in_context(device) for array in carried]
             for share, device in zip(communicator.shares(batch_size), communicator.devices)
         ]
-
-    def _restore_communication(self, checkpoint: Checkpoint) -> None:
-        num_devices = self._communicator.num_devices
-        if checkpoint.communicator and self.config.devices.gctype != "2bit":
-            LOGGER.log(NOTICE, "the gradients are no longer compressed: what had not been sent is lost")
-        elif checkpoint.num_devices == num_devices:
-            self._communicator.load_state_dict(checkpoint.communicator)
-            self._communicator.load_residuals(checkpoint.residuals)
-        elif checkpoint.communicator:
-            LOGGER.log(
-                NOTICE,
-                "the gradients of %d devices were compressed, and there are %d now: what had not been sent is lost",
-                checkpoint.num_devices,
-                num_devices,
-            )
 
 
 def _differ(parameters: Iterable[gluon.Parameter], first: mx.Context, other: mx.Context) -> bool:
