@@ -166,7 +166,8 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
 
     step.rehearse(next(windows))
     if case.devices.gctype == "2bit":
-        communicator.load_state_dict(communicator.broadcast_object(thresholds_of_one_step(parameters)))
+        state = thresholds_of_one_step(parameters, communicator.num_devices)
+        communicator.restore_compression(communicator.broadcast_object(state), residuals={})
     take_step()
     found = {"step": measure("step", take_step)}
     communicator.reduce_gradients = reduce_when_all_is_there
@@ -179,16 +180,16 @@ def work(case: Case, network_name: str, addresses: list[str], result: Path) -> N
     communicator.close()
 
 
-def thresholds_of_one_step(parameters: list[Any]) -> dict[str, Any]:
-    """The state of a communicator that has seen the present gradients as often as it takes to set its thresholds."""
+def thresholds_of_one_step(parameters: list[Any], num_devices: int) -> dict[str, Any]:
+    """The state of compression that has seen the present gradients as often as it takes to set its thresholds."""
     import numpy as np
 
-    from gluon_lm.distributed.compression import CALIBRATION_STEPS, GradientScales
+    from gluon_lm.distributed.compression import CALIBRATION_STEPS, Compression
 
-    scales = GradientScales()
+    compression = Compression(num_devices, threshold=0.5)
     for _ in range(CALIBRATION_STEPS):
-        scales.observe([[p.grad() for p in parameters]], lambda numbers: np.array([numbers]))
-    return {"threshold": 0.5, **scales.state_dict()}
+        compression.next_factors(lambda: [[p.grad() for p in parameters]], lambda numbers: np.array([numbers]))
+    return compression.state_dict()
 
 
 def supervise(case: Case, addresses: list[str], worker: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from mxnet import gluon
 
 from ..errors import DistributedError
+from ..logs import LOGGER, NOTICE
+from .compression import Compression
 
 
 class Communicator(ABC):
@@ -30,6 +33,7 @@ class Communicator(ABC):
     rank: int = 0
     size: int = 1
     sends_float16: bool = False
+    _compression: Compression | None = None
 
     def __init__(self, devices: list[mx.Context]) -> None:
         self.devices = devices
@@ -76,6 +80,13 @@ class Communicator(ABC):
         Always called with the same parameters in the same order.
         """
 
+    def merged_elements(self, sizes: Sequence[int]) -> int:
+        """Elements that a GPU holds to sum gradients, besides its own, for parameters of these sizes.
+
+        Of several GPUs it is the one with the most; without GPUs it is 0.
+        """
+        return 0
+
     def allgather_object(self, value: Any) -> list[Any]:
         """Every worker's value (plain JSON values), by rank, on every worker; all wait until all are here."""
         if self.size > 1:
@@ -100,25 +111,54 @@ class Communicator(ABC):
         """Rank 0's value, on every worker; all wait until all are here."""
         return self.allgather_object(value)[0]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to reduce gradients as this one does (plain JSON values)."""
-        return {}
+    def compression_state(self) -> tuple[dict[str, Any], dict[str, mx.nd.NDArray]]:
+        """What a checkpoint holds of 2-bit compression. All workers call it together, once for each checkpoint.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of another run."""
+        What a checkpoint should hold and cannot is forgotten here where that is possible, so that the run that goes on
+        equals one that is resumed.
 
-    def residuals(self) -> dict[str, mx.nd.NDArray]:
-        """What compression has not sent yet, if a checkpoint can hold it: arrays by name, on rank 0.
-
-        All workers call it together.
+        Returns
+        -------
+        state : dict
+            `Compression.state_dict`; empty if gradients are not compressed.
+        residuals : dict of str to NDArray
+            What has not been sent yet, by name; empty where it cannot be read, and on all ranks but the first.
         """
+        return ({}, {}) if self._compression is None else (self._compression.state_dict(), self._residuals())
+
+    def restore_compression(self, state: Mapping[str, Any], residuals: Mapping[str, mx.nd.NDArray]) -> None:
+        """Continue with what `compression_state` returned in another run, and say so where something is lost.
+
+        With another number of devices the scales are measured anew.
+
+        Raises
+        ------
+        CheckpointError
+            If `state` is no such state.
+        """
+        if not state:
+            return
+        before, now = Compression.from_state_dict(state), self._compression
+        if now is None:
+            cause = "the gradients are no longer compressed"
+        elif before.num_devices != self.num_devices:
+            cause = (
+                f"the gradients of {before.num_devices} devices were compressed, and there are {self.num_devices} now"
+            )
+        else:
+            cause = "the residuals of 2-bit compression could not be kept"
+            unsent = before.unsent and self._take_residuals(residuals, before.threshold / now.threshold)
+            self._compression = dataclasses.replace(before, threshold=now.threshold, unsent=unsent)
+        if before.unsent and not (self._compression and self._compression.unsent):
+            LOGGER.log(NOTICE, "%s: what had not been sent is lost", cause)
+
+    def _residuals(self) -> dict[str, mx.nd.NDArray]:
+        """Those of all workers, by name, on rank 0."""
         return {}
 
-    def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
-        """Restore those of a run whose state was loaded."""
-
-    def checkpointed(self) -> None:
-        """Called after each checkpoint: forget what a checkpoint cannot hold, so that resuming changes nothing."""
+    def _take_residuals(self, residuals: Mapping[str, mx.nd.NDArray], factor: float) -> bool:
+        """Continue with those of another run, if possible, in units of a threshold that was `factor` times this one."""
+        return False
 
     def close(self) -> None:
         """Close connections and release processes."""

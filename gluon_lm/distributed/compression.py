@@ -1,4 +1,4 @@
-"""Scales that make 2-bit gradient compression work at one threshold for all parameters.
+"""2-bit gradient compression, with scales that make it work at one threshold for all parameters.
 
 MXNet's 2-bit compression sends +threshold, 0 or -threshold for each element and keeps the rest for the next step
 (Seide et al. 2014, "1-Bit Stochastic Gradient Descent"; Strom 2015). The threshold is one absolute number for all
@@ -9,69 +9,95 @@ floating point, that brings its root mean square to about 1/4: the default thres
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import mxnet as mx
 import numpy as np
 from mxnet import gluon
 
+from ..errors import CheckpointError, reason
 from ..optim.norms import square_sums
 
 CALIBRATION_STEPS = 20
 TARGET_RMS = 0.25
 
 
-class GradientScales:
-    """Per-parameter scales, measured on the first `CALIBRATION_STEPS` uncompressed gradients and then frozen.
+@dataclass
+class Compression:
+    """Gradients sent in two bits: each parameter's scale, and whether residuals wait to be sent.
+
+    The scales are measured on the first `CALIBRATION_STEPS` gradients, which are not compressed, and then frozen.
 
     Attributes
     ----------
+    num_devices : int
+        Devices of all workers, which share a batch: the scales are those of their gradients.
+    threshold : float
+        Of a gradient whose root mean square is about 1/4.
+    unsent : bool
+        Whether residuals, what has not been sent yet, may wait.
     factors : list of float or None
-        A power of two for each parameter; None until calibrated.
+        A power of two for each parameter; None until they are measured.
+    steps : int
+    square_sums : list of float
+        What has been measured: steps, and each parameter's sum of squares over their gradients.
     """
 
-    def __init__(self) -> None:
-        self.factors: list[float] | None = None
-        self._steps = 0
-        self._square_sums: np.ndarray | float = 0.0
+    num_devices: int
+    threshold: float
+    unsent: bool = False
+    factors: list[float] | None = None
+    steps: int = 0
+    square_sums: list[float] = field(default_factory=list)
 
-    def observe(
+    def next_factors(
         self,
-        gradients_DP: Sequence[Sequence[mx.nd.NDArray]],
+        read_gradients_DP: Callable[[], Sequence[Sequence[mx.nd.NDArray]]],
         allgather: Callable[[Sequence[float]], np.ndarray],
-    ) -> None:
-        """Take in one step's gradients as they would be compressed.
+    ) -> list[float] | None:
+        """The scales at which a step's gradients are compressed; None while these are measured and none is compressed.
 
         Parameters
         ----------
-        gradients_DP : sequence of sequences of NDArray
-            The P parameters' gradients on each of D devices, or of each other unit that compresses separately.
+        read_gradients_DP : callable
+            Returns the P parameters' gradients on each of D devices, or of each other unit that compresses separately.
         allgather : callable
             `Communicator.allgather`: the scales must be the same on all workers.
         """
+        if self.factors is None:
+            self._measure(read_gradients_DP(), allgather)
+            return None
+        self.unsent = True
+        return self.factors
+
+    def _measure(self, gradients_DP, allgather) -> None:
         sums = [square_sums(gradients) for gradients in gradients_DP]
         sums_WP = allgather(sum(s.asnumpy().astype(np.float64) for s in sums).tolist())
-        self._square_sums = self._square_sums + sums_WP.sum(axis=0)
-        self._steps += 1
-        if self._steps == CALIBRATION_STEPS:
-            count = len(sums) * len(sums_WP) * self._steps
+        self.square_sums = np.add(self.square_sums or 0.0, sums_WP.sum(axis=0)).tolist()
+        self.steps += 1
+        if self.steps == CALIBRATION_STEPS:
+            count = len(sums) * len(sums_WP) * self.steps
             sizes = np.array([gradient.size * count for gradient in gradients_DP[0]], dtype=np.float64)
             self.factors = [
-                power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0 for rms in np.sqrt(self._square_sums / sizes)
+                power_of_two_near(TARGET_RMS / rms) if rms > 0 else 1.0 for rms in np.sqrt(self.square_sums / sizes)
             ]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; exact, because Python writes every digit of a float."""
-        return {
-            "factors": self.factors,
-            "steps": self._steps,
-            "square_sums": np.asarray(self._square_sums).tolist(),
-        }
+        return dataclasses.asdict(self)
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
-        self.factors, self._steps = state["factors"], state["steps"]
-        self._square_sums = np.asarray(state["square_sums"], dtype=np.float64)
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Compression:
+        """What `state_dict` was called on; `CheckpointError` if it is not from there."""
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise CheckpointError(
+                f"the checkpoint's state of 2-bit compression is damaged ({reason(error)}); use another checkpoint"
+            ) from error
 
 
 def power_of_two_near(value: float) -> float:

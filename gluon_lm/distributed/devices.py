@@ -19,8 +19,6 @@ from .communicator import Communicator, SingleDevice
 from .control import LOCAL_WORKER_VARIABLE, processes_here
 from .kvstore import KVStoreCommunicator
 
-_MERGING_ON_GPUS = (None, "device", "dist_device_sync")  # of --kvstore
-
 
 def resolve_devices(config: DeviceConfig, streams: int | None = None, number: int = 0) -> list[mx.Context]:
     """The contexts that the flags ask for; with none given, the first usable GPU, or else one CPU context.
@@ -104,23 +102,6 @@ def free_memory(communicator: Communicator) -> int | None:
 def workers_sharing_memory(communicator: Communicator) -> int:
     """How many workers of the run share the memory that `free_memory` looks at."""
     return processes_here() if communicator.size > 1 and communicator.devices[0].device_type == "cpu" else 1
-
-
-def merged_elements(sizes: Sequence[int], devices: Sequence[mx.Context], config: DeviceConfig) -> int:
-    """Elements that a KVStore which sums on GPUs holds on one of them, for parameters of these sizes.
-
-    These are a parameter's gradients of all GPUs and their sum; with NCCL the sum alone. It distributes the parameters
-    over the GPUs, and the largest one dominates. With compression there is one more copy of it, and the residuals of
-    all parameters.
-    """
-    largest = max(sizes)
-    if devices[0].device_type == "cpu" or len(devices) == 1:
-        return 0
-    if config.kvstore == "nccl":
-        return largest
-    if config.kvstore not in _MERGING_ON_GPUS:
-        return 0
-    return (len(devices) + 1) * largest + sum(sizes) if config.gctype == "2bit" else len(devices) * largest
 
 
 def _number_on_machine(config: DeviceConfig) -> int:

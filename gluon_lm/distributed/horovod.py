@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mxnet as mx
@@ -25,11 +25,10 @@ from mxnet import gluon
 from ..errors import DistributedError
 from ..gpus import identity
 from ..heartbeat import listen
-from ..logs import LOGGER, NOTICE
 from ..memory import is_allocation_failure
 from .codec import TwoBitCodec, residual_size
 from .communicator import Communicator
-from .compression import GradientScales
+from .compression import Compression
 
 # One of these holds the process's number, depending on what started it: horovodrun, Open MPI, MPICH or Slurm.
 _RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -90,12 +89,10 @@ class HorovodCommunicator(Communicator):
                 f"--gctype {compression}: there is one process, so no gradients are exchanged and there is nothing to "
                 f"compress; {_START}"
             )
-        self._compression, self._threshold = compression, threshold
         self.sends_float16 = compression == "fp16"
-        self._scales = GradientScales() if compression == "2bit" else None
+        self._compression = Compression(self.num_devices, threshold) if compression == "2bit" else None
         self._codecs: list[tuple[slice, TwoBitCodec]] = []  # of consecutive parameters each
         self._restored_residual: mx.nd.NDArray | None = None
-        self._restored_threshold, self._had_sent = threshold, True
         if self._hvd.nccl_built():  # the same everywhere: what follows is a collective call
             self._refuse_shared_gpus()
 
@@ -115,12 +112,10 @@ class HorovodCommunicator(Communicator):
 
     @property
     def description(self) -> str:
-        compression = {
-            "none": "",
-            "fp16": ", gradients in half precision",
-            "2bit": f", 2-bit gradients with threshold {self._threshold:g}",
-        }[self._compression]
-        return f"{self.size} processes, one device each ({self.devices[0]} here), Horovod{compression}"
+        sent = ", gradients in half precision" if self.sends_float16 else ""
+        if self._compression is not None:
+            sent = f", 2-bit gradients with threshold {self._compression.threshold:g}"
+        return f"{self.size} processes, one device each ({self.devices[0]} here), Horovod{sent}"
 
     def broadcast_parameters(self, parameters):
         with self._together():
@@ -134,18 +129,17 @@ class HorovodCommunicator(Communicator):
 
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
         gradients = [parameter.grad(self.devices[0]) for parameter in parameters]
-        if self._scales is None:
-            self._add_up(gradients)
-        elif self._scales.factors is None:
-            self._scales.observe([gradients], self.allgather)
-            self._add_up(gradients)
+        compression = self._compression
+        factors = compression.next_factors(lambda: [gradients], self.allgather) if compression else None
+        if compression and factors:
+            self._add_up_codes(gradients, [compression.threshold / factor for factor in factors])
         else:
-            self._add_up_codes(gradients, self._scales.factors)
+            self._add_up(gradients)
 
     def _add_up(self, gradients: list[mx.nd.NDArray]) -> None:
         """Horovod sends each gradient as soon as it is computed, and small ones together."""
         with self._together():
-            sent = [g.astype("float16") for g in gradients] if self._compression == "fp16" else gradients
+            sent = [g.astype("float16") for g in gradients] if self.sends_float16 else gradients
             for i, array in enumerate(sent):
                 self._hvd.allreduce_(array, op=self._hvd.Sum, name=f"gradient.{i}", priority=-i)
             for gradient, array in zip(gradients, sent):
@@ -154,17 +148,17 @@ class HorovodCommunicator(Communicator):
                 gradient.wait_to_read()
                 self._watch.beat()
 
-    def _add_up_codes(self, gradients: list[mx.nd.NDArray], factors: list[float]) -> None:
+    def _add_up_codes(self, gradients: list[mx.nd.NDArray], thresholds: list[float]) -> None:
         """The gradients of the last layers come first, so they are sent first; meanwhile the next ones are encoded."""
         if not self._codecs:
-            self._make_codecs([gradient.size for gradient in gradients], factors)
+            self._make_codecs([gradient.size for gradient in gradients], thresholds)
         parts = [(codec, gradients[which]) for which, codec in reversed(self._codecs)]
         for number, bytes_B in enumerate([codec.encode(part) for codec, part in parts]):
             bytes_WB = self._allgather_array(f"codes.{number}", bytes_B).reshape((self.size, -1))
             codec, part = parts[number]
             codec.decode(bytes_WB, part)
 
-    def _make_codecs(self, sizes: list[int], factors: list[float]) -> None:
+    def _make_codecs(self, sizes: list[int], thresholds: list[float]) -> None:
         groups = list(_groups(sizes))
         residuals: list[mx.nd.NDArray | None] = [None] * len(groups)
         if self._restored_residual is not None:
@@ -172,8 +166,7 @@ class HorovodCommunicator(Communicator):
             residuals = [self._restored_residual[start:end] for start, end in zip([0, *ends], [*ends, None])]
             self._restored_residual = None
         for which, residual in zip(groups, residuals):
-            thresholds = [self._threshold / factor for factor in factors[which]]
-            self._codecs.append((which, TwoBitCodec(sizes[which], thresholds, self.devices[0], residual)))
+            self._codecs.append((which, TwoBitCodec(sizes[which], thresholds[which], self.devices[0], residual)))
 
     # ---------------------------------------------------------------- objects
 
@@ -233,29 +226,10 @@ class HorovodCommunicator(Communicator):
                 "said last, fix that, and continue with --resume"
             ) from error
 
-    # ---------------------------------------------------------------- state
+    # ---------------------------------------------------------------- residuals
 
-    def state_dict(self):
-        if self._scales is None:
-            return {}
-        has_sent = bool(self._codecs) or self._restored_residual is not None
-        return {"threshold": self._threshold, "has_sent": has_sent, **self._scales.state_dict()}
-
-    def load_state_dict(self, state):
-        if self._scales and state:
-            self._scales.load_state_dict(state)
-            self._restored_threshold = state.get("threshold", self._threshold)
-            self._had_sent = state.get("has_sent", state.get("kvstore") != "device")  # which forgets
-
-    def residuals(self) -> dict[str, mx.nd.NDArray]:
-        """What each worker has not sent yet, which a resumed run needs as well as `state_dict`. All call it together.
-
-        Returns
-        -------
-        dict of str to NDArray
-            By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps it; empty where there is nothing unsent, and on
-            all ranks but the first.
-        """
+    def _residuals(self):
+        """By rank, as `gluon_lm.distributed.codec.TwoBitCodec` keeps them."""
         if self._codecs:
             own = np.concatenate([codec.residual.asnumpy() for _, codec in self._codecs])
         elif self._restored_residual is not None:
@@ -265,18 +239,12 @@ class HorovodCommunicator(Communicator):
         workers = self.gather_arrays([own])
         return {str(rank): mx.nd.array(residual) for rank, (residual,) in enumerate(workers)}
 
-    def load_residuals(self, residuals: Mapping[str, mx.nd.NDArray]) -> None:
-        """Restore the residuals of a run whose state was loaded."""
-        if self._scales is None or self._scales.factors is None:
-            return
-        if not self._had_sent:
-            return
-        if str(self.rank) not in residuals:
-            LOGGER.log(NOTICE, "2-bit compression: the checkpoint has no residuals, so what had not been sent is lost")
-            return
-        # In units of the threshold, which may have changed.
-        self._restored_residual = residuals[str(self.rank)] * (self._restored_threshold / self._threshold)
-        self._codecs = []
+    def _take_residuals(self, residuals, factor):
+        own = residuals.get(str(self.rank))
+        if own is None:
+            return False
+        self._restored_residual, self._codecs = own * factor, []
+        return True
 
     def close(self):
         self._watch.stop()

@@ -13,10 +13,10 @@ from mxnet.base import _LIB, check_call
 
 from ..errors import DistributedError
 from ..heartbeat import listen
-from ..logs import LOGGER, NOTICE
 from .communicator import Communicator
-from .compression import GradientScales, add_up_at_scale
+from .compression import Compression, add_up_at_scale
 from .control import Control
+from .kvstore import merged_on_gpu
 
 
 class ParameterServer(Communicator):
@@ -47,13 +47,13 @@ class ParameterServer(Communicator):
                 f"--kvstore {kvstore}: needs a scheduler, servers and other workers, which python -m gluon_lm.launch "
                 "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb; --kvstore none does without"
             )
-        self._control, self._kind, self._threshold = control, kvstore, threshold
-        self._scales = None if threshold is None else GradientScales()
+        self._control, self._kind = control, kvstore
         self._store = mx.kv.create(kvstore)
         # A worker that fails must not wait for the others at exit; the launcher ends the servers.
         check_call(_LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
         # ps-lite numbers the workers by their ports, differently in each run.
         self.rank, self.size = control.index, self._store.num_workers
+        self._compression = None if threshold is None else Compression(self.num_devices, threshold)
         self._is_compressing = False
         self._first_key = 0
         control.join(self.rank)
@@ -61,10 +61,14 @@ class ParameterServer(Communicator):
 
     @property
     def description(self) -> str:
-        compression = "" if self._threshold is None else f", 2-bit pushes with threshold {self._threshold:g}"
+        compression = self._compression
+        bits = "" if compression is None else f", 2-bit pushes with threshold {compression.threshold:g}"
         first, last = self.devices[0], self.devices[-1]
         devices = f"{len(self.devices)} devices each ({first} to {last})" if last != first else f"one each ({first})"
-        return f"{self.size} workers, {devices}, KVStore {self._kind}{compression}"
+        return f"{self.size} workers, {devices}, KVStore {self._kind}{bits}"
+
+    def merged_elements(self, sizes):
+        return merged_on_gpu(self._kind, self.devices, sizes)  # what is pushed is compressed in the host's memory
 
     def allgather_object(self, value):
         return self._control.allgather(value)
@@ -85,11 +89,13 @@ class ParameterServer(Communicator):
             self._store.init(key, mx.nd.zeros_like(parameter.data(self.devices[0])))
 
     def reduce_gradients(self, parameters: Sequence[gluon.Parameter]) -> None:
-        factors = self._scales.factors if self._scales else None
-        if self._scales and factors is None:
-            self._scales.observe([list(map(_sum_of_devices, parameters))], self.allgather)
-        if factors and not self._is_compressing:
-            self._store.set_gradient_compression({"type": "2bit", "threshold": self._threshold})
+        def gradients_DP():
+            return [list(map(_sum_of_devices, parameters))]
+
+        compression = self._compression
+        factors = compression.next_factors(gradients_DP, self.allgather) if compression else None
+        if compression and factors and not self._is_compressing:
+            self._store.set_gradient_compression({"type": "2bit", "threshold": compression.threshold})
             self._is_compressing = True
             self.allgather_object("compressing")  # rank 0 has told the servers before anyone pushes
             # Once a large array is compressed, MXNet splits it among the servers at different places.
@@ -101,19 +107,6 @@ class ParameterServer(Communicator):
         key = self._first_key + place
         self._store.push(key, grads, priority=-key)
         self._store.pull(key, out=grads, priority=-key)
-
-    def state_dict(self):
-        return {"kvstore": self._kind, **self._scales.state_dict()} if self._scales else {}
-
-    def load_state_dict(self, state):
-        if self._scales and state:
-            self._scales.load_state_dict(state)
-        if self._scales and self._scales.factors is not None and state.get("kvstore") != "device":  # which forgets
-            LOGGER.log(
-                NOTICE,
-                "2-bit compression: what the workers had not sent when the run stopped is lost, so the result will not "
-                "be identical to that of a run that never stopped",
-            )
 
     def close(self):
         self._control.leave()

@@ -5,8 +5,8 @@
 - ``optimizer.npz``: optimiser state, by parameter name
 - ``residuals.npz``: what 2-bit compression has not sent yet, where it can be kept
 - ``carried.npz``: recurrent state between two windows, all streams side by side
-- ``state.json``: counters, decisions, the communicator's state, how many parameters there are, the sha256 of every
-  other file, a digest of itself
+- ``state.json``: counters, decisions, the state of 2-bit compression, how many parameters there are, the sha256 of
+  every other file, a digest of itself
 - ``config.yaml``, ``vocab.txt``
 """
 
@@ -49,7 +49,7 @@ UNAVERAGED, RESIDUALS, OPTIMIZER, CARRIED = "unaveraged.npz", "residuals.npz", "
 TRAINING_TEXT = "training_text"  # in `Checkpoint.text`
 _ALWAYS = {PARAMETERS, OPTIMIZER, CARRIED, CONFIG, VOCABULARY}
 _SOMETIMES = {UNAVERAGED, RESIDUALS}
-_FORMAT = 2
+_FORMAT = 3
 _TRIES = 5  # to read the best checkpoint of a run that replaces it meanwhile
 _UNREADABLE = (ValueError, TypeError, KeyError, mx.MXNetError)  # the last three for types that MXNet does not have
 
@@ -111,15 +111,12 @@ class Checkpoint:
     carried : list of NDArray
         Recurrent state of all streams, (1, N, H) each; empty at the start of an epoch.
     training : TrainingState
-    communicator : dict
+    compression, residuals : dict
+        `Communicator.compression_state`; empty where gradients are not compressed.
     corpus : str
         Digest of the corpus that it was trained on.
     text : dict of str to str
         The corpus's name and licence, and the hash of its training text.
-    num_devices : int
-        Devices, over all workers, that trained it.
-    residuals : dict of str to NDArray
-        `Communicator.residuals`.
     loss_scale : dict
         `LossScale.state_dict`; empty if the loss was not scaled.
     """
@@ -128,12 +125,11 @@ class Checkpoint:
     optimizer: Mapping[str, mx.nd.NDArray]
     carried: list[mx.nd.NDArray]
     training: TrainingState
-    communicator: dict[str, Any] = field(default_factory=dict)
+    compression: dict[str, Any] = field(default_factory=dict)
+    residuals: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
     corpus: str = ""
     text: Mapping[str, str] = field(default_factory=dict)
-    num_devices: int = 1
     unaveraged: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
-    residuals: Mapping[str, mx.nd.NDArray] = field(default_factory=dict)
     loss_scale: dict[str, Any] = field(default_factory=dict)
 
 
@@ -179,11 +175,10 @@ def save_checkpoint(
                 "format": _FORMAT,
                 "gluon_lm": __version__,
                 "training": dataclasses.asdict(checkpoint.training),
-                "communicator": checkpoint.communicator,
+                "compression": checkpoint.compression,
                 "loss_scale": checkpoint.loss_scale,
                 "corpus": checkpoint.corpus,
                 "text": dict(checkpoint.text),
-                "num_devices": checkpoint.num_devices,
                 "num_parameters": sum(array.size for array in checkpoint.parameters.values()),
             }
             write_seal(fresh, STATE, content)
@@ -218,10 +213,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             optimizer=load_arrays(path / OPTIMIZER),
             carried=[carried[str(i)] for i in range(len(carried))],
             training=_read_training(state["training"]),
-            communicator=dict(state["communicator"]),
+            compression=dict(state["compression"]),
             corpus=str(state["corpus"]),
             text=dict(state["text"]),
-            num_devices=int(state["num_devices"]),
             loss_scale=dict(state["loss_scale"]),
             unaveraged=_load_some_arrays(path / UNAVERAGED) if UNAVERAGED in state["sha256"] else {},
             residuals=_load_some_arrays(path / RESIDUALS) if RESIDUALS in state["sha256"] else {},

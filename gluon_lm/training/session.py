@@ -22,7 +22,7 @@ from ..config.sections import fields_by_name
 from ..data import Corpus, Vocabulary
 from ..data.encoding import first_rise
 from ..distributed.communicator import Communicator
-from ..distributed.devices import create_communicator, free_memory, merged_elements, workers_sharing_memory
+from ..distributed.devices import create_communicator, free_memory, workers_sharing_memory
 from ..errors import ConfigError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
@@ -301,7 +301,7 @@ def _need(config: Config, model: LanguageModel, communicator: Communicator) -> N
         ),
         tokens=tokens,
         num_sharing=len(devices) if on_cpu else 1,
-        merged=merged_elements(list(sizes.values()), devices, config.devices),
+        merged=communicator.merged_elements(list(sizes.values())),
     )
 
 

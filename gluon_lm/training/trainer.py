@@ -506,16 +506,20 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         self._check_agreement()
-        carried, residuals = self._step.carried_state(), self._communicator.residuals()
+        carried = self._step.carried_state()
+        compression, residuals = self._communicator.compression_state()
         is_evaluated = self.state.evaluated_step == self.state.step
         self.state.seconds = 0.0 if is_evaluated else time.perf_counter() - self._counts_from
         if self._communicator.is_primary:
-            self._write_checkpoint(carried, residuals, is_best)
-        self._communicator.checkpointed()
+            self._write_checkpoint(carried, compression, residuals, is_best)
         self._saved_step = self.state.step
 
     def _write_checkpoint(
-        self, carried: list[mx.nd.NDArray], residuals: dict[str, mx.nd.NDArray], is_best: bool
+        self,
+        carried: list[mx.nd.NDArray],
+        compression: dict[str, Any],
+        residuals: dict[str, mx.nd.NDArray],
+        is_best: bool,
     ) -> None:
         weights = {name: p.data(self._communicator.devices[0]) for name, p in self.model.named_parameters().items()}
         averages = self._average.state() if self._average is not None else {}
@@ -524,16 +528,15 @@ class Trainer:
             unaveraged=weights if averages else {},
             optimizer=self._step.optimizer_state(),
             carried=carried,
+            compression=compression,
             residuals=residuals,
             training=self.state,
-            communicator=self._communicator.state_dict(),
             corpus=self.corpus.digest,
             text={
                 "name": self.corpus.name,
                 "licence": self.corpus.licence,
                 TRAINING_TEXT: self.corpus.hashes["train"],
             },
-            num_devices=self._communicator.num_devices,
             loss_scale={} if self._loss_scale is None else self._loss_scale.state_dict(),
         )
         save_checkpoint(
@@ -610,19 +613,4 @@ class Trainer:
             self._average = WeightAverage(self.model.named_parameters(), self._communicator.devices[0])
             self._average.load(checkpoint.parameters, checkpoint.training.num_updates - self.state.averaging_since)
         self._saved_step = self.state.step
-        self._restore_communication(checkpoint)
-
-    def _restore_communication(self, checkpoint: Checkpoint) -> None:
-        num_devices = self._communicator.num_devices
-        if checkpoint.communicator and self.config.devices.gctype != "2bit":
-            LOGGER.log(NOTICE, "the gradients are no longer compressed: what had not been sent is lost")
-        elif checkpoint.num_devices == num_devices:
-            self._communicator.load_state_dict(checkpoint.communicator)
-            self._communicator.load_residuals(checkpoint.residuals)
-        elif checkpoint.communicator:
-            LOGGER.log(
-                NOTICE,
-                "the gradients of %d devices were compressed, and there are %d now: what had not been sent is lost",
-                checkpoint.num_devices,
-                num_devices,
-            )
+        self._communicator.restore_compression(checkpoint.compression, checkpoint.residuals)

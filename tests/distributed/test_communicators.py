@@ -15,7 +15,8 @@ from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
 from gluon_lm.distributed.devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
 from gluon_lm.distributed.kvstore import KVStoreCommunicator
-from gluon_lm.errors import DistributedError
+from gluon_lm.distributed.parameter_server import ParameterServer
+from gluon_lm.errors import CheckpointError, DistributedError
 from gluon_lm.gpus import Driver, Gpu
 
 SHAPES = [(6, 4), (5,), (3, 2)]
@@ -136,8 +137,8 @@ def test_state_goes_through_json_and_checkpoints_between_steps_change_no_sum(com
     parameters = make_parameters(communicator.devices)
     count = len(communicator.devices)
     first = reduce(communicator, parameters, draw(0, count))
-    communicator.load_state_dict(json.loads(json.dumps(communicator.state_dict())))
-    communicator.checkpointed()
+    state, residuals = communicator.compression_state()
+    communicator.restore_compression(json.loads(json.dumps(state)), residuals)
     for arrays, again in zip(first, reduce(communicator, parameters, draw(0, count))):
         np.testing.assert_array_equal(arrays[0], again[0])
 
@@ -193,14 +194,18 @@ def test_two_bits_agree_with_numpy_with_residuals(num_devices, threshold):
         for arrays, array in zip(reduce(communicator, parameters, gradients), sums):
             for on_device in arrays:
                 np.testing.assert_allclose(on_device, array, rtol=1e-5, atol=1e-6 * np.abs(array).max())
-    assert communicator.state_dict()["factors"] == [float(factor) for factor in expected.factors]
+    assert factors_of(communicator) == [float(factor) for factor in expected.factors]
     assert len(set(expected.factors)) == len(SIZES)
     for step in range(CALIBRATION_STEPS, CALIBRATION_STEPS + 12):
         if step == CALIBRATION_STEPS + 7:
-            communicator.checkpointed()
+            communicator.compression_state()
             expected.reset()
         gradients = draw(step, num_devices, SIZES)
         assert_all_equal(reduce(communicator, parameters, gradients), expected.reduce(gradients))
+
+
+def factors_of(communicator):
+    return communicator.compression_state()[0]["factors"]
 
 
 def calibrated(num_devices=2, steps=CALIBRATION_STEPS, sizes=SIZES):
@@ -214,42 +219,79 @@ def calibrated(num_devices=2, steps=CALIBRATION_STEPS, sizes=SIZES):
 @pytest.mark.parametrize("steps", [7, CALIBRATION_STEPS, CALIBRATION_STEPS + 5])
 def test_two_bits_resume_exactly_where_both_start_without_residuals(steps):
     first, parameters = calibrated(steps=steps)
-    state = json.loads(json.dumps(first.state_dict()))
-    first.checkpointed()
+    state = json.loads(json.dumps(first.compression_state()[0]))
     second = KVStoreCommunicator(cpus(2), "device", 0.5)
-    second.load_state_dict(state)
+    second.restore_compression(state, {})
     others = make_parameters(second.devices)
     for step in range(steps, steps + 20):
         expected = reduce(first, parameters, draw(step, 2, SIZES))
         assert_all_equal(reduce(second, others, draw(step, 2, SIZES)), [arrays[0] for arrays in expected])
 
 
-def test_what_other_communicators_had_not_sent_is_said_to_be_lost(caplog):
-    own, early = calibrated()[0].state_dict(), calibrated(steps=3)[0].state_dict()
-    of_horovod = {name: value for name, value in own.items() if name != "kvstore"}
-    for state, said in (
-        (own, "residuals start at zero"),
-        ({**own, "kvstore": "dist_sync"}, "is lost"),
-        ({**early, "kvstore": "dist_sync"}, ""),
-        ({**of_horovod, "has_sent": True}, "is lost"),
-        ({**of_horovod, "has_sent": False}, ""),
-    ):
-        caplog.clear()
-        with caplog.at_level("INFO", "gluon_lm"):
-            KVStoreCommunicator(cpus(2), "device", 0.5).load_state_dict(state)
-        assert said in caplog.text and bool(said) == bool(caplog.text)
+def notices_on_resuming(communicator, state, residuals, caplog):
+    caplog.clear()
+    with caplog.at_level("INFO", "gluon_lm"):
+        communicator.restore_compression(json.loads(json.dumps(state)), residuals)
+    return caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda: SingleDevice(cpus(1)), "the gradients are no longer compressed"),
+        (lambda: KVStoreCommunicator(cpus(2)), "the gradients are no longer compressed"),
+        (
+            lambda: KVStoreCommunicator(cpus(4), threshold=0.5),
+            "the gradients of 2 devices were compressed, and there are 4 now",
+        ),
+        (lambda: KVStoreCommunicator(cpus(2), threshold=0.5), "the residuals of 2-bit compression could not be kept"),
+    ],
+    ids=["one device", "not compressed", "more devices", "as before"],
+)
+def test_what_had_not_been_sent_is_said_to_be_lost_and_only_then(make, cause, caplog):
+    # Nothing waits as long as nothing has been compressed, nor where the run itself forgets it at each checkpoint.
+    for steps in (0, 3, CALIBRATION_STEPS, CALIBRATION_STEPS + 5):
+        state, residuals = calibrated(steps=steps)[0].compression_state()
+        assert notices_on_resuming(make(), state, residuals, caplog) == []
+    of_another_communicator = {**state, "unsent": True}
+    for residuals in ({}, {"0": mx.nd.ones((4,))}):
+        communicator = make()
+        notices = notices_on_resuming(communicator, of_another_communicator, residuals, caplog)
+        assert notices == [f"{cause}: what had not been sent is lost"]
+        assert not communicator.compression_state()[0].get("unsent")
+
+
+def test_other_devices_measure_their_own_scales():
+    state, _ = calibrated()[0].compression_state()
+    communicator = KVStoreCommunicator(cpus(4), threshold=0.5)
+    communicator.restore_compression(state, {})
+    assert communicator.compression_state() == KVStoreCommunicator(cpus(4), threshold=0.5).compression_state()
+
+
+def test_another_threshold_holds_for_the_scales_of_before():
+    state, _ = calibrated()[0].compression_state()
+    communicator = KVStoreCommunicator(cpus(2), threshold=0.25)
+    communicator.restore_compression(state, {})
+    assert communicator.compression_state()[0] == {**state, "threshold": 0.25}
+
+
+@pytest.mark.parametrize("state", [{"num_devices": 2}, {"num_devices": 2, "threshold": 0.5, "kvstore": "device"}])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_state_that_is_none_is_refused(state, threshold):
+    with pytest.raises(CheckpointError, match="state of 2-bit compression is damaged .*; use another checkpoint"):
+        KVStoreCommunicator(cpus(2), threshold=threshold).restore_compression(state, {})
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_checkpoint_forgets_the_residuals(checkpoint):
     communicator, parameters = calibrated(sizes=(1.0, 1.0, 1.0))
-    assert communicator.state_dict()["factors"] == [0.25] * 3
+    assert factors_of(communicator) == [0.25] * 3
     # A quarter of 0.3 crosses the threshold of 0.5 at the seventh step.
     gradients = [[np.full(shape, 0.3, np.float32)] * 2 for shape in SHAPES]
     for _ in range(5):
         assert not reduce(communicator, parameters, gradients)[0][0].any()
     if checkpoint:
-        communicator.checkpointed()
+        communicator.compression_state()
     sent = [bool(reduce(communicator, parameters, gradients)[0][0].any()) for _ in range(2)]
     assert sent == [False, not checkpoint]
 
@@ -290,7 +332,7 @@ def test_two_bits_do_not_hide_a_gradient_that_is_not_finite(what, device):
 
 def test_a_parameter_without_gradients_in_calibration_keeps_its_size():
     communicator, parameters = calibrated(sizes=(1.0, 0.0, 1.0))
-    assert communicator.state_dict()["factors"][1] == 1.0
+    assert factors_of(communicator)[1] == 1.0
     assert_all_equal(
         reduce(communicator, parameters, [[np.full(shape, 0.75, np.float32)] * 2 for shape in SHAPES])[1:2],
         [np.full(SHAPES[1], 1.0)],
@@ -450,15 +492,24 @@ def test_a_command_for_one_device_refuses_several():
 
 
 @pytest.mark.parametrize(
-    ("config", "num_gpus", "elements"),
-    [
-        (DeviceConfig(), 1, 0),
-        (DeviceConfig(), 4, 4 * 50),
-        (DeviceConfig(gctype="2bit"), 4, 5 * 50 + 60),
-        (DeviceConfig(kvstore="nccl"), 4, 50),
-        (DeviceConfig(kvstore="local"), 4, 0),
-    ],
+    ("kind", "threshold", "elements"),
+    [("device", None, 4 * 50), ("device", 0.5, 5 * 50 + 60), ("nccl", None, 50), ("local", None, 0)],
 )
-def test_what_a_store_holds_on_a_gpu(config, num_gpus, elements):
-    assert device_flags.merged_elements([10, 50], [mx.gpu(i) for i in range(num_gpus)], config) == elements
-    assert device_flags.merged_elements([10, 50], cpus(num_gpus), config) == 0
+def test_what_a_store_holds_on_a_gpu(kind, threshold, elements):
+    for device, held in ((mx.gpu, elements), (mx.cpu, 0)):
+        communicator = KVStoreCommunicator([device(i) for i in range(4)], kind, threshold)
+        assert communicator.merged_elements([10, 50]) == held
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_gpus", "elements"),
+    [("dist_device_sync", 4, 4 * 50), ("dist_device_sync", 1, 0), ("dist_sync", 4, 0)],
+)
+def test_what_a_store_of_a_worker_holds_on_a_gpu(kind, num_gpus, elements):
+    communicator = object.__new__(ParameterServer)  # there is no cluster here
+    communicator.devices, communicator._kind = [mx.gpu(i) for i in range(num_gpus)], kind
+    assert communicator.merged_elements([10, 50]) == elements
+
+
+def test_one_gpu_holds_nothing_besides_its_gradients():
+    assert SingleDevice([mx.gpu(0)]).merged_elements([10, 50]) == 0

@@ -30,7 +30,7 @@ from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import horovod
 from gluon_lm.distributed.communicator import SingleDevice
-from gluon_lm.distributed.compression import CALIBRATION_STEPS
+from gluon_lm.distributed.compression import CALIBRATION_STEPS, Compression
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
 from gluon_lm.heartbeat import beat
@@ -124,8 +124,9 @@ def run_first(folder):
         communicator.broadcast_parameters(parameters)
         for step in range(3):
             notes.keep(f"{compression}/sum{step}", reduce(communicator, parameters, draw_whole_numbers(step, rank)))
-            assert communicator.load_state_dict(json.loads(json.dumps(communicator.state_dict()))) is None
-            communicator.checkpointed()
+            state, residuals = communicator.compression_state()
+            communicator.restore_compression(json.loads(json.dumps(state)), residuals)
+            notes.keep(f"{compression}/waiting", [state.get("unsent"), list(residuals)])
             beat(step)
         notes.keep(f"{compression}/parameters", [parameter.data().asnumpy() for parameter in parameters])
 
@@ -176,21 +177,22 @@ def take_compressed_steps(notes, folder, start, end):
     communicator, parameters = HorovodCommunicator([CPU], "2bit", THRESHOLD), make_parameters()
     state, residuals = Path(folder) / "state.json", Path(folder) / "residuals.npz"
     if start:
-        communicator.load_state_dict(json.loads(state.read_text()))
         with np.load(residuals) as arrays:
-            communicator.load_residuals({name: mx.nd.array(arrays[name]) for name in arrays})
+            kept = {name: mx.nd.array(arrays[name]) for name in arrays}
+        communicator.restore_compression(json.loads(state.read_text()), kept)
         # A checkpoint before the first step, of which the one in the folder must be an equal.
-        unchanged = {name: array.asnumpy() for name, array in communicator.residuals().items()}
-        notes.keep("unchanged", unchanged)
+        again, unchanged = communicator.compression_state()
+        assert again == json.loads(state.read_text())
+        notes.keep("unchanged", {name: array.asnumpy() for name, array in unchanged.items()})
     for step in range(start, end):
         gradients = draw(step, communicator.rank)
         notes.keep(f"2bit/step{step}", reduce(communicator, parameters, gradients))
-    kept = communicator.residuals()
+    compression, kept = communicator.compression_state()
     notes.keep("residuals", {name: array.asnumpy() for name, array in kept.items()})
     if communicator.is_primary:
-        state.write_text(json.dumps(communicator.state_dict()))
+        state.write_text(json.dumps(compression))
         np.savez(residuals, **{name: array.asnumpy() for name, array in kept.items()})
-    notes.keep("state", communicator.state_dict())
+    notes.keep("state", compression)
     communicator.broadcast_object(None)
     gradients = draw(end, communicator.rank)
     if communicator.rank == communicator.size - 1:
@@ -472,6 +474,7 @@ def test_every_rank_has_the_thresholds_of_all_gradients(first, resumed, simulate
     assert len(set(compression.factors)) == len(SHAPES)
     for state in (*first.values("state"), *resumed.values("state")):
         assert state["factors"] == compression.factors
+        assert state["unsent"]
 
 
 @with_horovod
@@ -487,6 +490,39 @@ def test_the_residuals_of_all_ranks_reach_the_first_and_come_back(first, resumed
         for rank, array in enumerate(expected):
             assert np.abs(array).max() > 0.5
             np.testing.assert_array_equal(found[0][str(rank)], array)
+
+
+@with_horovod
+@COMPRESSIONS
+def test_while_the_thresholds_are_measured_nothing_waits(first, compression):
+    unsent = False if compression == "2bit" else None
+    assert first.values(f"{compression}/waiting") == [[unsent, []]] * len(first.ranks)
+
+
+@pytest.mark.parametrize(
+    ("residuals", "threshold", "waiting", "said"),
+    [
+        ({"0": [1.0, -0.5], "1": [0.25, 0.75]}, 0.5, [0.25, 0.75], []),
+        ({"0": [1.0, -0.5], "1": [0.25, 0.75]}, 0.125, [1.0, 3.0], []),  # in units of the threshold
+        ({}, 0.5, None, ["the residuals of 2-bit compression could not be kept: what had not been sent is lost"]),
+    ],
+    ids=["as before", "another threshold", "of another communicator"],
+)
+def test_a_process_takes_its_own_residuals_or_says_that_they_are_lost(residuals, threshold, waiting, said, caplog):
+    communicator = object.__new__(HorovodCommunicator)  # there are no other processes here
+    communicator.devices, communicator.rank, communicator.size = [CPU], 1, 2
+    communicator._compression, communicator._codecs = Compression(2, threshold), []
+    communicator._restored_residual = None
+    communicator.gather_arrays = lambda own: [own]
+    state = Compression(2, THRESHOLD, unsent=True, factors=[0.25], steps=CALIBRATION_STEPS, square_sums=[9.0])
+    with caplog.at_level("INFO", "gluon_lm"):
+        communicator.restore_compression(
+            state.state_dict(), {rank: mx.nd.array(array) for rank, array in residuals.items()}
+        )
+    assert caplog.messages == said
+    found, own = communicator.compression_state()
+    assert found == {**state.state_dict(), "threshold": threshold, "unsent": waiting is not None}
+    assert [array.asnumpy().tolist() for array in own.values()] == [waiting] * (waiting is not None)
 
 
 @with_horovod
@@ -516,7 +552,7 @@ def uninterrupted(tmp_path_factory):
 def assert_alike(run, other, step):
     """Two runs have the same arrays in their checkpoints of this step, to the bit, and the same thresholds."""
     checkpoints = [folder / "checkpoints" / f"step-{step}" for folder in (other, run)]
-    expected, found = (json.loads((path / "state.json").read_text())["communicator"] for path in checkpoints)
+    expected, found = (json.loads((path / "state.json").read_text())["compression"] for path in checkpoints)
     assert found == expected and found["factors"]
     for name in ("parameters.npz", "residuals.npz", "carried.npz"):
         expected, found = (dict(np.load(path / name)) for path in checkpoints)

@@ -83,7 +83,9 @@ def run_worker(folder, kvstore, num_devices, threshold):
                 np.testing.assert_array_equal(array, first)
         notes.keep(f"sum{step}", found[0])
         beat(step)
-    notes.keep("state", communicator.state_dict())
+        if step + 1 == CALIBRATION_STEPS:
+            notes.keep("measured", communicator.compression_state())
+    notes.keep("compressed", communicator.compression_state())
     gradients = [draw(NUM_STEPS, rank, i) for i in range(len(devices))]
     if rank == communicator.size - 1:
         gradients[-1][0][0, 0] = np.nan
@@ -166,7 +168,10 @@ def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path, 
     ]
     # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
     factors = [2.0 ** round(np.log2(0.25 / np.sqrt(square))) for square in squares]
-    assert [state["factors"] for state in found.values("state")] == [factors] * len(found.ranks)
+    for when, unsent in (("measured", False), ("compressed", True)):
+        for state, residuals in found.values(when):
+            assert (state["factors"], state["unsent"], residuals) == (factors, unsent, {})
+            assert state["num_devices"] == num_devices * len(found.ranks)
     for k, factor in enumerate(factors):
         for step in range(CALIBRATION_STEPS):
             expected = np.sum([arrays[k] for arrays in drawn[step]], axis=0, dtype=np.float64)

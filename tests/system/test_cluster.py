@@ -119,7 +119,7 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
 
 
 def scales_of(project):
-    return json.loads((project.path / "run/latest/state.json").read_text())["communicator"]
+    return json.loads((project.path / "run/latest/state.json").read_text())["compression"]
 
 
 def test_two_bits_through_the_servers_train(project):
@@ -129,12 +129,29 @@ def test_two_bits_through_the_servers_train(project):
     assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
     scales = scales_of(project)
     resumed = launch(project, "--resume", "run", "--max-steps", 61)
-    assert "what the workers had not sent when the run stopped is lost" in resumed
+    assert "the residuals of 2-bit compression could not be kept: what had not been sent is lost" in resumed
     assert scales_of(project) == scales and scales["steps"] == CALIBRATION_STEPS
+    shutil.copytree(project.path / "run", project.path / "plain", symlinks=True)
     resumed = project.run("train", "--resume", "run", "--kvstore", "device", "--cpus", 4, "--max-steps", 62)
     assert "the gradients of 2 devices were compressed, and there are 4 now: what had not been sent is lost" in resumed
-    plain = project.run("train", "--resume", "run", "--gctype", "none", "--max-steps", 63)
+    resumed = project.run("train", "--resume", "run", "--gctype", "none", "--max-steps", 63)
+    assert "what had not been sent" not in resumed  # the four devices still measured their gradients
+    plain = project.run("train", "--resume", "plain", "--kvstore", "none", "--gctype", "none", "--max-steps", 62)
     assert "the gradients are no longer compressed: what had not been sent is lost" in plain
+
+
+def test_before_gradients_are_compressed_nothing_is_said_to_be_lost(project):
+    flags = (*FLAGS, *MODELS["plain"], "--gctype", "2bit", "--save", "run")
+    launch(project, *flags, "--max-steps", 6)
+    for run in ("plain", "more"):
+        shutil.copytree(project.path / "run", project.path / run, symlinks=True)
+    outputs = [
+        launch(project, "--resume", "run", "--max-steps", 8),
+        project.run("train", "--resume", "plain", "--kvstore", "none", "--gctype", "none", "--max-steps", 8),
+        project.run("train", "--resume", "more", "--kvstore", "device", "--cpus", 4, "--max-steps", 8),
+    ]
+    assert not [output for output in outputs if "what had not been sent" in output]
+    assert scales_of(project)["steps"] == 8
 
 
 @pytest.mark.parametrize(

@@ -562,8 +562,8 @@ BAD_STATES = {
     "pickle": pickle.dumps(Marks()),
     "another format": b'{"format": 99, "gluon_lm": "9.0"}',
     "nothing in it": b"{}",
-    "no hashes": b'{"format": 2, "sha256": {}}',
-    "hashes of what is elsewhere": b'{"format": 2, "sha256": {"../../config.yaml": "", "/dev/zero": ""}}',
+    "no hashes": b'{"format": 3, "sha256": {}}',
+    "hashes of what is elsewhere": b'{"format": 3, "sha256": {"../../config.yaml": "", "/dev/zero": ""}}',
 }
 
 
@@ -574,7 +574,7 @@ def test_a_state_that_is_none_is_refused(project):
     wrong = {
         name: {**whole, "training": {**whole["training"], name: value}}
         for name, value in {"step": "7", "lr": None, "epoch": [1], "valid_losses": 3, "nothing": 1}.items()
-    } | {"text": {**whole, "text": 3}, "num_devices": {**whole, "num_devices": {}}}
+    } | {"text": {**whole, "text": 3}, "compression": {**whole, "compression": 3}}
     forged = {how: {**content, "digest": digest_of(content)} for how, content in wrong.items()}
     cases = BAD_STATES | {how: json.dumps(content).encode() for how, content in forged.items()}
     for how, content in cases.items():

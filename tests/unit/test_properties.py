@@ -239,7 +239,7 @@ def content_of(checkpoint: Checkpoint) -> list:
     named = (checkpoint.parameters, checkpoint.optimizer, checkpoint.unaveraged, checkpoint.residuals)
     arrays = [dict(a) for a in named] + [{str(i): a for i, a in enumerate(checkpoint.carried)}]
     bits = [{name: (a.shape, a.asnumpy().tobytes()) for name, a in by_name.items()} for by_name in arrays]
-    return [*bits, checkpoint.training, checkpoint.communicator, checkpoint.corpus, dict(checkpoint.text)]
+    return [*bits, checkpoint.training, checkpoint.compression, checkpoint.corpus, dict(checkpoint.text)]
 
 
 def on_device(arrays):
@@ -254,7 +254,7 @@ def test_any_checkpoint_is_read_as_it_was_written(parameters, optimizer, unavera
         optimizer=on_device(optimizer),
         carried=[mx.nd.array(array) for array in carried],
         training=training,
-        communicator={"factors": [2.0**-3, 1.1], "steps": 7},
+        compression={"factors": [2.0**-3, 1.1], "steps": 7},
         corpus="0123",
         text={"name": "tales", "licence": "CC0"},
         unaveraged=on_device(unaveraged),
@@ -298,9 +298,7 @@ JSON = st.recursive(
 
 
 @FEW
-@given(
-    st.sampled_from(["format", "training", "communicator", "corpus", "text", "num_devices", "sha256", "digest"]), JSON
-)
+@given(st.sampled_from(["format", "training", "compression", "loss_scale", "corpus", "text", "sha256", "digest"]), JSON)
 def test_any_json_in_place_of_a_part_of_the_state_is_read_or_refused_on_one_line(saved, part, value):
     path, files, content = saved
     whole = json.loads(files["state.json"])
