@@ -38,15 +38,17 @@ def windows_of(config: Config, corpus, steps: int):
     """The first windows of the first epoch, and the factor of the learning rate that goes with each."""
     from gluon_lm.data.windows import TrainingWindows
 
-    epoch = TrainingWindows(
+    cut = TrainingWindows(
         corpus.train,
         config.training.batch_size,
         config.training.bptt,
         corpus.vocabulary.eos_id,
         config.training.seed,
         max_seq_len_delta=config.optim.max_seq_len_delta,
-    ).epoch(0)
-    return [(epoch.window(i), epoch.relative_length(i)) for i in range(min(steps, len(epoch)))]
+    )
+    epoch = cut.epoch(0)
+    windows = [epoch.window(i) for i in range(min(steps, len(epoch)))]
+    return [(window, cut.relative_size(window)) for window in windows]
 
 
 def new_model(config: Config, vocab_size: int, device):
@@ -68,8 +70,8 @@ def train_ours(config: Config, vocab_size: int, windows, seed: int, what: str) -
     step = TrainingStep(model, SingleDevice([mx.cpu()]), config.optim)
     losses = []
     with progress_bar(total=len(windows), desc=what, unit="step") as bar:
-        for number, (window, relative_length) in enumerate(windows):
-            step.set_learning_rate(config.optim.lr * relative_length)
+        for number, (window, relative_size) in enumerate(windows):
+            step.set_learning_rate(config.optim.lr * relative_size)
             result = step(window, seed, number)
             losses.append(result.loss_sum / result.num_targets)
             bar.update(1)
@@ -108,8 +110,8 @@ def train_peer(config: Config, vocab_size: int, windows, what: str) -> list[floa
     hidden = model.begin_state(batch_size=config.training.batch_size, func=mx.nd.zeros, ctx=mx.cpu())
     losses = []
     with progress_bar(total=len(windows), desc=what, unit="step") as bar:
-        for window, relative_length in windows:
-            trainer.set_learning_rate(optim.lr * relative_length)
+        for window, relative_size in windows:
+            trainer.set_learning_rate(optim.lr * relative_size)
             hidden = detached(hidden)
             targets_R = mx.nd.array(window.targets_TN.reshape(-1))
             with mx.autograd.record():

@@ -142,6 +142,9 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
             if optim.lr_decay is not None:
                 fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
+    if optim.asgd and optim.when is not None:
+        reason = "the learning rate stays as it is while the weights are averaged"
+        refuse("asgd", "when", reason, f"use --when none, or {flag_of('no_asgd')}")
     if optim.shuffle and optim.max_seq_len_delta is not None:
         refuse("shuffle", "max_seq_len_delta", "shuffled windows all have the same length")
     model = config.model

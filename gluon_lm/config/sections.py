@@ -312,7 +312,7 @@ class OptimConfig(Section):
     when: tuple[int, ...] | None = option(
         None,
         optional(integers(1, "different epochs, each a whole number, 1 or more", "+"), -1),
-        "epochs after which the learning rate is divided by 10",
+        "epochs after which the learning rate is divided by 10, until the weights are averaged",
     )
     max_seq_len_delta: int | None = option(
         None, optional(integer(0)), "windows of random length around --bptt, at most this much longer"

@@ -98,10 +98,6 @@ class Epoch(ABC):
     def window(self, index: int) -> Window:
         """One window; the first is 0."""
 
-    def relative_length(self, index: int) -> float:
-        """The window's length divided by the usual one; the learning rate is scaled by it."""
-        return 1.0
-
 
 class ContiguousEpoch(Epoch):
     """The rows of the streams in order, cut into windows of given lengths.
@@ -111,14 +107,12 @@ class ContiguousEpoch(Epoch):
     streams : Streams
     lengths : ndarray of int
         Lengths of the windows; the last one reaches the end of the streams, or beyond it.
-    relative_lengths : ndarray of float, optional
-        What `relative_length` returns; by default 1 for each.
     """
 
     carries_state = True
 
-    def __init__(self, streams: Streams, lengths: np.ndarray, relative_lengths: np.ndarray | None = None) -> None:
-        self._streams, self._lengths, self._relative_lengths = streams, lengths, relative_lengths
+    def __init__(self, streams: Streams, lengths: np.ndarray) -> None:
+        self._streams, self._lengths = streams, lengths
         self._starts = np.cumsum(lengths) - lengths
 
     def __len__(self) -> int:
@@ -126,9 +120,6 @@ class ContiguousEpoch(Epoch):
 
     def window(self, index: int) -> Window:
         return self._streams.window(int(self._starts[index]), int(self._lengths[index]))
-
-    def relative_length(self, index: int) -> float:
-        return 1.0 if self._relative_lengths is None else float(self._relative_lengths[index])
 
 
 class ShuffledEpoch(Epoch):
@@ -190,7 +181,7 @@ class TrainingWindows:
     max_seq_len_delta : int, optional
         When given, lengths are random (Merity et al. 2017, section 4.1): normally distributed with standard deviation
         5 around `bptt`, with probability 0.05 around half of it, at least 5, but never more than this much above
-        `bptt`. `Epoch.relative_length` gives the factor of the learning rate that goes with them.
+        `bptt`.
     random_start : bool
         Cut the text at a different place in each epoch: the first window has a random length below `bptt`, or, when
         shuffled, that much text is skipped.
@@ -224,8 +215,7 @@ class TrainingWindows:
         if offset:
             lengths = np.concatenate([[offset], lengths])
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), self._streams.num_rows)) + 1]
-        is_relative = self._max_seq_len_delta is not None
-        return ContiguousEpoch(self._streams, lengths, lengths / self._bptt if is_relative else None)
+        return ContiguousEpoch(self._streams, lengths)
 
     def _lengths(self, rng: np.random.Generator) -> np.ndarray:
         """Lengths of windows, more than enough of them."""
@@ -238,6 +228,14 @@ class TrainingWindows:
             drawn = np.maximum(5, rng.normal(base, 5).astype(int))
             lengths.append(np.minimum(drawn, self._bptt + self._max_seq_len_delta))
         return np.concatenate(lengths)
+
+    def relative_size(self, window: Window) -> float:
+        """The number of a window's targets, divided by that of one with `bptt` whole rows.
+
+        The learning rate is scaled by it (Merity et al. 2017, section 4.1), so that every target counts alike: in
+        windows of random length, in what is left for the last window of an epoch, and in a first one that is cut short.
+        """
+        return window.num_targets / (self._bptt * self._streams.num_streams)
 
     def longest(self) -> Window | None:
         """A window of the maximum length; None where all have the same length."""

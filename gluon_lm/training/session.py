@@ -272,11 +272,14 @@ def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) 
     """Flags given to a resumed run that are new to it but come too late to have an effect, a line each."""
     settings, optim, lines = command.settings, command.config.optim, []
     is_new = optim.when is not None and optim.when != before.when
-    if "when" in settings and is_new and max(optim.when or ()) <= state.epoch:
+    is_averaging = optim.ntasgd and state.averaging_since is not None
+    is_past = max(optim.when or (0,)) <= state.epoch
+    if "when" in settings and is_new and (is_past or is_averaging):
         flag = f"{settings['when'].flag} {show(optim.when)}"
-        lines.append(f"{flag}: has no effect any more, {state.epoch} epochs are done; --lr sets the learning rate")
+        reason = f"{state.epoch} epochs are done" if is_past else "the weights are averaged already"
+        lines.append(f"{flag}: has no effect any more, {reason}; --lr sets the learning rate")
     is_new = optim.nonmono != before.nonmono
-    if "nonmono" in settings and is_new and optim.ntasgd and state.averaging_since is not None:
+    if "nonmono" in settings and is_new and is_averaging:
         flag = f"{settings['nonmono'].flag} {optim.nonmono}"
         lines.append(f"{flag}: has no effect any more, the weights are averaged already")
     return lines

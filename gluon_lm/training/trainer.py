@@ -258,9 +258,9 @@ class Trainer:
         state, epoch = self.state, self._current_epoch()
         if not epoch.carries_state:
             self._step.states = None
-        self._step.set_learning_rate(state.lr * epoch.relative_length(state.window))
-        beat(state.step)
         window = self._upcoming or epoch.window(state.window)
+        self._step.set_learning_rate(state.lr * self._windows.relative_size(window))
+        beat(state.step)
         self._upcoming = epoch.window(state.window + 1) if state.window + 1 < len(epoch) else None
         result = self._step(
             window,
@@ -284,7 +284,7 @@ class Trainer:
         if state.window == len(epoch):
             state.epoch, state.window = state.epoch + 1, 0
             self._step.states = None
-            if state.epoch in (self.config.optim.when or ()):
+            if self._average is None and state.epoch in (self.config.optim.when or ()):
                 state.lr /= 10
         if state.step == 1:
             self._record("first_step", loss=result.loss_sum / result.num_targets, time=time.time())

@@ -431,6 +431,7 @@ def test_every_problem_at_once(tmp_path):
         ("--batch_size 21 --gpus 0,1", ["--batch-size 21", "use 20 or 22"]),
         ("--vocab v --min_freq 2", ["--min-freq 2 with --vocab"]),
         ("--ntasgd --asgd", ["--ntasgd with --asgd"]),
+        ("--asgd --when 3", ["--asgd with --when 3"]),
         ("--wd -1e-6", ["--wd -1e-6", "0 or more"]),
         ("--dropouth 1", ["--dropouth 1", "below 1, or none"]),
         ("--max_seq_len_delta -1", ["--max-seq-len-delta -1", "0 or more, or none"]),

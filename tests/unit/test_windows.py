@@ -129,7 +129,6 @@ def contiguous_windows(draw):
         "num_streams": num_streams,
         "bptt": bptt,
         "longest": bptt + (delta or 0),
-        "varies": delta is not None,
     }
 
 
@@ -165,17 +164,15 @@ def test_however_it_is_cut_an_epoch_has_every_token_as_target_once_in_order(draw
 
 
 @given(contiguous_windows(), st.integers(0, 5))
-def test_lengths_stay_within_their_bound_and_are_relative_to_bptt(drawn, number):
+def test_lengths_stay_within_their_bound_and_sizes_are_relative_to_a_whole_window_of_bptt(drawn, number):
     training_windows, expected = drawn
     epoch = training_windows.epoch(number)
-    rows = [len(window.targets_TN) for window in windows_of(epoch)]
+    windows = windows_of(epoch)
+    rows = [len(window.targets_TN) for window in windows]
     assert 1 <= min(rows) and max(rows) <= expected["longest"]
-    relative = [epoch.relative_length(k) for k in range(len(epoch))]
-    if not expected["varies"]:
-        assert set(relative) == {1.0}
-        return
+    relative = [training_windows.relative_size(window) for window in windows]
     assert relative[:-1] == [length / expected["bptt"] for length in rows[:-1]]
-    assert rows[-1] <= round(relative[-1] * expected["bptt"]) <= expected["longest"]  # the text may end before it does
+    assert sum(relative) * expected["bptt"] * expected["num_streams"] == pytest.approx(len(expected["ids"]))
 
 
 @given(contiguous_windows() | shuffled_windows(), st.permutations(range(4)))
@@ -205,7 +202,7 @@ def test_lengths_are_distributed_as_published(bptt, delta):
     num_draws = 300_000
     text = np.broadcast_to(np.int32(1), (bptt + delta) * num_draws)
     epoch = TrainingWindows(text, 1, bptt, EOS, seed=3, max_seq_len_delta=delta).epoch(0)
-    lengths = np.array([round(bptt * epoch.relative_length(k)) for k in range(num_draws)])
+    lengths = np.array([epoch.window(k).num_targets for k in range(num_draws)])
 
     longest = bptt + delta
     values = np.arange(longest + 1)
@@ -241,10 +238,10 @@ def test_shuffled_windows_are_pieces_of_the_text_that_do_not_overlap(drawn, numb
     assert len(epoch) >= 1 and not epoch.carries_state
     before = {token: previous for previous, token in itertools.pairwise([EOS, *ids.tolist()])}
     seen, phases = [], set()
-    for k, window in enumerate(windows_of(epoch)):
+    for window in windows_of(epoch):
         assert window.tokens_TN.shape == window.targets_TN.shape == (bptt, num_streams)
         assert window.tokens_TN.dtype == window.targets_TN.dtype == np.int32
-        assert window.num_targets == bptt * num_streams and epoch.relative_length(k) == 1
+        assert window.num_targets == bptt * num_streams and training_windows.relative_size(window) == 1
         for tokens, targets in zip(window.tokens_TN.T.tolist(), window.targets_TN.T.tolist()):
             assert targets == list(range(targets[0], targets[0] + bptt))
             assert tokens == [before[target] for target in targets]
