@@ -371,10 +371,10 @@ class Supervisor(EventLoop):
             member.stopped_s = member.stopped_s + TICK_S if is_stopped else 0.0
         stopped = [member for member in self._members.values() if member.stopped_s > self._timeout_s]
         if self._idle_s > self._timeout_s:
-            self._give_up(self._explain_standstill())
+            self._fail(self._explain_standstill())
         elif stopped:
             names = ", ".join(member.full_name for member in stopped)
-            self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
+            self._fail(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
         is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
         if self._stop is not None and is_missed and self._idle_s > GRACE_S:
             self._finish(128 + self._stop)  # it ended before the others noticed, and MXNet may wait for it for ever
@@ -384,11 +384,6 @@ class Supervisor(EventLoop):
             self._unserved_s += TICK_S  # the last one to leave may do so a little later than the servers
             if self._unserved_s > GRACE_S:
                 self._fail(f"{ended[0].full_name} has ended, while {training[0].full_name} needs it")
-
-    def _give_up(self, reason: str) -> None:
-        if self._stop is not None:
-            self._finish(128 + self._stop)
-        self._fail(reason)
 
     def _explain_standstill(self) -> str:
         silent = [

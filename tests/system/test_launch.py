@@ -355,6 +355,14 @@ def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_termina
     assert path.read_text().count("stopped by itself") == 2
 
 
+def test_workers_that_were_asked_to_stop_and_hang_have_failed(cluster):
+    cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(signal.SIGTERM)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line.startswith(f"error: no worker has made progress for {TIMEOUT_S} s; worker 1 ")
+
+
 @pytest.mark.parametrize("other", ["train", "connects"])
 def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster, other):
     cluster.supervise(other, "late", timeout_s=10_000)
