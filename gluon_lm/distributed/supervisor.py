@@ -293,6 +293,8 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
+        if self._stop is None and member.has_left and code - 128 in STOP_SIGNALS:
+            self._stop = code - 128  # somebody asked this worker, and all have stopped with it
         numbers = () if self._stop is None else STOP_SIGNALS  # it may have got a different one
         code_when_stopped = 128 + (self._stop or 0)
         if code and (code - 128 if code > 0 else -code) not in numbers:

@@ -333,12 +333,14 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
         ("launcher", signal.SIGTERM, 143),
         ("all", signal.SIGINT, 130),
         ("all", signal.SIGTERM, 143),
+        ("worker", signal.SIGTERM, 143),
     ],
 )
-def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(cluster, whom, number, code):
+def test_workers_stop_by_themselves_whoever_is_asked_to(cluster, whom, number, code):
     cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
     cluster.wait_for("third step", times=2)
-    for pid in cluster.pids() if whom == "all" else [cluster.process.pid]:
+    asked = {"launcher": lambda: [cluster.process.pid], "all": cluster.pids, "worker": lambda: [cluster.worker(1)]}
+    for pid in asked[whom]():
         with contextlib.suppress(ProcessLookupError):  # it has ended by the signal to another one
             os.kill(pid, number)
     lines = cluster.end(code)
