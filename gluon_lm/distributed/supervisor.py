@@ -81,11 +81,6 @@ class _Member:
         host = "" if self.process.host.is_here else f"host {self.process.host.name}, "
         return f"{self.name} ({host}pid {self.pid})"
 
-    @property
-    def is_done(self) -> bool:
-        """Whether it no longer takes part."""
-        return self.has_left or self.code is not None
-
     def situation(self) -> str:
         """What it is doing, as far as is known."""
         at = "" if self.step is None else f" at step {self.step}"
@@ -123,7 +118,7 @@ class Supervisor(EventLoop):
         self._error: Exception | None = None
         self._stop: int | None = None
         self._was_signalled = self._is_urgent = False
-        self._idle_s = self._unserved_s = 0.0
+        self._idle_s = 0.0
         self._printer = _Printer(self)
 
     @property
@@ -380,12 +375,6 @@ class Supervisor(EventLoop):
         is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
         if self._stop is not None and is_missed and self._idle_s > GRACE_S:
             self._finish(128 + self._stop)  # it ended before the others noticed, and MXNet may wait for it for ever
-        ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
-        training = [worker for worker in self._workers if not worker.is_done]
-        if ended and training:
-            self._unserved_s += TICK_S  # the last one to leave may do so a little later than the servers
-            if self._unserved_s > GRACE_S:
-                self._fail(f"{ended[0].full_name} has ended, while {training[0].full_name} needs it")
 
     def _explain_standstill(self) -> str:
         silent = [
