@@ -56,7 +56,7 @@ class ParameterServer(Communicator):
         self.rank, self.size = control.index, self._store.num_workers
         self._is_compressing = False
         self._first_key = 0
-        control.join(self.rank)
+        control.join()
         listen(control.alive)
 
     @property

@@ -66,20 +66,14 @@ class _Member:
         self.last_words = self.last_complaint = ""  # on either stream, and on standard error
         self.errors: list[str] = []
         # Of workers only:
-        self.rank: int | None = None
         self.step: int | None = None
-        self.is_waiting = self.has_left = False
+        self.has_joined = self.is_waiting = self.has_left = False
         self.value: Any = None
-
-    @property
-    def name(self) -> str:
-        """Its name in the output: by rank, as the workers name each other, once it has one."""
-        return self.process.name if self.rank is None else f"worker {self.rank}"
 
     @property
     def full_name(self) -> str:
         host = "" if self.process.host.is_here else f"host {self.process.host.name}, "
-        return f"{self.name} ({host}pid {self.pid})"
+        return f"{self.process.name} ({host}pid {self.pid})"
 
     def situation(self) -> str:
         """What it is doing, as far as is known."""
@@ -102,7 +96,8 @@ class Supervisor(EventLoop):
     Parameters
     ----------
     processes : sequence of Process
-        Workers, and others that serve them. All get a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
+        Workers, in the order of their numbers, and others that serve them. All get a free port of the first one's host
+        as ``DMLC_PS_ROOT_PORT``.
     timeout_s : float
         The cluster is ended when for this long no worker has made progress, or nothing has been heard from a host.
     port : int
@@ -279,7 +274,7 @@ class Supervisor(EventLoop):
             member.last_complaint = line.strip() or member.last_complaint
         if line.startswith(_ERROR):
             member.errors.append(line[len(_ERROR) :])
-        self._printer.print(stream, f"[{member.name}] {line}")
+        self._printer.print(stream, f"[{name}] {line}")
 
     def _hear_exited(self, agent: _Agent, name: str, code: int) -> None:
         member = self._members[name]
@@ -303,14 +298,8 @@ class Supervisor(EventLoop):
 
     # ------------------------------------------------------------ messages of workers
 
-    def _hear_join(self, agent: _Agent, name: str, rank: int) -> None:
-        member = self._members[name]
-        for other in self._workers:
-            if other.rank == rank and other is not member:
-                self._fail(f"{member.full_name} and {other.full_name} both have rank {rank}; each needs its own")
-        if not 0 <= rank < len(self._workers):
-            self._fail(f"{member.full_name} has rank {rank}; there are {len(self._workers)} workers, from 0 on")
-        member.rank = rank
+    def _hear_join(self, agent: _Agent, name: str) -> None:
+        self._members[name].has_joined = True
         self._idle_s = 0.0
         self._hear_allgather(agent, name, None, None)
 
@@ -342,13 +331,12 @@ class Supervisor(EventLoop):
             names = ", ".join(worker.full_name for worker in waiting)
             self._fail(f"{ended[0].full_name} has finished, while {names} waited for it")
         elif len(waiting) == len(self._workers):
-            workers = sorted(waiting, key=lambda worker: worker.process.index if worker.rank is None else worker.rank)
-            values = [worker.value for worker in workers]
+            values = [worker.value for worker in waiting]
             for agent in self._agents.values():
-                names_here = [worker.process.name for worker in workers if worker.agent is agent]
+                names_here = [worker.process.name for worker in waiting if worker.agent is agent]
                 if names_here:
                     agent.sender.send("answer", names_here, values)
-            for worker in workers:
+            for worker in waiting:
                 worker.is_waiting, worker.value = False, None
             self._idle_s = 0.0
 
@@ -433,7 +421,7 @@ class Supervisor(EventLoop):
             self._stop, self._idle_s = number, 0.0
             for worker in self._workers:
                 # One that has not joined has nothing to save, and waits where Python hears no Ctrl-C.
-                how = signal.SIGTERM if worker.rank is None else _for_workers(number)
+                how = _for_workers(number) if worker.has_joined else signal.SIGTERM
                 worker.agent.sender.send("signal", [worker.process.name], how)
 
     def on_unread(self, error: OSError) -> None:

@@ -72,7 +72,7 @@ if what == "late":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("reads the text", flush=True)
     time.sleep(600)
-control.join(control.index)
+control.join()
 listen(control.alive)
 print("joined", flush=True)
 if what == "number":
@@ -509,7 +509,7 @@ class Program:
 control = Control.from_environment()
 store = mx.kv.create("dist_sync")
 mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(store.handle, 0))  # none waits for one that failed
-control.join(store.rank)
+control.join()
 store._send_command_to_servers(0, pickle.dumps(Program(), 0).decode())  # as it sends an optimiser
 store.init(0, mx.nd.zeros((3, 4)))
 total = mx.nd.zeros((3, 4))
@@ -517,7 +517,7 @@ for step in range(3):
     store.push(0, mx.nd.full((3, 4), 10 ** store.rank))
     store.pull(0, out=total)
     assert total.asnumpy().min() == total.asnumpy().max() == 111
-    assert control.allgather(store.rank) == [0, 1, 2]
+    assert control.allgather(control.index) == [0, 1, 2]
 print("added up by", store.num_workers)
 control.leave()
 """
