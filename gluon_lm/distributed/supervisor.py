@@ -64,7 +64,7 @@ class _Member:
         self.stopped_s = 0.0
         self.code: int | None = None
         self.last_words = self.last_complaint = ""  # on either stream, and on standard error
-        self.errors: list[str] = []
+        self.errors: list[str] = []  # printed in the end: one fault may be that of all
         # Of workers only:
         self.step: int | None = None
         self.has_joined = self.is_waiting = self.has_left = False
@@ -196,7 +196,18 @@ class Supervisor(EventLoop):
         for agent in self._agents_left():
             start_thread(agent.kill)
         self.run_until(lambda: not self._agents_left(), 2 * GRACE_S)
+        self._print_errors()
         self._printer.close()
+
+    def _print_errors(self) -> None:
+        """Print what processes gave as their errors, each text once, except for what the last line says."""
+        names_by_error: dict[str, list[str]] = {}
+        for name, member in self._members.items():
+            for error in dict.fromkeys(member.errors):
+                names_by_error.setdefault(error, []).append(name)
+        for error, names in names_by_error.items():
+            if error not in str(self._error or ""):
+                self._printer.print("stderr", f"[{', '.join(names)}] {_ERROR}{error}")
 
     def _agents_left(self) -> list[_Agent]:
         return [agent for agent in self._agents.values() if not agent.is_gone]
@@ -272,9 +283,10 @@ class Supervisor(EventLoop):
         member.last_words = line.strip() or member.last_words
         if stream == "stderr":
             member.last_complaint = line.strip() or member.last_complaint
-        if line.startswith(_ERROR):
+        if stream == "stderr" and line.startswith(_ERROR):
             member.errors.append(line[len(_ERROR) :])
-        self._printer.print(stream, f"[{name}] {line}")
+        else:
+            self._printer.print(stream, f"[{name}] {line}")
 
     def _hear_exited(self, agent: _Agent, name: str, code: int) -> None:
         member = self._members[name]

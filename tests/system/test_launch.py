@@ -101,7 +101,10 @@ for step in range(1, 1_000_000):
             while True:
                 control.alive(step)
                 time.sleep(0.1)
+        if what == "complain":
+            print("error: the disk is slow", file=sys.stderr, flush=True)
         if what == "error":
+            time.sleep(1)  # the others complain meanwhile
             print("error: lr: must be smaller", file=sys.stderr)
             sys.exit(2)
         if what == "crash":
@@ -324,6 +327,19 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
     cluster.wait_for("third step", times=2)
     last_line = cluster.end(code=2)[-1]
     assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
+
+
+def test_a_fault_of_all_workers_is_one_line_and_that_of_another_is_not_lost(cluster):
+    cluster.supervise("error", "error", "error", timeout_s=TIMEOUT_S)
+    said = [line for line in cluster.end(code=2) if "must be smaller" in line]
+    assert len(said) == 1 and re.match(r"error: worker \d \(pid \d+\): lr: must be smaller$", said[0])
+
+
+def test_errors_that_the_last_line_does_not_say_are_printed_with_the_names_of_who_said_them(cluster):
+    cluster.supervise("complain", "complain", "error")
+    *lines, last_line = cluster.end(code=2)
+    assert "[worker 0, worker 1] error: the disk is slow" in lines
+    assert last_line.startswith("error: worker 2 (pid ") and last_line.endswith("): lr: must be smaller")
 
 
 @pytest.mark.parametrize(
