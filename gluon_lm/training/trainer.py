@@ -183,32 +183,38 @@ class Trainer:
             raise RuntimeError("this trainer has run; build another one and restore the newest checkpoint to go on")
         self._has_run = True
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
-        try:
-            if self._communicator.is_primary:
-                self._open_trackers()
-            self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
-            with explaining_memory_errors(self._need), StopRequest() as stop:
-                longest = self._windows.longest()
-                if longest is not None:
-                    self._step.rehearse(longest)
-                self._train(stop)
+        with StopRequest() as stop:  # to the very end: a launcher ends this process as soon as another one has failed
+            try:
+                if self._communicator.is_primary:
+                    self._open_trackers()
+                self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
+                with explaining_memory_errors(self._need):
+                    is_whole = self._train_and_test(stop)
+                self._note_end("finished" if is_whole else "stopped")
+                return 0 if is_whole else stop.exit_code
+            except (Exception, KeyboardInterrupt) as error:
+                with contextlib.suppress(OSError):  # the error that ended the run is the one to report
+                    self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+                raise
+            finally:
                 self._bar.close()
-                heeded = stop.signal
-                is_whole = heeded is None
-                if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
-                    is_whole &= self._test_best(stop, heeded)
-                self._communicator.allgather_object("done")
-            self._note_end("finished" if is_whole else "stopped")
-            return 0 if is_whole else stop.exit_code
-        except (Exception, KeyboardInterrupt) as error:
-            with contextlib.suppress(OSError):  # the error that ended the run is the one to report
-                self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
-            raise
-        finally:
-            self._bar.close()
-            for tracker in self._trackers:
-                tracker.close()
-            self._communicator.close()
+                for tracker in self._trackers:
+                    tracker.close()
+                self._communicator.close()
+
+    def _train_and_test(self, stop: StopRequest) -> bool:
+        """The work itself; whether it ran to its end by its own rules."""
+        longest = self._windows.longest()
+        if longest is not None:
+            self._step.rehearse(longest)
+        self._train(stop)
+        self._bar.close()
+        heeded = stop.signal
+        is_whole = heeded is None
+        if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
+            is_whole &= self._test_best(stop, heeded)
+        self._communicator.allgather_object("done")
+        return is_whole
 
     def _open_trackers(self) -> None:
         self._trackers.append(MetricsFile(self.run.metrics, self.state.step, tests_again=self.end is not None))
