@@ -21,7 +21,7 @@ from ..data import Corpus, Vocabulary
 from ..data.encoding import first_rise
 from ..distributed.communicator import Communicator
 from ..distributed.devices import create_communicator, free_memory, merged_elements, workers_sharing_memory
-from ..errors import ConfigError, DistributedError
+from ..errors import ConfigError, DataError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
@@ -112,10 +112,13 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
+    if initial is not None and checkpoint is not None and command.init_from is None:
+        fix = "name the place of that text with --data, or train on this one with train --init-from"
+        _check_text(checkpoint, initial, corpus, fix)
     trainer = _build(command, corpus, communicator, run)
     _say_whether_averaging_starts(trainer)
     if initial is not None and checkpoint is not None:
-        trainer.start_from(checkpoint, initial, on_any_text=command.init_from is not None)
+        trainer.start_from(checkpoint, initial)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -136,6 +139,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         checkpoint = load_checkpoint(path)
         corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
+        again = f"train again with --save {run.path} --overwrite in place of --resume"
+        _check_text(checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {again}")
         optim_of_checkpoint = read_config(path / CONFIG).optim
         lr_of_checkpoint = optim_of_checkpoint.lr
         if is_named and "lr" not in command.settings:
@@ -240,6 +245,12 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
 
 def _load_to_begin_with(path: Path) -> tuple[Path, Checkpoint, Vocabulary]:
     return path, load_checkpoint(path), Vocabulary.load(path / VOCABULARY)
+
+
+def _check_text(checkpoint: Checkpoint, path: Path, corpus: Corpus, fix: str) -> None:
+    """Make sure that a checkpoint is of this text; `DataError` otherwise."""
+    if checkpoint.corpus != corpus.digest:
+        raise DataError(f"{path}: was trained on another text or vocabulary than {corpus.name} now gives; {fix}")
 
 
 def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | None) -> None:

@@ -605,7 +605,7 @@ class Trainer:
             is_best=is_best,
         )
 
-    def start_from(self, checkpoint: Checkpoint, path: Path, on_any_text: bool = False) -> None:
+    def start_from(self, checkpoint: Checkpoint, path: Path) -> None:
         """Begin with the model of another run. It is evaluated first, so that a worse one does not become the best.
 
         Parameters
@@ -613,25 +613,14 @@ class Trainer:
         checkpoint : Checkpoint
         path : Path
             Where it is.
-        on_any_text : bool
-            Whether this text may differ from that of the checkpoint.
 
         Raises
         ------
-        DataError, CheckpointError
-            As in `restore`.
+        CheckpointError
+            If the checkpoint is of another model.
         """
-        if not on_any_text:
-            fix = "name the place of that text with --data, or train on this one with train --init-from"
-            self._check_corpus(checkpoint, path, fix)
         set_parameters(self.model, checkpoint.parameters, path)
         self.state.evaluated_step = -1
-
-    def _check_corpus(self, checkpoint: Checkpoint, path: Path, fix: str) -> None:
-        if checkpoint.corpus != self.corpus.digest:
-            raise DataError(
-                f"{path}: was trained on another text or vocabulary than {self.corpus.name} now gives; {fix}"
-            )
 
     def _forget_best_if_gone(self) -> None:
         """An older checkpoint may name a best one that a later best has replaced since."""
@@ -646,17 +635,13 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, on any number of devices that divides the batch.
+        """Continue from a checkpoint of the same text, on any number of devices that divides the batch.
 
         Raises
         ------
-        DataError
-            If the corpus is not the one that the checkpoint was trained on.
         CheckpointError
             If the checkpoint is of another model or optimiser.
         """
-        fix = "restore the text or name its place with --data, or train again with --overwrite"
-        self._check_corpus(checkpoint, self.run.path, fix)
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         load_optimizer_state(self._step.trainer, self._names, checkpoint.optimizer, checkpoint.training.num_updates)
         self.state = checkpoint.training
