@@ -112,23 +112,26 @@ class TrainCommand:
             As `parse_train`, and for every fixed field that differs.
         """
         before = resolve(config_file=config_file, default_recipe=None).config
-        resolved = resolve(self.settings, config_file, default_recipe=None)
         was_locked = before.model.has_locked_dropout
-        if "locked" in fixed and "locked" not in self.settings:  # whose default depends on rates that may change
+        problems: list[str] = []
+        settings: Layer = {}
+        for name, setting in self.settings.items():
+            value, old = setting.value, was_locked if name == "locked" else get(before, name)
+            if value == old or name not in fixed:
+                settings[name] = setting
+                continue
+            flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
+            was = f"{config_file.parent} was trained with {show(old)}"
+            problems.append(f"{flag}: {was}; leave the flag out, or train a new run")
+        resolved = resolve(settings, config_file, default_recipe=None, fixed=fixed)
+        if "locked" in fixed and "locked" not in settings:  # whose default depends on rates that may change
             model = dataclasses.replace(resolved.config.model, locked=was_locked)
             if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
                 resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
         run = f"run {config_file.parent}"
-        own = {setting.source for setting in self.settings.values()}
+        own = {setting.source for setting in settings.values()}
         sources = {name: source if source in own else run for name, source in resolved.sources.items()}
-        problems = []
-        for name, setting in self.settings.items():
-            value, old = get(resolved.config, name), was_locked if name == "locked" else get(before, name)
-            if value != old and name in fixed:
-                flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
-                was = f"{config_file.parent} was trained with {show(old)}"
-                problems.append(f"{flag}: {was}; leave the flag out, or train a new run")
-        problems += validate(resolved.config, sources)
+        problems += validate(resolved.config, sources, fixed)
         if problems:
             raise ConfigError(problems)
         origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}

@@ -112,7 +112,7 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
     for run in ("part", "other"):
         assert_same(arrays(project, run), arrays(project, "alone"))
     refused = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, workers=3, code=2)
-    assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; use 3 or 6" in refused
+    assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; make that 2 or 4" in refused
     (project.path / "text").rename(project.path / "elsewhere")
     (line,) = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, code=2).splitlines()
     assert line.startswith("error: --data text") and "must be a corpus" in line
