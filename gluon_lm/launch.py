@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
     if is_here:
         log_to_terminal(command.verbosity)
+        if command.resume is None:
+            command.check_place()
         # Problems with the text are reported once, and the workers find it encoded.
         command.load_corpus(None if run is None else Vocabulary.load(run.vocabulary))
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]

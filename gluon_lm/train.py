@@ -112,7 +112,7 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
     Raises
     ------
     ConfigError, CheckpointError
-        If the folder is not free, has no run to continue, or one that the flags contradict.
+        If the folder has no run to continue, or one that the flags contradict.
     """
     run, checkpoint = (None, None) if command.base is None else find_run(command.base)
     if run is not None and command.resume is not None:
@@ -124,12 +124,10 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
         if command.recipe == "mos":  # the reference appends the time to the name
             if command.overwrite:
                 raise ConfigError("--overwrite: has no effect, recipe mos appends the time to the name; leave it out")
-            RunFolder.stamped(path).check_free(command.overwrite)
             return dataclasses.replace(command, save=None, stem=str(path)), run, checkpoint
         if run is not None and path.resolve() in (run.path.resolve(), *run.path.resolve().parents):
             begun_with = f"--save {show(command.save)} with --init-from {show(command.init_from)}"
             raise ConfigError(f"{begun_with}: a new run cannot replace the one that it begins with; name another")
-        RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
     return command, run, checkpoint
 

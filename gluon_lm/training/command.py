@@ -11,6 +11,7 @@ from ..config import Config, Layer, get, origins_in, resolve, show, validate
 from ..data import Corpus, Vocabulary, load_corpus
 from ..errors import ConfigError
 from ..logs import Verbosity
+from .run_folder import RunFolder
 
 # What a run that begins with the model of another must take from it: the architecture, and how text becomes ids.
 FIXED = frozenset(
@@ -70,6 +71,18 @@ class TrainCommand:
     def base(self) -> str | None:
         """The run whose configuration the flags change."""
         return self.init_from if self.resume is None else self.resume
+
+    def check_place(self) -> None:
+        """Refuse a new run where it cannot be written, before anything is computed.
+
+        Raises
+        ------
+        ConfigError
+            As `RunFolder.check_free`.
+        """
+        own_name = Path("runs") / self.config.model.model
+        run = RunFolder.stamped(self.stem or own_name) if self.save is None else RunFolder(self.save)
+        run.check_free(self.overwrite)
 
     def load_corpus(self, vocabulary: Vocabulary | None) -> Corpus:
         """The text, read with the vocabulary of the run that it continues or begins with; None: no other run."""

@@ -73,7 +73,6 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program sets all values, as a run does
     if problems:
         raise ConfigError(problems)
-    RunFolder(Path(save)).check_free(overwrite)
     with logging_for_file():
         return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
 
@@ -99,13 +98,14 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         Before anything is written, if the command, the text or the checkpoint does not fit.
     """
     communicator = _join(command)
+    if communicator.is_primary:  # on other machines another run may have that place
+        command.check_place()
     checkpoint, vocabulary = None, None
     if initial is not None:
         initial, checkpoint, vocabulary = load_by_name(initial, _load_to_begin_with)
     corpus = command.load_corpus(vocabulary)
     if command.save is None:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
-        run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
     _check_vocabulary(command, corpus, initial)

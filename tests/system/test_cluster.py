@@ -307,6 +307,18 @@ def test_workers_whose_parameters_drift_apart_end(project, compared_every, check
     assert os.readlink(project.path / "run/latest").endswith("step-4")
 
 
+def test_a_worker_on_whose_machine_there_is_another_run_of_that_name_trains_with_the_others(project):
+    (project.path / "elsewhere/run").mkdir(parents=True)
+    shutil.copytree(project.path / "text", project.path / "elsewhere/text")
+    flags = (*FLAGS, *MODELS["plain"], "--max-steps", 3, "--save", "run")
+    command = (*TRAIN, *flags, "--kvstore", "dist_sync")
+    launch_two(project, command, ("sh", "-c", 'cd elsewhere && exec "$@"', "sh", *command), code=0)
+    assert os.readlink(project.path / "run/latest").endswith("step-3")
+    assert list((project.path / "elsewhere/run").iterdir()) == []
+    (line,) = launch(project, *flags, code=2).splitlines()
+    assert line.startswith("error: --save run: exists already")
+
+
 def test_workers_that_would_go_on_from_different_checkpoints_end(project):
     flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 3)
     project.run("train", *flags, "--save", "run", "--max-steps", 3)

@@ -651,6 +651,7 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
     kept = project.parameters("run")
     output = project.train("run", code=2)
     assert "--overwrite" in output and "--resume" in output
+    assert "exists already" in project.refused("train", "--data", "nowhere", "--save", "run")
     assert project.parameters("run") == kept
     project.train("run", "--seed", 9, "--overwrite")
     assert project.parameters("run") != kept
