@@ -33,6 +33,15 @@ def train_parser() -> CommandParser:
     return parser
 
 
+def without_superfluous(argv: Sequence[str]) -> list[str]:
+    """The flags, normalised, without those for what is always done here, which a warning names."""
+    words = normalise_argv(argv)
+    superfluous = [word for word in words if word in _ALWAYS_SO]
+    if superfluous:
+        print(f"warning: {' '.join(superfluous)}: is always on here; leave it out", file=sys.stderr)
+    return [word for word in words if word not in _ALWAYS_SO]
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     """Read the command line of `train`: flags over ``--config`` over the recipe over the defaults.
 
@@ -41,11 +50,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     ConfigError
         With every problem found.
     """
-    words = normalise_argv(sys.argv[1:] if argv is None else argv)
-    superfluous = [word for word in words if word in _ALWAYS_SO]
-    if superfluous:
-        print(f"warning: {' '.join(superfluous)}: is always on here; leave it out", file=sys.stderr)
-    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
+    parsed = train_parser().parse(without_superfluous(sys.argv[1:] if argv is None else argv))
     problems: list[str] = []
     run = parsed.build(RunOptions)
     settings = parsed.of(*SECTIONS.values())

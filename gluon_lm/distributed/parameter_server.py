@@ -45,7 +45,8 @@ class ParameterServer(Communicator):
         if control is None:
             raise DistributedError(
                 f"--kvstore {kvstore}: needs a scheduler, servers and other workers, which python -m gluon_lm.launch "
-                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb; --kvstore none does without"
+                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb, or go on without: --kvstore none "
+                "--gctype none"
             )
         self._control, self._kind, self._threshold = control, kvstore, threshold
         self._scales = None if threshold is None else GradientScales()

@@ -141,6 +141,7 @@ def test_two_bits_through_the_servers_train(project):
     ("flags", "reason"),
     [
         (("--kvstore", "dist_sync"), "--kvstore dist_sync: needs a scheduler, servers and other workers"),
+        (("--kvstore", "dist_sync", "--gctype", "2bit"), "or go on without: --kvstore none --gctype none"),
         (("--kvstore", "dist_async"), "--kvstore dist_async: workers would train on stale parameters"),
         (("--gctype", "fp16", "--cpus", 2), "--gctype fp16: only Horovod sends half precision"),
         (("--horovod", "--cpus", 2), "--horovod: each process has one device, not 2"),
@@ -335,7 +336,8 @@ def test_workers_that_would_go_on_from_different_checkpoints_end(project):
 def test_the_kind_of_server_is_that_of_the_configuration_and_of_the_run(project):
     (project.path / "mine.yaml").write_text("kvstore: dist_device_sync\n")
     flags = (*FLAGS, *MODELS["plain"], "--max-steps", 3)
-    assert "KVStore dist_device_sync" in launch(project, *flags, "--config", "mine.yaml", "--save", "run")
+    output = launch(project, *flags, "--config", "mine.yaml", "--save", "run", "--hybridize")
+    assert "KVStore dist_device_sync" in output and output.count("is always on here") == 1
     resumed = ("launch", "--workers", 2, "--", "--resume", "run", "--print-config")
     for flags, kind in (((), "dist_device_sync"), (("--kvstore", "dist_sync"), "dist_sync")):
         assert yaml.safe_load(project.run(*resumed, *flags))["kvstore"] == kind

@@ -460,6 +460,11 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--servers", 0, "--", "--tied"), "--servers 0: must be a whole number, 1 or more"),
         (("--", "--kvstore", "dist_async"), "stale parameters"),
         (("--", "--kvstore=device", "--cpus", 2), "--kvstore device: must be dist_sync or dist_device_sync"),
+        (("--", "--kvstore", "device"), "--kvstore device: must be dist_sync or dist_device_sync"),
+        (("--", "--kvstore", "none"), "--kvstore none: must be dist_sync or dist_device_sync here, or left out"),
+        (("--", "--kvstore", "local", "--gctype", "2bit"), "--kvstore local: must be dist_sync or dist_device_sync"),
+        (("--", "--horovod"), "--horovod: is for processes that horovodrun starts; leave it out"),
+        (("--", "--gctype", "fp16"), "only Horovod sends half precision; use --gctype none"),
         (("--", "--droput", 0.5), "--droput: unknown flag"),
         (
             ("--data", "text", "--workers", 2, "--", "--tied"),
@@ -469,7 +474,6 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--", "--data", "text", "--batch-size", 5), "--batch-size 5: must be a multiple of the number of devices, 2"),
         (("--", "--resume", "nowhere"), "nowhere: there is no such run"),
         (("--", "--data", "nothere"), "--data nothere: must be a corpus"),
-        (("--local", "--hostfile", "hosts.txt", "--", "--tied"), "leave one of them out"),
         (("--hostfile", "nowhere.txt", "--", "--tied"), "nowhere.txt: cannot be read (No such file or directory)"),
         (("--hostfile", "hosts.txt", "--", "--tied"), "host nowhere.invalid: has no address"),
     ],
@@ -490,8 +494,18 @@ def test_a_run_that_is_seen_from_here_goes_on_elsewhere_as_it_was(project):
     assert yaml.safe_load(printed)["kvstore"] == "dist_device_sync" and "hidden_size: 200" not in printed
 
 
+def test_a_run_that_is_not_seen_from_here_goes_on_with_a_parameter_server_that_is_named(cluster, tmp_path):
+    (tmp_path / "hosts.txt").write_text("127.0.0.2\n127.0.0.3\n")
+    cluster.launch("-m", "gluon_lm.launch", "--hostfile", "hosts.txt", "--", "--resume", "elsewhere")
+    first_line, last_line = cluster.end(code=2)
+    assert first_line == "elsewhere is not seen from here, so whatever it has, --kvstore dist_sync is used"
+    assert re.match(r"error: worker \d \(host 127.0.0.\d, pid \d+\): elsewhere: there is no such run", last_line)
+
+
 def test_the_configuration_is_printed_once_and_nothing_started(project):
-    printed = project.run("launch", "--workers", 3, "--", "--data", "text", "--tied", "--print-config")
+    flags = ("--data", "text", "--tied", "--hybridize")
+    warning, printed = project.run("launch", "--workers", 3, "--", *flags, "--print-config").split("\n", 1)
+    assert warning == "warning: --hybridize: is always on here; leave it out" and warning not in printed
     assert yaml.safe_load(printed)["kvstore"] == "dist_sync" and printed.count("recipe:") == 1
 
 

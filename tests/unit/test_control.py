@@ -172,7 +172,7 @@ def test_a_host_file_names_machines_and_slots(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("# none\n\n", "names no host"),
+        ("# none\n\n", "names no host; write one per line, or leave it out"),
         ("127.0.0.2\n127.0.0.3 slots=0\n", r"line 2: '?127.0.0.3 slots=0'?: must be host, host slots=N or host:N"),
         ("127.0.0.2 slots=\n", "line 1"),
         ("127.0.0.2 4\n", "line 1"),
