@@ -353,8 +353,9 @@ def _explain(error: Exception) -> list[str]:
             sys.modules["mxnet"].nd.waitall()  # otherwise MXNet prints tracebacks of further failures at exit
     if is_allocation_failure(error):
         return [
-            f"out of memory ({reason(error)}): free some, use a smaller model, process less at once (--batch-size, "
-            "--bptt, --eval-batch-size, --samples), or allow this process more (ulimit -v)"
+            f"out of memory ({reason(error)}): free some, use a smaller model, process less at once "
+            "(--small-batch-size, --eval-batch-size, --samples; unless a run continues, --batch-size, --bptt), or "
+            "allow this process more (ulimit -v)"
         ]
     if isinstance(error, ConfigError):
         return [" ".join(problem.split()) for problem in error.problems]

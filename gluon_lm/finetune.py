@@ -113,12 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = command.over(target.config, FIXED_ON_RESUME)
     else:
         command = command.over(run.config, FIXED, is_same_run=False)
-        if not command.print_config:
-            if target.path.exists() and not command.overwrite:
-                raise ConfigError(
-                    f"{target.path}: exists already; continue it with --continue-train, or replace it with --overwrite"
-                )
-            target.check_free(command.overwrite)
+        if target.path.exists() and not (command.overwrite or command.print_config):
+            raise ConfigError(
+                f"{target.path}: exists already; continue it with --continue-train, or replace it with --overwrite"
+            )
     command = dataclasses.replace(command, save=str(target.path))
     if command.print_config:
         print(command.describe(), end="")

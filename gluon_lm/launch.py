@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import CommandParser, DebugOptions, as_command, normalise_argv
-from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, switch
+from .cli import CommandParser, DebugOptions, as_command
+from .config import Section, device_count, integer, option, optional, pathname, real, share_problems, show
 from .data import Vocabulary
 from .distributed.cluster import Host, parameter_server, read_hosts
 from .distributed.supervisor import Supervisor
 from .errors import ConfigError
-from .logs import log_to_terminal
-from .train import parse_train, resolve_run, train_parser
+from .logs import LOGGER, NOTICE, log_to_terminal
+from .train import parse_train, resolve_run, train_parser, without_superfluous
 from .training.command import TrainCommand
 from .training.run_folder import RunFolder, strip_model_suffix
 
@@ -29,9 +29,10 @@ class ClusterOptions(Section):
     workers: int = option(2, integer(), "processes that train; --batch-size is that of all together")
     servers: int = option(1, integer(), "processes that sum gradients")
     hostfile: str | None = option(
-        None, optional(pathname("FILE")), "the machines, one per line: host, host slots=N or host:N; reached by ssh"
+        None,
+        optional(pathname("FILE")),
+        "the machines, one per line: host, host slots=N or host:N; reached by ssh (default: this one)",
     )
-    local: bool = option(False, switch(), "run all on this machine, as without --hostfile")
     timeout: float = option(60.0, real(2), "seconds without progress after which everything is ended")
     port: int = option(0, integer(0, 65535), "port of the scheduler on the first machine; 0: any free one")
 
@@ -52,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parsed.build(ClusterOptions)
     if split + 1 >= len(words):
         raise ConfigError("no flags for train: add them after --, as in --workers 2 -- --data ptb --tied")
-    if options.local and options.hostfile is not None:
-        raise ConfigError(f"--local with --hostfile {options.hostfile}: leave one of them out")
     messages = [setting.flag for setting in parsed.of(DebugOptions).values()]
     is_here = options.hostfile is None
     flags, command, run = _train_command([*words[split + 1 :], *messages], is_here)
@@ -66,10 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems:
             raise ConfigError(problems)
     hosts = [Host()] if options.hostfile is None else read_hosts(Path(options.hostfile))
+    log_to_terminal(command.verbosity)
     if is_here:
-        log_to_terminal(command.verbosity)
+        if command.resume is None:
+            command.check_place()
         # Problems with the text are reported once, and the workers find it encoded.
         command.load_corpus(None if run is None else Vocabulary.load(run.vocabulary))
+    elif command.base is not None and run is None:
+        kvstore = command.config.devices.kvstore
+        LOGGER.log(NOTICE, "%s is not seen from here, so whatever it has, --kvstore %s is used", command.base, kvstore)
     worker = [sys.executable, "-m", "gluon_lm.train", *flags]
     processes = parameter_server(hosts, options.workers, options.servers, worker)
     return Supervisor(processes, options.timeout, options.port).run()
@@ -79,6 +83,11 @@ def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], Trai
     """The flags of each worker, their meaning and the run that they continue, checked once before any is started.
 
     With a host file (not `is_here`), the run's folder is read only if it is visible from this machine.
+
+    Raises
+    ------
+    ConfigError
+        As `parse_train` and `resolve_run`, and for another way to train in several processes.
     """
 
     def understood(flags: Sequence[str]) -> tuple[TrainCommand, RunFolder | None]:
@@ -86,18 +95,23 @@ def _train_command(words: Sequence[str], is_here: bool) -> tuple[list[str], Trai
         is_seen = is_here or (command.base is not None and strip_model_suffix(command.base).exists())
         return resolve_run(command)[:2] if is_seen else (command, None)
 
-    flags = normalise_argv(words)
-    with contextlib.suppress(ConfigError):  # for example that a single device has nothing to sum
-        command, run = understood(flags)
-        if command.config.devices.kvstore in _KVSTORES:
-            return flags, command, run
-    if not any(flag.partition("=")[0] == "--kvstore" for flag in flags):
+    flags = without_superfluous(words)
+    given = train_parser().parse(flags).settings
+    problems = []
+    if "kvstore" in given and not (given["kvstore"].value or "").startswith("dist"):
+        kvstore = show(given["kvstore"].value)
+        problems.append(f"--kvstore {kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
+    if "horovod" in given and given["horovod"].value:
+        problems.append("--horovod: is for processes that horovodrun starts; leave it out, or use horovodrun")
+    if problems:
+        raise ConfigError(problems)
+    if "kvstore" not in given:
+        with contextlib.suppress(ConfigError):  # for example that a single device has nothing to sum
+            command, run = understood(flags)
+            if command.config.devices.kvstore in _KVSTORES:
+                return flags, command, run
         flags += ["--kvstore", "dist_sync"]
-    command, run = understood(flags)
-    kvstore = command.config.devices.kvstore
-    if kvstore not in _KVSTORES:
-        raise ConfigError(f"--kvstore {kvstore}: must be {' or '.join(_KVSTORES)} here, or left out")
-    return flags, command, run
+    return flags, *understood(flags)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,11 @@ def is_allocation_failure(error: BaseException) -> bool:
 
 
 def _advice(need: Need) -> str:
-    by_vocabulary = "--max-vocab, --emsize or --nhid, share the matrix with --tied, or use --cutoffs"
-    by_window = "--batch-size or --bptt, or use --small-batch-size"
-    if need.certain > need.window:
-        return f"lower {by_vocabulary}; or lower {by_window}"
-    return f"lower {by_window}; or lower {by_vocabulary}"
+    advice = [
+        "lower --max-vocab, --emsize or --nhid, share the matrix with --tied, or use --cutoffs, all in a new run",
+        "use --small-batch-size, or lower --batch-size or --bptt in a new run",
+    ]
+    return "; or ".join(advice if need.certain > need.window else reversed(advice))
 
 
 def _gb(size: float) -> str:

@@ -33,6 +33,15 @@ def train_parser() -> CommandParser:
     return parser
 
 
+def without_superfluous(argv: Sequence[str]) -> list[str]:
+    """The flags, normalised, without those for what is always done here, which a warning names."""
+    words = normalise_argv(argv)
+    superfluous = [word for word in words if word in _ALWAYS_SO]
+    if superfluous:
+        print(f"warning: {' '.join(superfluous)}: is always on here; leave it out", file=sys.stderr)
+    return [word for word in words if word not in _ALWAYS_SO]
+
+
 def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     """Read the command line of `train`: flags over ``--config`` over the recipe over the defaults.
 
@@ -41,11 +50,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainCommand:
     ConfigError
         With every problem found.
     """
-    words = normalise_argv(sys.argv[1:] if argv is None else argv)
-    superfluous = [word for word in words if word in _ALWAYS_SO]
-    if superfluous:
-        print(f"warning: {' '.join(superfluous)}: is always on here; leave it out", file=sys.stderr)
-    parsed = train_parser().parse([word for word in words if word not in _ALWAYS_SO])
+    parsed = train_parser().parse(without_superfluous(sys.argv[1:] if argv is None else argv))
     problems: list[str] = []
     run = parsed.build(RunOptions)
     settings = parsed.of(*SECTIONS.values())
@@ -112,7 +117,7 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
     Raises
     ------
     ConfigError, CheckpointError
-        If the folder is not free, has no run to continue, or one that the flags contradict.
+        If the folder has no run to continue, or one that the flags contradict.
     """
     run, checkpoint = (None, None) if command.base is None else find_run(command.base)
     if run is not None and command.resume is not None:
@@ -124,12 +129,10 @@ def resolve_run(command: TrainCommand) -> tuple[TrainCommand, RunFolder | None, 
         if command.recipe == "mos":  # the reference appends the time to the name
             if command.overwrite:
                 raise ConfigError("--overwrite: has no effect, recipe mos appends the time to the name; leave it out")
-            RunFolder.stamped(path).check_free(command.overwrite)
             return dataclasses.replace(command, save=None, stem=str(path)), run, checkpoint
         if run is not None and path.resolve() in (run.path.resolve(), *run.path.resolve().parents):
             begun_with = f"--save {show(command.save)} with --init-from {show(command.init_from)}"
             raise ConfigError(f"{begun_with}: a new run cannot replace the one that it begins with; name another")
-        RunFolder(path).check_free(command.overwrite)
         command = dataclasses.replace(command, save=str(path))
     return command, run, checkpoint
 

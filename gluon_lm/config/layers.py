@@ -233,8 +233,8 @@ def _value(layer: Layer, name: str) -> Any:
     return layer[name].value if name in layer else fields_by_name()[name].default
 
 
-def _merge(layers: Iterable[Layer]) -> Layer:
-    """Lay `layers`, lowest first, over each other."""
+def _merge(layers: Iterable[Layer], fixed: Set[str] = frozenset()) -> Layer:
+    """Lay `layers`, lowest first, over each other; no other field replaces one of the `fixed`."""
     merged: Layer = {}
     for layer in layers:
         gpus, cuda = layer.get("gpus"), layer.get("cuda")
@@ -244,7 +244,7 @@ def _merge(layers: Iterable[Layer]) -> Layer:
         if optimizer and "lr" not in layer and _value(merged, "optimizer") != optimizer.value:
             # A learning rate suits one optimiser only.
             layer = {**layer, "lr": Setting(OPTIMIZER_LR[optimizer.value], optimizer.source)}
-        for name in _replaced_by(layer):
+        for name in _replaced_by(layer) - fixed:
             merged.pop(name, None)
         merged.update(layer)
         averaging = ("ntasgd", "asgd")
@@ -268,6 +268,7 @@ def resolve(
     config_file: str | Path | None = None,
     recipe: str | None = None,
     default_recipe: str | None = DEFAULT_RECIPE,
+    fixed: Set[str] = frozenset(),
 ) -> Resolved:
     """Lay flags over the file over the recipe over the defaults.
 
@@ -281,6 +282,8 @@ def resolve(
         Name of a recipe; without it the file's, else the one that the model asks for, else `default_recipe`.
     default_recipe : str or None
         None: where no recipe is named, none is used.
+    fixed : set of str
+        Fields that a flag changes only by their own name: they are not dropped for one that goes badly with them.
 
     Raises
     ------
@@ -324,7 +327,7 @@ def resolve(
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
     if default_recipe is not None and flags.keys().isdisjoint({"lr", "optimizer"}):  # the file is not a run's own
         problems += _rate_of_another_optimizer(base, file, f"{origin}:", f"recipe {recipe}")
-    merged = _merge((base, file, flags))
+    merged = _merge((base, file, flags), fixed)
     if kept:
         merged = {**_implied_by(kept, merged, base.keys() | file.keys() | flags.keys()), **merged}
     if problems:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from .kinds import show
@@ -31,17 +32,36 @@ def vocabulary_problems(config: Config, vocab_size: int, sources: Mapping[str, s
 
 
 def share_problems(config: Config, num_devices: int, sources: Mapping[str, str] | None = None) -> list[str]:
-    """What cannot be divided evenly among so many devices, a line each."""
-    problems = []
-    for name in ("batch_size", "small_batch_size"):
-        size = get(config, name)
-        if size is not None and size % num_devices:
-            below = size // num_devices * num_devices
-            fix = f"use {below} or {below + num_devices}" if below else f"use {num_devices}"
-            fix += ", or a number of devices that divides it"
-            named = named_setting(name, size, sources or {})
-            problems.append(f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}")
-    return problems
+    """What cannot be divided evenly among so many devices: at most one line, with the numbers that are possible."""
+    batch_size, small = config.training.batch_size, config.optim.small_batch_size
+    uneven = [name for name in ("small_batch_size", "batch_size") if (get(config, name) or 0) % num_devices]
+    if not uneven:
+        return []
+    size = get(config, uneven[0])
+    fix = f"make that {_nearest(num_devices, _divisors(math.gcd(batch_size, small or 0)))}"
+    parts = _parts(batch_size, num_devices)
+    if small is None:
+        batches = range(num_devices, batch_size + 2 * num_devices, num_devices)
+        fix += f", or in a new run use --batch-size {_nearest(batch_size, batches)}"
+    elif parts:
+        fix += f", or use --small-batch-size {_nearest(small, parts)}"
+    named = named_setting(uneven[0], size, sources or {})
+    return [f"{named}: must be a multiple of the number of devices, {num_devices}; {fix}"]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _parts(batch_size: int, num_devices: int) -> list[int]:
+    """The sizes that the parts of a batch may have."""
+    return [n for n in _divisors(batch_size) if n % num_devices == 0]
+
+
+def _nearest(number: int, possible: Sequence[int]) -> str:
+    """The possible numbers next to one that is not: the one below and the one above, as far as there are any."""
+    below, above = [n for n in possible if n < number], [n for n in possible if n > number]
+    return " or ".join(map(str, below[-1:] + above[:1]))
 
 
 def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: int | None) -> list[str]:
@@ -81,9 +101,8 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
                 "in horovodrun -np 4"
             )
     elif devices.gctype == "fp16":
-        problems.append(
-            f"{named('gctype')}: only Horovod sends half precision; add --horovod, or use --gctype 2bit or none"
-        )
+        fix = "add --horovod, or use --gctype none" if devices.kvstore is None else "use --gctype none"
+        problems.append(f"{named('gctype')}: only Horovod sends half precision; {fix}")
     if count == 1 and not devices.has_workers:
         reason = "one device exchanges no gradients; name several, as in --gpus 0,1 or --cpus 2, or use none"
         if devices.gctype == "2bit":
@@ -103,13 +122,15 @@ def device_problems(devices: DeviceConfig, sources: Mapping[str, str], count: in
     return problems
 
 
-def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[str]:
+def validate(config: Config, sources: Mapping[str, str] | None = None, fixed: Set[str] = frozenset()) -> list[str]:
     """Every rule between its fields that `config` breaks, a line each; empty if it is sound.
 
     Parameters
     ----------
     sources : mapping, optional
         Where each value comes from, as in `Resolved`, to name it in the messages.
+    fixed : set of str
+        Fields that a run must keep: what would change one of them is advised for a new run.
     """
     sources = sources or {}
     count = device_count(config)
@@ -119,11 +140,18 @@ def validate(config: Config, sources: Mapping[str, str] | None = None) -> list[s
             if get(config, name) is not None:
                 named = named_setting(name, get(config, name), sources)
                 problems.append(f"{named} with --vocab: the file already names every word; leave one of them out")
-    problems += _contradictions(config, sources) + _without_effect(config, sources)
+    problems += _contradictions(config, sources, fixed) + _without_effect(config, sources, fixed)
     return problems + device_problems(config.devices, sources, count)
 
 
-def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
+def _ways_out(fixed: Set[str], *ways: tuple[str, str]) -> str:
+    """Fixes, each with the field that it changes, in words. Without a flag that was given, a run is always in order."""
+    now = [way for way, name in ways if name not in fixed] or ["leave it out"]
+    later = [f"in a new run {way}" for way, name in ways if name in fixed]
+    return ", or ".join(now + later)
+
+
+def _contradictions(config: Config, sources: Mapping[str, str], fixed: Set[str]) -> list[str]:
     """Settings of model and optimiser that exclude each other."""
     problems = []
 
@@ -137,7 +165,7 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     for averaging in ("ntasgd", "asgd"):
         if get(config, averaging):
             if optim.optimizer != "sgd":
-                fix = "use --optimizer sgd, and a --lr for it"
+                fix = _ways_out(fixed, ("use --optimizer sgd, and a --lr for it", "optimizer"))
                 refuse(averaging, "optimizer", "the weights are averaged under SGD only", fix)
             if optim.lr_decay is not None:
                 fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
@@ -157,7 +185,8 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
             refuse(name, other, one_head)
     if model.num_sampled is not None and config.training.amp == "bfloat16":
         reason = "bfloat16 applies to the products of the full output layer, which training on a sample does without"
-        refuse("amp", "num_sampled", reason, "leave one of them out, or use --cutoffs")
+        fix = _ways_out(fixed, ("leave one of them out", "amp"), ("use --cutoffs", "cutoffs"))
+        refuse("amp", "num_sampled", reason, fix)
     if model.cutoffs is not None:
         if model.tied:
             reason = "the output vectors of rarer words are narrower than their embeddings, so they cannot be shared"
@@ -172,8 +201,8 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
             )
     small, batch_size = optim.small_batch_size, config.training.batch_size
     if small is not None and batch_size % small:
-        divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-        fix = f"use {', '.join(map(str, divisors))}"
+        parts = _parts(batch_size, device_count(config) or 1) or _divisors(batch_size)
+        fix = f"use {', '.join(map(str, parts))}"
         refuse("small_batch_size", "batch_size", "the batch must be a multiple of it", fix)
     if model.cell != "lstm":
         for name in ("dropout_candidate", "layer_norm"):
@@ -182,33 +211,34 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _without_effect(config: Config, sources: Mapping[str, str]) -> list[str]:
+def _without_effect(config: Config, sources: Mapping[str, str], fixed: Set[str]) -> list[str]:
     """Settings that a flag or the user's file makes and that have no effect, given the others."""
     model, optim, training = config.model, config.optim, config.training
-    idle: dict[str, str] = {}
+    idle: dict[str, tuple[str, str, str]] = {}  # why, and what would give it an effect: the fix and its field
     if not (optim.ntasgd or optim.asgd):
-        idle["nonmono"] = "add --ntasgd"
+        condition = "ntasgd" if optim.optimizer == "sgd" else "optimizer"
+        idle["nonmono"] = ("the weights are not averaged", "add --ntasgd", condition)
     if model.num_layers == 1:
-        alone = "there is one layer; raise --num-layers"
+        alone = ("there is one layer", "raise --num-layers", "num_layers")
         idle["dropout_inner_input"] = alone
         if not (model.num_experts and model.dropout_latent is None):
             idle["dropout_hidden"] = alone
         (width,) = model.layer_sizes
         if width != model.hidden_size:
-            idle["hidden_size"] = (
-                f"the one layer has {width} units, as --nhidlast or else --emsize says; raise --nlayers"
-            )
+            said = f"the one layer has {width} units, as --nhidlast or else --emsize says"
+            idle["hidden_size"] = (said, "raise --nlayers", "num_layers")
     if not any([model.dropout, *model.layer_dropouts]):
-        idle["locked"] = "there is no dropout that it could lock; add --dropout P"
+        idle["locked"] = ("there is no dropout that it could lock", "add --dropout P", "dropout")
     if not model.num_experts:
-        idle["dropout_latent"] = "there is one softmax; add --n-experts K"
+        idle["dropout_latent"] = ("there is one softmax", "add --n-experts K", "num_experts")
     if training.bptt == 1 and not optim.max_seq_len_delta:
-        idle["beta"] = "a window of one word has no change over time; raise --bptt"
+        idle["beta"] = ("a window of one word has no change over time", "raise --bptt", "bptt")
     if optim.when is not None and min(optim.when) >= training.epochs:
-        idle["when"] = f"training ends after {training.epochs} epochs; name an earlier one"
+        idle["when"] = (f"training ends after {training.epochs} epochs", "name an earlier one", "when")
     return [
-        f"{named_setting(name, get(config, name), sources)}: has no effect here, {reason}, or leave it out"
-        for name, reason in idle.items()
+        f"{named_setting(name, get(config, name), sources)}: has no effect here, {reason}; "
+        + _ways_out(fixed, (way, changes), ("leave it out", ""))
+        for name, (reason, way, changes) in idle.items()
         if get(config, name) not in (None, False, 0) and _is_asked_for(name, get(config, name), sources)
     ]
 

@@ -99,7 +99,7 @@ def read_hosts(path: Path) -> list[Host]:
         else:
             slots_by_name[name] = int(slots)
     if not problems and not slots_by_name:
-        problems = [f"--hostfile {path}: names no host; write one per line, or use --local"]
+        problems = [f"--hostfile {path}: names no host; write one per line, or leave it out"]
     if problems:
         raise ConfigError(problems)
     return _resolved(slots_by_name)

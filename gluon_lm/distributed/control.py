@@ -91,24 +91,19 @@ class Control:
                 "leave both to python -m gluon_lm.launch"
             ) from None
 
-    def join(self, rank: int) -> None:
-        """Say which rank this worker has, and wait until all workers have said so.
-
-        Parameters
-        ----------
-        rank : int
-            From 0, different for each worker; `allgather` orders by it.
+    def join(self) -> None:
+        """Say that this worker is ready to train with the others, and wait until all are.
 
         Raises
         ------
         DistributedError
             Where the launcher is gone.
         """
-        self._say("join", rank)
+        self._say("join")
         self._hear()
 
     def allgather(self, value: Any) -> list[Any]:
-        """Every worker's value (plain JSON values, up to some megabytes), by rank; waits until all are here.
+        """Every worker's value (plain JSON values, up to some megabytes), by index; waits until all are here.
 
         Raises
         ------

@@ -163,11 +163,12 @@ def _count_gpus(num_gpus: int) -> str:
 
 
 def _how_to_go_without_gpu(reasons: Sequence[str]) -> str:
+    on_cpu = "use the CPU instead, with --cpus N"
     if reasons:
-        return f"{reasons[0]}, or leave the flag out (--cpus N trains on the CPU)"
+        return f"{reasons[0]}, or {on_cpu}"
     if not mx.runtime.Features().is_enabled("CUDA"):
-        return f"this MXNet is built for the CPU: {FOR_GPUS}, or leave the flag out (--cpus N trains on the CPU)"
-    return "check the driver with nvidia-smi, or leave the flag out (--cpus N trains on the CPU)"
+        return f"this MXNet is built for the CPU: {FOR_GPUS}, or {on_cpu}"
+    return f"check the driver with nvidia-smi, or {on_cpu}"
 
 
 def _local_kvstore(kind: str) -> Callable[[list[mx.Context], DeviceConfig], Communicator]:

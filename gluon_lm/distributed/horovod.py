@@ -373,7 +373,8 @@ def _start() -> Any:
         ) from error
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
         raise DistributedError(
-            f"--horovod: this process was not started as one of several; {_START}, or go on without: --no-horovod"
+            f"--horovod: this process was not started as one of several; {_START}, or go on without: --no-horovod "
+            "--gctype none"
         )
     try:
         hvd.init()

@@ -45,7 +45,8 @@ class ParameterServer(Communicator):
         if control is None:
             raise DistributedError(
                 f"--kvstore {kvstore}: needs a scheduler, servers and other workers, which python -m gluon_lm.launch "
-                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb; --kvstore none does without"
+                "starts, as in python -m gluon_lm.launch --workers 2 -- --data ptb, or go on without: --kvstore none "
+                "--gctype none"
             )
         self._control, self._kind = control, kvstore
         self._store = mx.kv.create(kvstore)
@@ -56,7 +57,7 @@ class ParameterServer(Communicator):
         self._compression = None if threshold is None else Compression(self.num_devices, threshold)
         self._is_compressing = False
         self._first_key = 0
-        control.join(self.rank)
+        control.join()
         listen(control.alive)
 
     @property

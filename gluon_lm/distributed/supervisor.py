@@ -64,27 +64,16 @@ class _Member:
         self.stopped_s = 0.0
         self.code: int | None = None
         self.last_words = self.last_complaint = ""  # on either stream, and on standard error
-        self.errors: list[str] = []
+        self.errors: list[str] = []  # printed in the end: one fault may be that of all
         # Of workers only:
-        self.rank: int | None = None
         self.step: int | None = None
-        self.is_waiting = self.has_left = False
+        self.has_joined = self.is_waiting = self.has_left = False
         self.value: Any = None
-
-    @property
-    def name(self) -> str:
-        """Its name in the output: by rank, as the workers name each other, once it has one."""
-        return self.process.name if self.rank is None else f"worker {self.rank}"
 
     @property
     def full_name(self) -> str:
         host = "" if self.process.host.is_here else f"host {self.process.host.name}, "
-        return f"{self.name} ({host}pid {self.pid})"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it no longer takes part."""
-        return self.has_left or self.code is not None
+        return f"{self.process.name} ({host}pid {self.pid})"
 
     def situation(self) -> str:
         """What it is doing, as far as is known."""
@@ -107,7 +96,8 @@ class Supervisor(EventLoop):
     Parameters
     ----------
     processes : sequence of Process
-        Workers, and others that serve them. All get a free port of the first one's host as ``DMLC_PS_ROOT_PORT``.
+        Workers, in the order of their numbers, and others that serve them. All get a free port of the first one's host
+        as ``DMLC_PS_ROOT_PORT``.
     timeout_s : float
         The cluster is ended when for this long no worker has made progress, or nothing has been heard from a host.
     port : int
@@ -123,7 +113,7 @@ class Supervisor(EventLoop):
         self._error: Exception | None = None
         self._stop: int | None = None
         self._was_signalled = self._is_urgent = False
-        self._idle_s = self._unserved_s = 0.0
+        self._idle_s = 0.0
         self._printer = _Printer(self)
 
     @property
@@ -206,7 +196,18 @@ class Supervisor(EventLoop):
         for agent in self._agents_left():
             start_thread(agent.kill)
         self.run_until(lambda: not self._agents_left(), 2 * GRACE_S)
+        self._print_errors()
         self._printer.close()
+
+    def _print_errors(self) -> None:
+        """Print what processes gave as their errors, each text once, except for what the last line says."""
+        names_by_error: dict[str, list[str]] = {}
+        for name, member in self._members.items():
+            for error in dict.fromkeys(member.errors):
+                names_by_error.setdefault(error, []).append(name)
+        for error, names in names_by_error.items():
+            if error not in str(self._error or ""):
+                self._printer.print("stderr", f"[{', '.join(names)}] {_ERROR}{error}")
 
     def _agents_left(self) -> list[_Agent]:
         return [agent for agent in self._agents.values() if not agent.is_gone]
@@ -282,9 +283,10 @@ class Supervisor(EventLoop):
         member.last_words = line.strip() or member.last_words
         if stream == "stderr":
             member.last_complaint = line.strip() or member.last_complaint
-        if line.startswith(_ERROR):
+        if stream == "stderr" and line.startswith(_ERROR):
             member.errors.append(line[len(_ERROR) :])
-        self._printer.print(stream, f"[{member.name}] {line}")
+        else:
+            self._printer.print(stream, f"[{name}] {line}")
 
     def _hear_exited(self, agent: _Agent, name: str, code: int) -> None:
         member = self._members[name]
@@ -293,6 +295,8 @@ class Supervisor(EventLoop):
             if code != 0:
                 self._fail(_last_of(member))
             return
+        if self._stop is None and member.has_left and code - 128 in STOP_SIGNALS:
+            self._stop = code - 128  # somebody asked this worker, and all have stopped with it
         numbers = () if self._stop is None else STOP_SIGNALS  # it may have got a different one
         code_when_stopped = 128 + (self._stop or 0)
         if code and (code - 128 if code > 0 else -code) not in numbers:
@@ -306,14 +310,8 @@ class Supervisor(EventLoop):
 
     # ------------------------------------------------------------ messages of workers
 
-    def _hear_join(self, agent: _Agent, name: str, rank: int) -> None:
-        member = self._members[name]
-        for other in self._workers:
-            if other.rank == rank and other is not member:
-                self._fail(f"{member.full_name} and {other.full_name} both have rank {rank}; each needs its own")
-        if not 0 <= rank < len(self._workers):
-            self._fail(f"{member.full_name} has rank {rank}; there are {len(self._workers)} workers, from 0 on")
-        member.rank = rank
+    def _hear_join(self, agent: _Agent, name: str) -> None:
+        self._members[name].has_joined = True
         self._idle_s = 0.0
         self._hear_allgather(agent, name, None, None)
 
@@ -345,13 +343,12 @@ class Supervisor(EventLoop):
             names = ", ".join(worker.full_name for worker in waiting)
             self._fail(f"{ended[0].full_name} has finished, while {names} waited for it")
         elif len(waiting) == len(self._workers):
-            workers = sorted(waiting, key=lambda worker: worker.process.index if worker.rank is None else worker.rank)
-            values = [worker.value for worker in workers]
+            values = [worker.value for worker in waiting]
             for agent in self._agents.values():
-                names_here = [worker.process.name for worker in workers if worker.agent is agent]
+                names_here = [worker.process.name for worker in waiting if worker.agent is agent]
                 if names_here:
                     agent.sender.send("answer", names_here, values)
-            for worker in workers:
+            for worker in waiting:
                 worker.is_waiting, worker.value = False, None
             self._idle_s = 0.0
 
@@ -371,24 +368,13 @@ class Supervisor(EventLoop):
             member.stopped_s = member.stopped_s + TICK_S if is_stopped else 0.0
         stopped = [member for member in self._members.values() if member.stopped_s > self._timeout_s]
         if self._idle_s > self._timeout_s:
-            self._give_up(self._explain_standstill())
+            self._fail(self._explain_standstill())
         elif stopped:
             names = ", ".join(member.full_name for member in stopped)
-            self._give_up(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
+            self._fail(f"{names} has not gone on for {self._timeout_s:g} s: {stopped[0].situation()}")
         is_missed = any(worker.code is not None and not worker.has_left for worker in self._workers)
         if self._stop is not None and is_missed and self._idle_s > GRACE_S:
             self._finish(128 + self._stop)  # it ended before the others noticed, and MXNet may wait for it for ever
-        ended = [m for m in self._members.values() if m.process.role != "worker" and m.code is not None]
-        training = [worker for worker in self._workers if not worker.is_done]
-        if ended and training:
-            self._unserved_s += TICK_S  # the last one to leave may do so a little later than the servers
-            if self._unserved_s > GRACE_S:
-                self._fail(f"{ended[0].full_name} has ended, while {training[0].full_name} needs it")
-
-    def _give_up(self, reason: str) -> None:
-        if self._stop is not None:
-            self._finish(128 + self._stop)
-        self._fail(reason)
 
     def _explain_standstill(self) -> str:
         silent = [
@@ -447,7 +433,7 @@ class Supervisor(EventLoop):
             self._stop, self._idle_s = number, 0.0
             for worker in self._workers:
                 # One that has not joined has nothing to save, and waits where Python hears no Ctrl-C.
-                how = signal.SIGTERM if worker.rank is None else _for_workers(number)
+                how = _for_workers(number) if worker.has_joined else signal.SIGTERM
                 worker.agent.sender.send("signal", [worker.process.name], how)
 
     def on_unread(self, error: OSError) -> None:

@@ -289,7 +289,8 @@ def newest_checkpoint(run: RunFolder) -> Path:
     """The newest checkpoint, damaged or not; `CheckpointError` if there is none."""
     checkpoints = run.saved_checkpoints()
     if not checkpoints:
-        raise CheckpointError(f"{run.path}: has no checkpoint yet; train it again with --overwrite")
+        again = f"train again with --save {run.path} --overwrite in place of --resume"
+        raise CheckpointError(f"{run.path}: has no checkpoint yet; {again}")
     return checkpoints[-1]
 
 

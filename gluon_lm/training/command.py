@@ -11,6 +11,7 @@ from ..config import Config, Layer, get, origins_in, resolve, show, validate
 from ..data import Corpus, Vocabulary, load_corpus
 from ..errors import ConfigError
 from ..logs import Verbosity
+from .run_folder import RunFolder
 
 # What a run that begins with the model of another must take from it: the architecture, and how text becomes ids.
 FIXED = frozenset(
@@ -71,6 +72,18 @@ class TrainCommand:
         """The run whose configuration the flags change."""
         return self.init_from if self.resume is None else self.resume
 
+    def check_place(self) -> None:
+        """Refuse a new run where it cannot be written, before anything is computed.
+
+        Raises
+        ------
+        ConfigError
+            As `RunFolder.check_free`.
+        """
+        own_name = Path("runs") / self.config.model.model
+        run = RunFolder.stamped(self.stem or own_name) if self.save is None else RunFolder(self.save)
+        run.check_free(self.overwrite)
+
     def load_corpus(self, vocabulary: Vocabulary | None) -> Corpus:
         """The text, read with the vocabulary of the run that it continues or begins with; None: no other run."""
         of_run = vocabulary is not None and "data" not in self.settings
@@ -112,23 +125,26 @@ class TrainCommand:
             As `parse_train`, and for every fixed field that differs.
         """
         before = resolve(config_file=config_file, default_recipe=None).config
-        resolved = resolve(self.settings, config_file, default_recipe=None)
         was_locked = before.model.has_locked_dropout
-        if "locked" in fixed and "locked" not in self.settings:  # whose default depends on rates that may change
+        problems: list[str] = []
+        settings: Layer = {}
+        for name, setting in self.settings.items():
+            value, old = setting.value, was_locked if name == "locked" else get(before, name)
+            if value == old or name not in fixed:
+                settings[name] = setting
+                continue
+            flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
+            was = f"{config_file.parent} was trained with {show(old)}"
+            problems.append(f"{flag}: {was}; leave the flag out, or train a new run")
+        resolved = resolve(settings, config_file, default_recipe=None, fixed=fixed)
+        if "locked" in fixed and "locked" not in settings:  # whose default depends on rates that may change
             model = dataclasses.replace(resolved.config.model, locked=was_locked)
             if model.has_locked_dropout != resolved.config.model.has_locked_dropout:
                 resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, model=model))
         run = f"run {config_file.parent}"
-        own = {setting.source for setting in self.settings.values()}
+        own = {setting.source for setting in settings.values()}
         sources = {name: source if source in own else run for name, source in resolved.sources.items()}
-        problems = []
-        for name, setting in self.settings.items():
-            value, old = get(resolved.config, name), was_locked if name == "locked" else get(before, name)
-            if value != old and name in fixed:
-                flag = setting.flag + ("" if isinstance(value, bool) else f" {show(value)}")
-                was = f"{config_file.parent} was trained with {show(old)}"
-                problems.append(f"{flag}: {was}; leave the flag out, or train a new run")
-        problems += validate(resolved.config, sources)
+        problems += validate(resolved.config, sources, fixed)
         if problems:
             raise ConfigError(problems)
         origins = origins_in(config_file.read_text(encoding="utf-8")) if is_same_run else {}

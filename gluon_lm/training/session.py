@@ -23,7 +23,7 @@ from ..data import Corpus, Vocabulary
 from ..data.encoding import first_rise
 from ..distributed.communicator import Communicator
 from ..distributed.devices import create_communicator, free_memory, workers_sharing_memory
-from ..errors import ConfigError, DistributedError
+from ..errors import ConfigError, DataError, DistributedError
 from ..evaluation.static import ROWS_PER_WINDOW
 from ..files import file_hash
 from ..generation.generator import generate
@@ -75,7 +75,6 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program sets all values, as a run does
     if problems:
         raise ConfigError(problems)
-    RunFolder(Path(save)).check_free(overwrite)
     with logging_for_file():
         return start_run(TrainCommand(config, save=str(save), overwrite=overwrite))
 
@@ -101,23 +100,27 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         Before anything is written, if the command, the text or the checkpoint does not fit.
     """
     communicator = _join(command)
+    if communicator.is_primary:  # on other machines another run may have that place
+        command.check_place()
     checkpoint, vocabulary = None, None
     if initial is not None:
         initial, checkpoint, vocabulary = load_by_name(initial, _load_to_begin_with)
     corpus = command.load_corpus(vocabulary)
     if command.save is None:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
-        run.check_free(overwrite=False)
     else:
         run = RunFolder(Path(command.save))
     _check_vocabulary(command, corpus, initial)
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
     command = command.with_tokenizer(corpus.tokenizer, corpus.name)
+    if initial is not None and checkpoint is not None and command.init_from is None:
+        fix = "name the place of that text with --data, or train on this one with train --init-from"
+        _check_text(checkpoint, initial, corpus, fix)
     trainer = _build(command, corpus, communicator, run)
     _say_whether_averaging_starts(trainer)
     if initial is not None and checkpoint is not None:
-        trainer.start_from(checkpoint, initial, on_any_text=command.init_from is not None)
+        trainer.start_from(checkpoint, initial)
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -138,6 +141,8 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         checkpoint = load_checkpoint(path)
         corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
+        again = f"train again with --save {run.path} --overwrite in place of --resume"
+        _check_text(checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {again}")
         optim_of_checkpoint = read_config(path / CONFIG).optim
         lr_of_checkpoint = optim_of_checkpoint.lr
         if is_named and "lr" not in command.settings:
@@ -242,6 +247,12 @@ def _build(command: TrainCommand, corpus: Corpus, communicator: Communicator, ru
 
 def _load_to_begin_with(path: Path) -> tuple[Path, Checkpoint, Vocabulary]:
     return path, load_checkpoint(path), Vocabulary.load(path / VOCABULARY)
+
+
+def _check_text(checkpoint: Checkpoint, path: Path, corpus: Corpus, fix: str) -> None:
+    """Make sure that a checkpoint is of this text; `DataError` otherwise."""
+    if checkpoint.corpus != corpus.digest:
+        raise DataError(f"{path}: was trained on another text or vocabulary than {corpus.name} now gives; {fix}")
 
 
 def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | None) -> None:

@@ -169,32 +169,38 @@ class Trainer:
             raise RuntimeError("this trainer has run; build another one and restore the newest checkpoint to go on")
         self._has_run = True
         self._bar = TrainingBar(self.config.training.epochs, self.config.training.max_steps)
-        try:
-            if self._communicator.is_primary:
-                self._open_trackers()
-            self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
-            with explaining_memory_errors(self._need), StopRequest() as stop:
-                longest = self._windows.longest()
-                if longest is not None:
-                    self._step.rehearse(longest)
-                self._train(stop)
+        with StopRequest() as stop:  # to the very end: a launcher ends this process as soon as another one has failed
+            try:
+                if self._communicator.is_primary:
+                    self._open_trackers()
+                self._communicator.broadcast_parameters(list(self.model.named_parameters().values()))
+                with explaining_memory_errors(self._need):
+                    is_whole = self._train_and_test(stop)
+                self._note_end("finished" if is_whole else "stopped")
+                return 0 if is_whole else stop.exit_code
+            except (Exception, KeyboardInterrupt) as error:
+                with contextlib.suppress(OSError):  # the error that ended the run is the one to report
+                    self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
+                raise
+            finally:
                 self._bar.close()
-                heeded = stop.signal
-                is_whole = heeded is None
-                if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
-                    is_whole &= self._test_best(stop, heeded)
-                self._communicator.allgather_object("done")
-            self._note_end("finished" if is_whole else "stopped")
-            return 0 if is_whole else stop.exit_code
-        except (Exception, KeyboardInterrupt) as error:
-            with contextlib.suppress(OSError):  # the error that ended the run is the one to report
-                self._note_end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", str(error))
-            raise
-        finally:
-            self._bar.close()
-            for tracker in self._trackers:
-                tracker.close()
-            self._communicator.close()
+                for tracker in self._trackers:
+                    tracker.close()
+                self._communicator.close()
+
+    def _train_and_test(self, stop: StopRequest) -> bool:
+        """The work itself; whether it ran to its end by its own rules."""
+        longest = self._windows.longest()
+        if longest is not None:
+            self._step.rehearse(longest)
+        self._train(stop)
+        self._bar.close()
+        heeded = stop.signal
+        is_whole = heeded is None
+        if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
+            is_whole &= self._test_best(stop, heeded)
+        self._communicator.allgather_object("done")
+        return is_whole
 
     def _open_trackers(self) -> None:
         self._trackers.append(MetricsFile(self.run.metrics, self.state.step, tests_again=self.end is not None))
@@ -548,7 +554,7 @@ class Trainer:
             is_best=is_best,
         )
 
-    def start_from(self, checkpoint: Checkpoint, path: Path, on_any_text: bool = False) -> None:
+    def start_from(self, checkpoint: Checkpoint, path: Path) -> None:
         """Begin with the model of another run. It is evaluated first, so that a worse one does not become the best.
 
         Parameters
@@ -556,25 +562,14 @@ class Trainer:
         checkpoint : Checkpoint
         path : Path
             Where it is.
-        on_any_text : bool
-            Whether this text may differ from that of the checkpoint.
 
         Raises
         ------
-        DataError, CheckpointError
-            As in `restore`.
+        CheckpointError
+            If the checkpoint is of another model.
         """
-        if not on_any_text:
-            fix = "name the place of that text with --data, or train on this one with train --init-from"
-            self._check_corpus(checkpoint, path, fix)
         set_parameters(self.model, checkpoint.parameters, path)
         self.state.evaluated_step = -1
-
-    def _check_corpus(self, checkpoint: Checkpoint, path: Path, fix: str) -> None:
-        if checkpoint.corpus != self.corpus.digest:
-            raise DataError(
-                f"{path}: was trained on another text or vocabulary than {self.corpus.name} now gives; {fix}"
-            )
 
     def _forget_best_if_gone(self) -> None:
         """An older checkpoint may name a best one that a later best has replaced since."""
@@ -589,17 +584,13 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint, on any number of devices that divides the batch.
+        """Continue from a checkpoint of the same text, on any number of devices that divides the batch.
 
         Raises
         ------
-        DataError
-            If the corpus is not the one that the checkpoint was trained on.
         CheckpointError
             If the checkpoint is of another model or optimiser.
         """
-        fix = "restore the text or name its place with --data, or train again with --overwrite"
-        self._check_corpus(checkpoint, self.run.path, fix)
         set_parameters(self.model, checkpoint.unaveraged or checkpoint.parameters, self.run.path)
         self._step.load_optimizer_state(checkpoint.optimizer, checkpoint.training.num_updates)
         self._step.restore_carried_state(checkpoint.carried, self.config.training.batch_size, self.run.path)

@@ -436,7 +436,8 @@ def test_a_driver_that_does_not_work_or_is_too_old_is_named(monkeypatch, caplog)
         and "Going on with cpu(0)" in caplog.text
     )
     with pytest.raises(
-        DistributedError, match="--gpus 0: MXNet sees no GPU here; .* update the driver .* leave the flag"
+        DistributedError,
+        match="--gpus 0: MXNet sees no GPU here; .* update the driver .*, or use the CPU instead, with --cpus N",
     ):
         resolve_devices(DeviceConfig(gpus=(0,)))
 

@@ -112,7 +112,7 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
     for run in ("part", "other"):
         assert_same(arrays(project, run), arrays(project, "alone"))
     refused = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, workers=3, code=2)
-    assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; use 3 or 6" in refused
+    assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; make that 2 or 4" in refused
     (project.path / "text").rename(project.path / "elsewhere")
     (line,) = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, code=2).splitlines()
     assert line.startswith("error: --data text") and "must be a corpus" in line
@@ -158,6 +158,7 @@ def test_before_gradients_are_compressed_nothing_is_said_to_be_lost(project):
     ("flags", "reason"),
     [
         (("--kvstore", "dist_sync"), "--kvstore dist_sync: needs a scheduler, servers and other workers"),
+        (("--kvstore", "dist_sync", "--gctype", "2bit"), "or go on without: --kvstore none --gctype none"),
         (("--kvstore", "dist_async"), "--kvstore dist_async: workers would train on stale parameters"),
         (("--gctype", "fp16", "--cpus", 2), "--gctype fp16: only Horovod sends half precision"),
         (("--horovod", "--cpus", 2), "--horovod: each process has one device, not 2"),
@@ -324,6 +325,18 @@ def test_workers_whose_parameters_drift_apart_end(project, compared_every, check
     assert os.readlink(project.path / "run/latest").endswith("step-4")
 
 
+def test_a_worker_on_whose_machine_there_is_another_run_of_that_name_trains_with_the_others(project):
+    (project.path / "elsewhere/run").mkdir(parents=True)
+    shutil.copytree(project.path / "text", project.path / "elsewhere/text")
+    flags = (*FLAGS, *MODELS["plain"], "--max-steps", 3, "--save", "run")
+    command = (*TRAIN, *flags, "--kvstore", "dist_sync")
+    launch_two(project, command, ("sh", "-c", 'cd elsewhere && exec "$@"', "sh", *command), code=0)
+    assert os.readlink(project.path / "run/latest").endswith("step-3")
+    assert list((project.path / "elsewhere/run").iterdir()) == []
+    (line,) = launch(project, *flags, code=2).splitlines()
+    assert line.startswith("error: --save run: exists already")
+
+
 def test_workers_that_would_go_on_from_different_checkpoints_end(project):
     flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 3)
     project.run("train", *flags, "--save", "run", "--max-steps", 3)
@@ -340,7 +353,8 @@ def test_workers_that_would_go_on_from_different_checkpoints_end(project):
 def test_the_kind_of_server_is_that_of_the_configuration_and_of_the_run(project):
     (project.path / "mine.yaml").write_text("kvstore: dist_device_sync\n")
     flags = (*FLAGS, *MODELS["plain"], "--max-steps", 3)
-    assert "KVStore dist_device_sync" in launch(project, *flags, "--config", "mine.yaml", "--save", "run")
+    output = launch(project, *flags, "--config", "mine.yaml", "--save", "run", "--hybridize")
+    assert "KVStore dist_device_sync" in output and output.count("is always on here") == 1
     resumed = ("launch", "--workers", 2, "--", "--resume", "run", "--print-config")
     for flags, kind in (((), "dist_device_sync"), (("--kvstore", "dist_sync"), "dist_sync")):
         assert yaml.safe_load(project.run(*resumed, *flags))["kvstore"] == kind

@@ -418,11 +418,12 @@ def append(path: Path) -> None:
         (lambda text: append(text / "train.txt"), "another text"),
         (lambda text: append(text / "valid.txt"), "another text"),
         (lambda text: append(text / "test.txt"), "another text"),
+        (lambda text: (text / "train.txt").write_text("the cat sees a river .\n"), "another text"),
         (lambda text: (text / "valid.txt").unlink(), "has no valid text"),
         (lambda text: (text / "test.txt").write_bytes(b"caf\xe9\n"), "is not UTF-8"),
         (shutil.rmtree, "must be a corpus"),
     ],
-    ids=["train", "valid", "test", "missing", "binary", "gone"],
+    ids=["train", "valid", "test", "shorter than a window", "missing", "binary", "gone"],
 )
 def test_a_text_that_changes_between_stop_and_resume_is_refused(project, change, said):
     project.have_trained("run")
@@ -448,7 +449,17 @@ def test_a_text_that_was_moved_is_named_anew(project):
     assert project.parameters("run") == project.parameters("whole")
     project.run("evaluate", "run")  # the run remembers it
     append(project.path / "moved/train.txt")
-    assert "another text" in project.refused("train", "--resume", "run", "--epochs", 3, "--data", "moved")
+    line = project.refused("train", "--resume", "run", "--epochs", 3, "--data", "moved")
+    assert "another text" in line and line.endswith("train again with --save run --overwrite in place of --resume")
+
+
+def test_a_run_without_a_checkpoint_is_trained_again(project):
+    project.have_trained("run")
+    shutil.rmtree("run/checkpoints")
+    (project.path / "run/checkpoints").mkdir()
+    line = project.refused("train", "--resume", "run")
+    assert line.endswith("no checkpoint yet; train again with --save run --overwrite in place of --resume")
+    project.train("run", "--overwrite", "--max-steps", 1)
 
 
 # ---------------------------------------------------------------- bad files

@@ -98,7 +98,7 @@ def test_memory_that_is_not_to_be_had_is_one_line(project):
     done = limited(["-c", code], project)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "memory" in line and "--batch-size" in line
+    assert line.startswith("error: ") and "memory" in line and "unless a run continues, --batch-size" in line
 
 
 def test_what_fails_in_training_says_what_training_takes():

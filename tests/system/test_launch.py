@@ -72,7 +72,7 @@ if what == "late":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("reads the text", flush=True)
     time.sleep(600)
-control.join(control.index)
+control.join()
 listen(control.alive)
 print("joined", flush=True)
 if what == "number":
@@ -101,7 +101,10 @@ for step in range(1, 1_000_000):
             while True:
                 control.alive(step)
                 time.sleep(0.1)
+        if what == "complain":
+            print("error: the disk is slow", file=sys.stderr, flush=True)
         if what == "error":
+            time.sleep(1)  # the others complain meanwhile
             print("error: lr: must be smaller", file=sys.stderr)
             sys.exit(2)
         if what == "crash":
@@ -326,6 +329,19 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
     assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
 
 
+def test_a_fault_of_all_workers_is_one_line_and_that_of_another_is_not_lost(cluster):
+    cluster.supervise("error", "error", "error", timeout_s=TIMEOUT_S)
+    said = [line for line in cluster.end(code=2) if "must be smaller" in line]
+    assert len(said) == 1 and re.match(r"error: worker \d \(pid \d+\): lr: must be smaller$", said[0])
+
+
+def test_errors_that_the_last_line_does_not_say_are_printed_with_the_names_of_who_said_them(cluster):
+    cluster.supervise("complain", "complain", "error")
+    *lines, last_line = cluster.end(code=2)
+    assert "[worker 0, worker 1] error: the disk is slow" in lines
+    assert last_line.startswith("error: worker 2 (pid ") and last_line.endswith("): lr: must be smaller")
+
+
 @pytest.mark.parametrize(
     "whom, number, code",
     [
@@ -333,12 +349,14 @@ def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
         ("launcher", signal.SIGTERM, 143),
         ("all", signal.SIGINT, 130),
         ("all", signal.SIGTERM, 143),
+        ("worker", signal.SIGTERM, 143),
     ],
 )
-def test_workers_stop_by_themselves_when_the_launcher_is_asked_to_or_all_are(cluster, whom, number, code):
+def test_workers_stop_by_themselves_whoever_is_asked_to(cluster, whom, number, code):
     cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
     cluster.wait_for("third step", times=2)
-    for pid in cluster.pids() if whom == "all" else [cluster.process.pid]:
+    asked = {"launcher": lambda: [cluster.process.pid], "all": cluster.pids, "worker": lambda: [cluster.worker(1)]}
+    for pid in asked[whom]():
         with contextlib.suppress(ProcessLookupError):  # it has ended by the signal to another one
             os.kill(pid, number)
     lines = cluster.end(code)
@@ -353,6 +371,14 @@ def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_termina
     cluster.process.send_signal(signal.SIGHUP)
     cluster.end(code=129)
     assert path.read_text().count("stopped by itself") == 2
+
+
+def test_workers_that_were_asked_to_stop_and_hang_have_failed(cluster):
+    cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
+    cluster.wait_for("third step", times=2)
+    cluster.process.send_signal(signal.SIGTERM)
+    last_line = cluster.end(code=2)[-1]
+    assert last_line.startswith(f"error: no worker has made progress for {TIMEOUT_S} s; worker 1 ")
 
 
 @pytest.mark.parametrize("other", ["train", "connects"])
@@ -434,6 +460,11 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--servers", 0, "--", "--tied"), "--servers 0: must be a whole number, 1 or more"),
         (("--", "--kvstore", "dist_async"), "stale parameters"),
         (("--", "--kvstore=device", "--cpus", 2), "--kvstore device: must be dist_sync or dist_device_sync"),
+        (("--", "--kvstore", "device"), "--kvstore device: must be dist_sync or dist_device_sync"),
+        (("--", "--kvstore", "none"), "--kvstore none: must be dist_sync or dist_device_sync here, or left out"),
+        (("--", "--kvstore", "local", "--gctype", "2bit"), "--kvstore local: must be dist_sync or dist_device_sync"),
+        (("--", "--horovod"), "--horovod: is for processes that horovodrun starts; leave it out"),
+        (("--", "--gctype", "fp16"), "only Horovod sends half precision; use --gctype none"),
         (("--", "--droput", 0.5), "--droput: unknown flag"),
         (
             ("--data", "text", "--workers", 2, "--", "--tied"),
@@ -443,7 +474,6 @@ def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):
         (("--", "--data", "text", "--batch-size", 5), "--batch-size 5: must be a multiple of the number of devices, 2"),
         (("--", "--resume", "nowhere"), "nowhere: there is no such run"),
         (("--", "--data", "nothere"), "--data nothere: must be a corpus"),
-        (("--local", "--hostfile", "hosts.txt", "--", "--tied"), "leave one of them out"),
         (("--hostfile", "nowhere.txt", "--", "--tied"), "nowhere.txt: cannot be read (No such file or directory)"),
         (("--hostfile", "hosts.txt", "--", "--tied"), "host nowhere.invalid: has no address"),
     ],
@@ -464,8 +494,18 @@ def test_a_run_that_is_seen_from_here_goes_on_elsewhere_as_it_was(project):
     assert yaml.safe_load(printed)["kvstore"] == "dist_device_sync" and "hidden_size: 200" not in printed
 
 
+def test_a_run_that_is_not_seen_from_here_goes_on_with_a_parameter_server_that_is_named(cluster, tmp_path):
+    (tmp_path / "hosts.txt").write_text("127.0.0.2\n127.0.0.3\n")
+    cluster.launch("-m", "gluon_lm.launch", "--hostfile", "hosts.txt", "--", "--resume", "elsewhere")
+    first_line, last_line = cluster.end(code=2)
+    assert first_line == "elsewhere is not seen from here, so whatever it has, --kvstore dist_sync is used"
+    assert re.match(r"error: worker \d \(host 127.0.0.\d, pid \d+\): elsewhere: there is no such run", last_line)
+
+
 def test_the_configuration_is_printed_once_and_nothing_started(project):
-    printed = project.run("launch", "--workers", 3, "--", "--data", "text", "--tied", "--print-config")
+    flags = ("--data", "text", "--tied", "--hybridize")
+    warning, printed = project.run("launch", "--workers", 3, "--", *flags, "--print-config").split("\n", 1)
+    assert warning == "warning: --hybridize: is always on here; leave it out" and warning not in printed
     assert yaml.safe_load(printed)["kvstore"] == "dist_sync" and printed.count("recipe:") == 1
 
 
@@ -499,7 +539,7 @@ class Program:
 control = Control.from_environment()
 store = mx.kv.create("dist_sync")
 mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(store.handle, 0))  # none waits for one that failed
-control.join(store.rank)
+control.join()
 store._send_command_to_servers(0, pickle.dumps(Program(), 0).decode())  # as it sends an optimiser
 store.init(0, mx.nd.zeros((3, 4)))
 total = mx.nd.zeros((3, 4))
@@ -507,7 +547,7 @@ for step in range(3):
     store.push(0, mx.nd.full((3, 4), 10 ** store.rank))
     store.pull(0, out=total)
     assert total.asnumpy().min() == total.asnumpy().max() == 111
-    assert control.allgather(store.rank) == [0, 1, 2]
+    assert control.allgather(control.index) == [0, 1, 2]
 print("added up by", store.num_workers)
 control.leave()
 """

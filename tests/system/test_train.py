@@ -29,6 +29,7 @@ from gluon_lm.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from gluon_lm.errors import CheckpointError, ConfigError
 from gluon_lm.logs import LOGGER
 from gluon_lm.models import LanguageModel
+from gluon_lm.tracking import write_status
 from gluon_lm.trained import load_model
 from gluon_lm.training.checkpoint import load_parameters
 from gluon_lm.training.trainer import Trainer
@@ -467,6 +468,26 @@ def test_devices_whose_parameters_drift_apart_end_training(project, monkeypatch)
     assert os.readlink("run/latest").endswith("step-4")
 
 
+def test_a_run_that_has_failed_says_why_though_it_is_told_to_end_meanwhile(project, monkeypatch):
+    """As a launcher tells all workers as soon as one of them has ended."""
+
+    def write_when_told_to_end(path, state, reason=None):
+        if state == "failed":
+            os.kill(os.getpid(), signal.SIGTERM)
+        write_status(path, state, reason)
+
+    monkeypatch.setattr("gluon_lm.training.trainer.write_status", write_when_told_to_end)
+    would_have_ended = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: would_have_ended.append(number))
+    try:
+        line = project.refused("train", *project.training_flags, "--optimizer", "adam", "--lr", 1e38, "--save", "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    status = json.loads((project.path / "run/status.json").read_text())
+    assert (status["state"], f"error: {status['reason']}", would_have_ended) == ("failed", line, [])
+    assert (project.path / "run/log.txt").read_text().endswith(f" {line}\n")
+
+
 def test_a_trainer_runs_once(project, monkeypatch):
     fit = Trainer.fit
 
@@ -635,6 +656,7 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
     kept = project.parameters("run")
     output = project.train("run", code=2)
     assert "--overwrite" in output and "--resume" in output
+    assert "exists already" in project.refused("train", "--data", "nowhere", "--save", "run")
     assert project.parameters("run") == kept
     project.train("run", "--seed", 9, "--overwrite")
     assert project.parameters("run") != kept

@@ -393,8 +393,8 @@ def test_every_problem_at_once(tmp_path):
     assert problems_of("--cpus 0 --gctype 2bit") == ["--cpus 0: must be a whole number, 1 or more, or none"]
     assert problems_of("--gpuss 0,1 --gctype 2bit") == ["--gpuss: unknown flag; did you mean --gpus?"]
     assert problems_of("--cpus 3 --gctype 2bit --kvstore local --n-experts 2 --recipe lm") == [
-        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or "
-        "a number of devices that divides it",
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; make that 2 or 4, or in a new "
+        "run use --batch-size 18 or 21",
         "--gctype 2bit with --kvstore local: local cannot compress; use --kvstore device",
     ]
 
@@ -428,7 +428,7 @@ def test_every_problem_at_once(tmp_path):
         ("--gctype 2bit", ["--gctype 2bit", "one device"]),
         ("--gctype 3bit", ["--gctype 3bit", "one of none, 2bit, fp16"]),
         ("--kvstore device --cpus 1", ["--kvstore device", "one device"]),
-        ("--batch_size 21 --gpus 0,1", ["--batch-size 21", "use 20 or 22"]),
+        ("--batch_size 21 --gpus 0,1", ["--batch-size 21", "make that 1 or 3", "use --batch-size 20 or 22"]),
         ("--vocab v --min_freq 2", ["--min-freq 2 with --vocab"]),
         ("--ntasgd --asgd", ["--ntasgd with --asgd"]),
         ("--asgd --when 3", ["--asgd with --when 3"]),
@@ -512,9 +512,65 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
     assert caught.value.problems == [
         f"--hidden-size 6: {path.parent} was trained with 5; leave the flag out, or train a new run",
         f"--seed 4: {path.parent} was trained with 3; leave the flag out, or train a new run",
-        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; use 78 or 81, or "
-        "a number of devices that divides it",
+        f"--batch-size 80 (run {path.parent}): must be a multiple of the number of devices, 3; make that 2 or 4, or in "
+        "a new run use --batch-size 78 or 81",
     ]
+
+
+@pytest.mark.parametrize(
+    "run, flags, problem",
+    [
+        (
+            "--optimizer adam",
+            "--ntasgd",
+            "--ntasgd with --optimizer adam (RUN): the weights are averaged under SGD only; leave it out, or in a new "
+            "run use --optimizer sgd, and a --lr for it",
+        ),
+        (
+            "--model awd-lstm --asgd",
+            "--ntasgd",
+            "--ntasgd with --asgd (RUN): averaging starts either when validation stops improving or at once; leave one "
+            "of them out",
+        ),
+        (
+            "--num-sampled 8",
+            "--amp bfloat16",
+            "--amp bfloat16 with --num-sampled 8 (RUN): bfloat16 applies to the products of the full output layer, "
+            "which training on a sample does without; leave one of them out, or in a new run use --cutoffs",
+        ),
+        (
+            "--nlayers 1",
+            "--dropouth 0.3",
+            "--dropouth 0.3: has no effect here, there is one layer; leave it out, or in a new run raise --num-layers",
+        ),
+        (
+            "--nlayers 2",
+            "--dropoutl 0.3",
+            "--dropoutl 0.3: has no effect here, there is one softmax; leave it out, or in a new run add --n-experts K",
+        ),
+        (
+            "--bptt 1",
+            "--beta 1",
+            "--beta 1: has no effect here, a window of one word has no change over time; leave it out, or in a new run "
+            "raise --bptt",
+        ),
+        (
+            "--optimizer adam",
+            "--nonmono 3",
+            "--nonmono 3: has no effect here, the weights are not averaged; leave it out, or in a new run add --ntasgd",
+        ),
+        (
+            "--optimizer sgd",
+            "--nonmono 3",
+            "--nonmono 3: has no effect here, the weights are not averaged; add --ntasgd, or leave it out",
+        ),
+    ],
+)
+def test_what_a_run_must_keep_is_advised_for_a_new_one_only(write_run, run, flags, problem):
+    path = write_run(run)
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--resume RUN {flags}").over(path, FIXED_ON_RESUME)
+    assert caught.value.problems == [problem.replace("RUN", f"run {path.parent}")]
 
 
 def test_a_run_is_not_answered_for_by_who_resumes_it(write_run):

@@ -618,8 +618,14 @@ def complaints(file=None, recipe=None, **values):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"cpus": 3}, ["--batch-size 20", "multiple", "devices, 3", "use 18 or 21"]),
-        ({"gpus": tuple(range(21))}, ["--batch-size 20", "use 21"]),
+        ({"cpus": 3}, ["--batch-size 20", "multiple", "devices, 3; make that 2 or 4", "use --batch-size 18 or 21"]),
+        ({"gpus": tuple(range(21))}, ["--batch-size 20", "make that 20, or in a new run use --batch-size 21"]),
+        (
+            {"cpus": 2, "small_batch_size": 5},
+            ["--small-batch-size 5", "devices, 2; make that 1 or 5, or use --small-batch-size 4 or 10"],
+        ),
+        ({"cpus": 3, "small_batch_size": 10}, ["--small-batch-size 10", "devices, 3; make that 2 or 5"]),
+        ({"cpus": 2, "small_batch_size": 8}, ["--small-batch-size 8 with --batch-size 20", "use 2, 4, 10, 20"]),
         ({"cpus": 2, "gpus": (0,)}, ["--gpus 0 with --cpus 2", "leave one of them out"]),
         ({"cpus": 2, "cuda": True}, ["--cuda with --cpus 2"]),
         ({"cpus": 2, "single_gpu": True}, ["--single-gpu with --cpus 2"]),
@@ -760,7 +766,7 @@ def test_a_contradiction_names_where_each_value_comes_from():
 
 
 WITHOUT_EFFECT = [
-    ({"nonmono": 3}, {}, "--nonmono 3: has no effect here, add --ntasgd"),
+    ({"nonmono": 3}, {}, "--nonmono 3: has no effect here, the weights are not averaged; add --ntasgd"),
     ({"dropout_hidden": 0.3}, {"num_layers": 1}, "--dropout-hidden 0.3: has no effect here, there is one layer; raise "
      "--num-layers"),
     ({"dropout_inner_input": 0.3}, {"num_layers": 1}, "--dropout-inner-input 0.3: has no effect here, there is one "
@@ -820,7 +826,9 @@ def test_a_value_at_its_default_is_refused_as_a_flag_and_accepted_in_a_file():
     assert complaints(gcthreshold=0.5) == [
         "--gcthreshold 0.5: has no effect without 2-bit compression; add --gctype 2bit, or leave it out"
     ]
-    assert complaints(nonmono=5) == ["--nonmono 5: has no effect here, add --ntasgd, or leave it out"]
+    assert complaints(nonmono=5) == [
+        "--nonmono 5: has no effect here, the weights are not averaged; add --ntasgd, or leave it out"
+    ]
     assert complaints(Config().to_yaml()) == []
 
 
@@ -840,8 +848,8 @@ def test_a_file_is_answered_for_only_where_it_differs_from_the_default():
 def test_problems_name_the_recipe_or_file_of_a_value():
     resolved = resolve(flags(cpus=3), config_file="gctype: 2bit\nkvstore: local")
     assert validate(resolved.config, resolved.sources) == [
-        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; use 18 or 21, or a number "
-        "of devices that divides it",
+        "--batch-size 20 (recipe lm): must be a multiple of the number of devices, 3; make that 2 or 4, or in a new "
+        "run use --batch-size 18 or 21",
         "--gctype 2bit (config.yaml) with --kvstore local (config.yaml): local cannot compress; use --kvstore device",
     ]
 

@@ -46,8 +46,8 @@ def test_a_worker_joins_and_gathers(launcher):
     control = Control.from_environment()
     assert control.index == 3
     launcher.answer([{}, {}])
-    control.join(1)
-    assert launcher.hear() == ["join", 1]
+    control.join()
+    assert launcher.hear() == ["join"]
     values = [{"digits": 0.1 + 0.2, "name": "naïve\n"}, [None, True, -(2**60)]]
     launcher.answer(values)
     assert control.allgather(values[1]) == values
@@ -87,7 +87,7 @@ def test_alive_says_the_newest_step_a_few_times_a_second(launcher, monkeypatch):
     assert said[0] == ["alive", 1] and said[-1] == ["alive", 100]
 
 
-@pytest.mark.parametrize("act", [lambda c: c.allgather(1), lambda c: c.join(0), lambda c: c.alive()])
+@pytest.mark.parametrize("act", [lambda c: c.allgather(1), lambda c: c.join(), lambda c: c.alive()])
 def test_a_launcher_that_is_gone_is_an_error_and_leaving_is_none(launcher, act):
     control = Control.from_environment()
     launcher.says.close()
@@ -172,7 +172,7 @@ def test_a_host_file_names_machines_and_slots(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("# none\n\n", "names no host"),
+        ("# none\n\n", "names no host; write one per line, or leave it out"),
         ("127.0.0.2\n127.0.0.3 slots=0\n", r"line 2: '?127.0.0.3 slots=0'?: must be host, host slots=N or host:N"),
         ("127.0.0.2 slots=\n", "line 1"),
         ("127.0.0.2 4\n", "line 1"),

@@ -7,6 +7,8 @@ import pytest
 
 from gluon_lm.config import Config, ModelConfig, TrainingConfig
 from gluon_lm.distributed.communicator import SingleDevice
+from gluon_lm.errors import OutOfMemory
+from gluon_lm.memory import Need, check_need
 from gluon_lm.models import LanguageModel
 from gluon_lm.training import session
 
@@ -31,3 +33,13 @@ def test_what_is_kept_beside_the_output_layer_counts(device, amp, model, kept):
     recurrent = config.model.num_layers * 4 * WIDTH * (WIDTH + WIDTH + 2)
     parameters = VOCAB_SIZE * WIDTH + recurrent + VOCAB_SIZE * (WIDTH + 1)
     assert need.parameters == 4 * (2 * parameters + kept * VOCAB_SIZE * WIDTH)
+
+
+@pytest.mark.parametrize("window", [0, 2 * 10**9], ids=["parameters", "window"])
+def test_what_a_run_must_keep_is_advised_for_a_new_one(window):
+    with pytest.raises(OutOfMemory) as caught:
+        check_need(Need(parameters=10**9, logits=0, window=window), 10**6)
+    _, *advice = str(caught.value).split("; ")
+    assert len(advice) == 2 and all(part.endswith(" in a new run") for part in advice)
+    first = "lower --max-vocab" if window == 0 else "use --small-batch-size, or lower --batch-size"
+    assert advice[0].startswith(first)
