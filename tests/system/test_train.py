@@ -156,6 +156,10 @@ def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
         assert os.readlink(run / "latest") == f"checkpoints/step-{max_steps}"
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def write_other_text(project):
     """A text with some words of the project's own, and some that it lacks."""
     (project.path / "other").mkdir()
@@ -425,7 +429,37 @@ def test_another_architecture_is_refused(project):
     assert "--nhid 12" in output and "--batch-size 8" in output
     config = project.path / "run/config.yaml"
     config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
-    assert "run: is of another architecture (" in project.refused("train", "--resume", "run", "--epochs", 3)
+    assert "hidden_size is 16, and step-84 was trained with 8" in project.refused("train", "--resume", "run")
+
+
+@pytest.mark.parametrize(
+    ("edits", "differing"),
+    [
+        ({"bptt: 5": "bptt: 3", "seed: 1111": "seed: 7"}, {"bptt": (3, 5), "seed": (7, 1111)}),
+        ({"batch_size: 4": "batch_size: 2"}, {"batch_size": (2, 4)}),
+        ({"shuffle: false": "shuffle: true"}, {"shuffle": ("true", "false")}),
+        ({"max_seq_len_delta: null": "max_seq_len_delta: 2"}, {"max_seq_len_delta": (2, "none")}),
+        ({"dropout_hidden: null": "dropout_hidden: 0.1"}, {"locked": ("true", "false")}),
+    ],
+    ids=str,
+)
+def test_a_configuration_edited_where_a_run_must_stay_as_it_was_is_refused(project, edits, differing):
+    project.train("run", "--max-steps", 10)
+    config, untouched = project.path / "run/config.yaml", contents(project.path / "run")
+    written = config.read_text()
+    for old, new in edits.items():
+        assert f"\n{old} " in written
+        config.write_text(config.read_text().replace(f"\n{old} ", f"\n{new} "))
+    output = project.run("train", "--resume", "run", "--max-steps", 20, code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: run/config.yaml: {name} is {now}, and step-10 was trained with {then}; write {name}: {then} there "
+        "again, or train a new run"
+        for name, (now, then) in differing.items()
+    ]
+    config.write_text(written)
+    assert contents(project.path / "run") == untouched
+    project.run("train", "--resume", "run", "--max-steps", 12)
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 1}, {"num_layers": 3}, {"hidden_size": 9}, {"tied": True}], ids=str)
