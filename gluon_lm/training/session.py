@@ -43,7 +43,7 @@ from .checkpoint import (
     set_aside_after,
 )
 from .command import FIXED_ON_RESUME, TrainCommand
-from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink
+from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink, where_it_leads
 from .trainer import Trainer
 
 
@@ -108,7 +108,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
         run.check_free(overwrite=False)
     else:
-        run = RunFolder(Path(command.save))
+        run = RunFolder(where_it_leads(command.save))
     _check_vocabulary(command, corpus, initial)
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
@@ -337,11 +337,12 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     """The part of the first worker: train, with a log in the folder of the run, and maybe write a text in the end."""
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
-        if run.path.parent.name == "runs":
-            newest = run.path.parent / LATEST
+        runs = run.path.parent
+        if runs.name == "runs" or runs == where_it_leads("runs"):
+            newest = runs / LATEST
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is itself a run, so it is not made a link to the newest one", newest)
-            elif newest != run.path:  # --overwrite may have named the link itself
+            else:
                 try:
                     replace_symlink(newest, run.path)
                 except PermissionError as error:

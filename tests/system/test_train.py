@@ -30,6 +30,7 @@ from gluon_lm.errors import CheckpointError, ConfigError
 from gluon_lm.logs import LOGGER
 from gluon_lm.models import LanguageModel
 from gluon_lm.training.checkpoint import load_model, load_parameters
+from gluon_lm.training.run_folder import replace_symlink
 from gluon_lm.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(300)
@@ -158,6 +159,40 @@ def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
 
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_that_a_link_names_is_written_where_the_link_led_at_the_start(project, monkeypatch):
+    latest, first, second = (Path("runs") / name for name in ("latest", "first", "second"))
+    for run in (first, second):
+        project.train(run, "--max-steps", 4)
+        project.run("finetune", run, "--max-steps", 2)
+    untouched, fit = contents(second), Trainer.fit
+
+    def fit_while_another_run_begins(trainer):
+        replace_symlink(latest, second)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", fit_while_another_run_begins)
+    replacing = (*project.training_flags, "--save", latest, "--overwrite", "--checkpoint-every", 1)
+    for run, max_steps, flags in (
+        (first / "finetune_model", 3, ("--resume", latest / "finetune_model")),
+        (first, 6, ("--resume", latest)),
+        (first, 7, replacing),
+    ):
+        replace_symlink(latest, first)
+        project.run("train", *flags, "--max-steps", max_steps)
+        last = project.events(run)[-1]
+        assert (last["event"], last["step"]) == ("test", max_steps)
+        assert contents(second) == untouched
+
+
+def test_the_newest_run_is_found_where_the_folder_of_runs_is_a_link(project):
+    (project.path / "large-disk").mkdir()
+    Path("runs").symlink_to("large-disk")
+    for run in ("first", "second"):
+        project.train(f"runs/{run}", "--max-steps", 3)
+        assert os.readlink("large-disk/latest") == run
+    assert project.run("evaluate") == project.run("evaluate", "runs/second")
 
 
 def write_other_text(project):
