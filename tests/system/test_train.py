@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import termios
@@ -700,8 +701,10 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
     output = project.train("run", code=2)
     assert "--overwrite" in output and "--resume" in output
     assert project.parameters("run") == kept
+    (project.path / "run").chmod(0o700)
     project.train("run", "--seed", 9, "--overwrite")
     assert project.parameters("run") != kept
+    assert stat.S_IMODE((project.path / "run").stat().st_mode) == 0o700
     (project.path / "mine").mkdir()
     (project.path / "mine/letter.txt").write_text("dear")
     assert "not a run" in project.train("mine", "--overwrite", code=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_a_folder_takes_the_place_of_another_and_of_what_was_left_behind(tmp_pat
         (fresh / "model").write_text("new")
     assert (target / "model").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_takes_the_place_of_another_has_its_permissions(tmp_path):
+    file, folder = tmp_path / "config.yaml", tmp_path / "exported"
+    file.write_text("old")
+    folder.mkdir()
+    modes = [(0o600, 0o700), (0o664, 0o2775), (0o444, 0o711)]
+    for file_mode, folder_mode in modes:
+        file.chmod(file_mode)
+        folder.chmod(folder_mode)
+        with atomic_write(file) as fresh:
+            fresh.write(b"new")
+        with replaced_folder(folder) as fresh_folder:
+            (fresh_folder / "model").write_text("new")
+        assert file.read_text() == (folder / "model").read_text() == "new"
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (file, folder)] == [file_mode, folder_mode]
 
 
 def test_short_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
