@@ -30,7 +30,16 @@ from ..config import Config, read_config, show
 from ..data import Vocabulary
 from ..data.vocabulary import EOS
 from ..errors import CheckpointError, GluonLMError, reason
-from ..files import digest_of, file_hash, read_arrays, replaced_folder, sealed, synchronise, write_arrays
+from ..files import (
+    digest_of,
+    file_hash,
+    read_arrays,
+    replaced_folder,
+    sealed,
+    synchronise,
+    temporary_sibling,
+    write_arrays,
+)
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..metrics import finite_or_none, perplexity
@@ -482,9 +491,10 @@ def _of_another_model(origin: Path, differing: Sequence[str]) -> CheckpointError
 def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
     for path in run.saved_checkpoints()[:-keep]:
         if path != best:
-            path.rename(path.with_name(f".{path.name}.old"))  # so that a kill leaves no part of it under its name
+            path.rename(temporary_sibling(path))  # so that a kill leaves no part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
-        shutil.rmtree(leftover)
+        # NFS refuses it while another process has a file open; the next checkpoint tries again.
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _others(path: Path) -> str:

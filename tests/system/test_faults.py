@@ -112,6 +112,23 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(project, disk):
     project.run("train", *project.training_flags, "--save", "disk/run", "--overwrite")
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_training(project):
+    project.train("run", "--max-steps", 2, "--checkpoint-every", 2, "--eval-every", 4, "--keep-checkpoints", 1)
+    checkpoints = project.path / "run/checkpoints"
+    busy = Disk(checkpoints / "step-2/busy", 1 << 20)  # as a file is on NFS while another process has it open
+    try:
+        project.run("train", "--resume", "run", "--max-steps", 8)
+        assert {path.name for path in checkpoints.glob("step-*")} == {
+            os.path.basename(os.readlink(f"run/{link}")) for link in ("best", "latest")
+        }
+        assert len(list(checkpoints.glob(".*"))) == 1
+    finally:
+        for mounted in checkpoints.glob(f"*/{busy.path.name}"):
+            subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+    project.run("train", "--resume", "run", "--max-steps", 10)
+    assert not list(checkpoints.glob(".*"))
+
+
 def test_a_download_to_a_full_disk_leaves_nothing(project, disk, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     content = bytes(200_000)
