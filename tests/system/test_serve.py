@@ -386,6 +386,25 @@ def test_what_is_addressed_to_another_host_is_refused_for_it_is_from_some_page_i
             assert answer.status == 421 and "--allowed-hosts" in answer.json["detail"], host
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/", b"words=5", URLENCODED),
+        ("/expose/ID/any/path", *multipart({"words": 5})),
+        ("/v1/generate", b'{"words": 5}', "application/json"),
+        ("/v1/score", b'{"text": "the cat"}', "application/json"),
+    ],
+)
+def test_what_a_page_of_another_site_posts_is_refused(server, path, body, kind):
+    written = server.figure("gluon_lm_words_total")
+    answer = server.ask("POST", path, body, kind, **{"Sec-Fetch-Site": "cross-site"})
+    assert answer.status == 403 and "another site" in answer.text
+    assert server.figure("gluon_lm_words_total") == written
+    assert server.ask("GET", "/", **{"Sec-Fetch-Site": "cross-site"}).status == 200  # a link leads here
+    for site in ("same-origin", "same-site", "none"):
+        assert server.ask("POST", path, body, kind, **{"Sec-Fetch-Site": site}).status == 200, site
+
+
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
     with Server(run, "--slots", 2, "--max-words", ENDLESS, "--timeout", 2) as server:
         with socket.socket() as reader:
