@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .training.checkpoint import TRAINING_TEXT, load_model_and_state
     from .training.run_folder import find_run
 
-    run, _ = find_run(parsed.run)
+    run, named_checkpoint = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint, state = load_model_and_state(parsed.run, device)
-    data = parsed.over(config.data)
+    model, vocabulary, config, checkpoint, state = load_model_and_state(named_checkpoint or run.path, device)
+    data = parsed.over(run.with_text_of(config.data))
     try:
         corpus = load_corpus(data, vocabulary=vocabulary, splits=("train", split))
     except DataError as error:

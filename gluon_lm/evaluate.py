@@ -72,11 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .evaluation.static import evaluate
     from .losses import target_losses
     from .training.checkpoint import load_model
+    from .training.run_folder import find_run
 
+    run, named_checkpoint = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    model, vocabulary, config, checkpoint = load_model(parsed.run, device)
-    of_run = "data" not in parsed.settings
-    corpus = load_corpus(parsed.over(config.data), vocabulary=vocabulary, splits=(split,), of_run=of_run)
+    model, vocabulary, config, checkpoint = load_model(named_checkpoint or run.path, device)
+    data, of_run = parsed.over(run.with_text_of(config.data)), "data" not in parsed.settings
+    corpus = load_corpus(data, vocabulary=vocabulary, splits=(split,), of_run=of_run)
     window_losses = target_losses
     if options.cache:
         window_losses = NeuralCache(options.window, options.theta, options.cache_weight).losses

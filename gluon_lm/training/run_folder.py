@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import glob
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config import DataConfig, read_config
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
 from ..files import atomic_write, check_folder, swap_folders, temporary_sibling
@@ -163,6 +165,11 @@ class RunFolder:
         """Replace ``config.yaml``, when a run continues with other flags."""
         with atomic_write(self.config) as file:
             file.write(config_yaml.encode("utf-8"))
+
+    def with_text_of(self, data: DataConfig) -> DataConfig:
+        """The configuration of a checkpoint's text with the place where the run has it, which may be a newer one."""
+        now = read_config(self.config).data
+        return dataclasses.replace(data, data=now.data, data_dir=now.data_dir)
 
     def checkpoint(self, step: int | None) -> Path:
         """The path of a step's checkpoint, which may not exist."""

@@ -468,6 +468,21 @@ def test_a_text_that_was_moved_is_named_anew(project):
     assert "another text" in project.refused("train", "--resume", "run", "--epochs", 3, "--data", "moved")
 
 
+def test_a_text_that_was_moved_is_the_one_that_a_checkpoint_from_before_is_evaluated_on(project):
+    project.train("run", "--epochs", 1)
+    adapting = ("dynamiceval", "run", "--max-batches", 3)
+    expected = [project.run(*command).splitlines()[-1] for command in (("evaluate", "run"), adapting)]
+    shutil.move("text", "moved")
+    project.run("train", "--resume", "run", "--data", "moved", "--epochs", 2, "--lr", 1e-30)
+    assert os.readlink("run/best") == "checkpoints/step-42" and os.readlink("run/latest") == "checkpoints/step-84"
+    shutil.copytree("moved", "text")
+    for split in ("train", "test"):
+        append(project.path / f"text/{split}.txt")
+    for command, line in zip((("evaluate", "run"), adapting), expected):
+        assert project.run(*command).splitlines()[-1] == line
+    assert project.run("evaluate", "run/checkpoints/step-42").splitlines()[-1] == expected[0]
+
+
 # ---------------------------------------------------------------- bad files
 
 
