@@ -23,7 +23,7 @@ from .config import Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
-from .files import check_folder, digest_of, file_hash, replaced_folder, sealed
+from .files import check_folder, digest_of, file_hash, in_utf8, replaced_folder, sealed
 from .logs import LOGGER
 from .memory import is_allocation_failure
 from .models import CELLS, LanguageModel
@@ -34,6 +34,7 @@ from .training.run_folder import CONFIG, PARAMETERS as PARAMETERS_OF_RUN, VOCABU
 
 SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 _FORMAT = 1
+_NOT_UTF8 = "MXNet takes only paths that are UTF-8, and {} is not"
 _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 
 
@@ -95,10 +96,12 @@ def write_export(
             f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
         )
     check_folder("--output", output)
+    target = Path(os.path.realpath(output))  # a link to an export stays a link
+    if in_utf8(target) != str(target):
+        raise ConfigError(f"--output {output}: {_NOT_UTF8.format(in_utf8(target))}; name another folder")
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name)
         bar.update(1)
-        target = Path(os.path.realpath(output))  # a link to an export stays a link
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replaced_folder(target) as fresh:
@@ -246,6 +249,8 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         If a file is missing or was changed.
     """
     folder = Path(folder)
+    if in_utf8(folder) != str(folder):
+        raise CheckpointError(f"{folder}: {_NOT_UTF8.format(in_utf8(folder))}; rename what is not")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT or manifest["kind"] != "symbol":

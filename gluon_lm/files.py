@@ -45,6 +45,11 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
+def in_utf8(path: str | Path) -> str:
+    """A path as text for which there is UTF-8: bytes that are none, which a name on Linux may have, are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def temporary_sibling(path: Path) -> Path:
     """A hidden name in the same folder for what will replace `path`; no other process gets the same.
 

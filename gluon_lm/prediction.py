@@ -16,6 +16,7 @@ from mxnet import gluon
 
 from .config import ModelConfig
 from .data import Vocabulary
+from .files import in_utf8
 from .losses import target_losses
 from .models import LanguageModel, State
 
@@ -181,7 +182,7 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
     for parameter in model.named_parameters().values():
         parameter.grad_req = "null"  # which frees the gradients
     origin = describe_checkpoint(path, state, config, vocabulary)
-    origin["training"]["run"] = folder_of(path.resolve()).name
+    origin["training"]["run"] = in_utf8(folder_of(path.resolve()).name)
     predictor = ModelPredictor(model, vocabulary, config.data.tokenizer or "whitespace", device, origin)
     predictor.path = path
     return predictor

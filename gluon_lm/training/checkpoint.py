@@ -33,6 +33,7 @@ from ..errors import CheckpointError, GluonLMError, reason
 from ..files import (
     digest_of,
     file_hash,
+    in_utf8,
     read_arrays,
     replaced_folder,
     sealed,
@@ -414,7 +415,8 @@ def describe_checkpoint(
         If `state` is not that of a checkpoint.
     """
     try:
-        training, text = _read_training(state["training"]), dict(state["text"])
+        training = _read_training(state["training"])
+        text = {name: in_utf8(value) for name, value in state["text"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is damaged ({reason(error)}){_others(path)}") from error
     loss = training.best_loss if training.best_step == training.step else None
@@ -427,7 +429,7 @@ def describe_checkpoint(
             "unk_id": vocabulary.unk_id,
         },
         "training": {
-            "checkpoint": path.name,
+            "checkpoint": in_utf8(path.name),
             "epochs": training.epoch,
             "steps": training.step,
             "averaged": UNAVERAGED in state["sha256"],

@@ -31,6 +31,7 @@ from gluon_lm.data.download import PlainMirror, PublishedFile, download_files
 from gluon_lm.errors import DataError
 from gluon_lm.files import digest_of
 from gluon_lm.locks import is_in_use, sole_use
+from gluon_lm.prediction import load_predictor
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
 
@@ -320,6 +321,22 @@ def test_names_that_are_no_utf8_are_written_as_they_can_be(project):
     project.run("report", "run\udce9", "--words", 0)
     assert "caf\\udce9" in (project.path / "run\udce9" / "log.txt").read_text()
     assert "caf\\udce9" in (project.path / "run\udce9" / "report.html").read_text()
+    description = load_predictor("run\udce9").describe()
+    assert (description["text"]["name"], description["training"]["run"]) == ("caf\\udce9", "run\\udce9")
+    project.run("export", "run\udce9", "--output", "exported")
+    assert load_predictor("exported").describe()["text"]["name"] == "caf\\udce9"
+
+
+@pytest.mark.parametrize("kind", ["symbol", "onnx"])
+def test_an_export_in_a_folder_whose_name_is_no_utf8_is_refused(project, kind):
+    project.have_trained("run")
+    for output in ("exported\udce9", "folder\udce9/exported"):
+        line = project.refused("export", "run", "--format", kind, "--output", output)
+        assert "takes only paths that are UTF-8" in line
+    assert not list(project.path.glob("*\udce9"))
+    project.run("export", "run", "--format", kind, "--output", "exported")
+    shutil.move("exported", "exported\udce9")
+    assert "takes only paths that are UTF-8" in project.refused("generate", "exported\udce9", "--words", 3)
 
 
 def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -269,6 +270,12 @@ def test_it_says_what_it_is_and_how_it_is(server):
     figures = server.ask("GET", "/metrics").text
     assert re.search(r'^gluon_lm_requests_total\{method="POST",route="/v1/generate",status="200"\} \d+$', figures, re.M)
     assert re.search(r'^gluon_lm_request_seconds_bucket\{route="/v1/generate",le="\+Inf"\} \d+$', figures, re.M)
+
+
+def test_it_says_what_it_is_where_the_name_of_its_run_is_no_utf8(run):
+    other = shutil.copytree(run, run.with_name("run\udce9"), symlinks=True)
+    with Server(other) as server:
+        assert server.ask("GET", "/v1/model").json["description"]["training"]["run"] == "run\\udce9"
 
 
 def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
