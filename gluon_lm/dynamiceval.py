@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .training.checkpoint import TRAINING_TEXT
     from .training.run_folder import find_run
 
-    run, _ = find_run(parsed.run)
+    run, named_checkpoint = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    trained = load_trained(parsed.run, device)
-    data = parsed.over(trained.config.data)
+    trained = load_trained(named_checkpoint or run.path, device)
+    data = parsed.over(run.with_text_of(trained.config.data))
     try:
         corpus = load_corpus(data, vocabulary=trained.vocabulary, splits=("train", split))
     except DataError as error:

@@ -72,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .evaluation.static import evaluate
     from .losses import target_losses
     from .trained import load_trained
+    from .training.run_folder import find_run
 
+    run, named_checkpoint = find_run(parsed.run)
     device = resolve_single_device(device_config)
-    trained = load_trained(parsed.run, device)
-    data, of_run = parsed.over(trained.config.data), "data" not in parsed.settings
+    trained = load_trained(named_checkpoint or run.path, device)
+    data, of_run = parsed.over(run.with_text_of(trained.config.data)), "data" not in parsed.settings
     corpus = load_corpus(data, vocabulary=trained.vocabulary, splits=(split,), of_run=of_run)
     window_losses = target_losses
     if options.cache:

@@ -19,13 +19,14 @@ from .config import show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, GluonLMError, reason
-from .files import read_seal, verify_files
+from .files import in_utf8, read_seal, verify_files
 from .memory import is_allocation_failure
 from .prediction import Predictor
 from .training.run_folder import VOCABULARY
 
 SYMBOL, PARAMETERS, MANIFEST = "model-symbol.json", "model-0000.params", "manifest.json"
 FORMAT = 1
+NOT_UTF8 = "MXNet takes only paths that are UTF-8, and {} is not"
 _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 
 
@@ -80,6 +81,8 @@ def load_exported(folder: str | Path, device: mx.Context | None = None) -> Expor
         If a file is missing or was changed.
     """
     folder = Path(folder)
+    if in_utf8(folder) != str(folder):
+        raise CheckpointError(f"{folder}: {NOT_UTF8.format(in_utf8(folder))}; rename what is not")
     try:
         manifest = read_seal(folder, MANIFEST)
         if manifest["format"] != FORMAT or manifest["kind"] != "symbol":

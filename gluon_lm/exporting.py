@@ -13,8 +13,8 @@ import mxnet as mx
 from . import __version__
 from .config import ModelConfig
 from .errors import ConfigError
-from .exported import FORMAT, MANIFEST, PARAMETERS, SYMBOL
-from .files import check_folder, replaced_folder, write_seal
+from .exported import FORMAT, MANIFEST, NOT_UTF8, PARAMETERS, SYMBOL
+from .files import check_folder, in_utf8, replaced_folder, write_seal
 from .logs import LOGGER
 from .models import CELLS
 from .progress import progress_bar
@@ -65,10 +65,12 @@ def write_export(
             f"--output {output}: exists and is not an exported model, or has other files in it; name another folder"
         )
     check_folder("--output", output)
+    target = Path(os.path.realpath(output))  # a link to an export stays a link
+    if in_utf8(target) != str(target):
+        raise ConfigError(f"--output {output}: {NOT_UTF8.format(in_utf8(target))}; name another folder")
     with progress_bar(total=3, desc=f"exporting {output}", unit="step") as bar:
         trained = load_trained(name, mx.cpu())
         bar.update(1)
-        target = Path(os.path.realpath(output))  # a link to an export stays a link
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replaced_folder(target) as fresh:

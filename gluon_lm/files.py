@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 import zipfile
@@ -42,6 +43,11 @@ def file_hash(path: Path, algorithm: str = "sha256") -> str:
             digest.update(block)
             beat()
     return digest.hexdigest()
+
+
+def in_utf8(path: str | Path) -> str:
+    """A path as text for which there is UTF-8: bytes that are none, which a name on Linux may have, are escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -81,12 +87,18 @@ def _is_device_or_pipe(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
+def _copy_permissions(old: Path, fresh: Path) -> None:
+    mode = stat.S_IMODE(old.stat().st_mode)
+    if stat.S_IMODE(fresh.stat().st_mode) != mode:  # where all files have the same, they cannot be changed
+        fresh.chmod(mode)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that replaces `path` if the block ends without an error, and otherwise leaves no trace.
 
-    A link stays, and its target is replaced; a device or a pipe is written to, and so is an open file descriptor
-    (``/dev/stdout``, ``/dev/fd/3``).
+    A file's permissions stay. A link stays, and its target is replaced; a device or a pipe is written to, and so is an
+    open file descriptor (``/dev/stdout``, ``/dev/fd/3``).
     """
     descriptor = _descriptor(path)
     if descriptor is not None or _is_device_or_pipe(path):
@@ -98,6 +110,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     fresh = temporary_sibling(target)
     try:
         with open(fresh, "wb") as file:
+            if target.exists():
+                _copy_permissions(target, fresh)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -189,7 +203,8 @@ def _is_credible(error: MemoryError, path: Path) -> bool:
 
 
 def swap_folders(one: Path, other: Path) -> None:
-    """Swap the names of two folders, atomically if the system can."""
+    """Swap the names of two folders, atomically if the system can; `one` gets the permissions of `other`, too."""
+    _copy_permissions(other, one)
     try:
         rename = ctypes.CDLL(None).renameat2
         if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:

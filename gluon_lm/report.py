@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .cli import CommandParser, Section, as_command
 from .config import DeviceConfig, integer, option, optional, pathname
 from .errors import CheckpointError, ConfigError
-from .files import atomic_write, output_file
+from .files import atomic_write, in_utf8, output_file
 from .history import RunHistory, looks_like_a_run, run_folders
 from .logs import LOGGER, RESULT, log_to_terminal
 from .progress import counted
@@ -107,8 +107,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     count = 1
     while len({own[-count:] for own in parts}) < len(parts):
         count += 1
-    names = ["/".join(own[-count:]) for own in parts]
-    return [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in names]
+    return [in_utf8("/".join(own[-count:])) for own in parts]
 
 
 def _output(name: str | None, folders: Sequence[Path]) -> Path:

@@ -12,6 +12,7 @@ from .config import Config, read_config
 from .data import Vocabulary
 from .data.vocabulary import EOS
 from .exported import is_exported, load_exported
+from .files import in_utf8
 from .metrics import finite_or_none, perplexity
 from .models import LanguageModel
 from .prediction import ModelPredictor, Predictor, describe_model
@@ -66,7 +67,7 @@ class TrainedModel:
                 "unk_id": self.vocabulary.unk_id,
             },
             "training": {
-                "checkpoint": self.path.name,
+                "checkpoint": in_utf8(self.path.name),
                 "epochs": training.epoch,
                 "steps": training.step,
                 "averaged": UNAVERAGED in self.state["sha256"],
@@ -153,7 +154,7 @@ def load_predictor(name: str | Path | None, device: mx.Context | None = None) ->
         return load_exported(name, device)
     trained = load_trained(name, device)
     description = trained.describe()
-    description["training"]["run"] = folder_of(trained.path.resolve()).name
+    description["training"]["run"] = in_utf8(folder_of(trained.path.resolve()).name)
     predictor = ModelPredictor(trained.model, trained.vocabulary, trained.tokenizer, device, description)
     predictor.path = trained.path
     return predictor

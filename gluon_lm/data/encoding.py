@@ -120,20 +120,22 @@ class Text:
         hashes = []
         for span in self.spans:
             sha256 = hashlib.sha256()
-            position, rest = span.start, b""
+            position, rest = span.start, [b""]  # what white space has not ended yet
             for block in span.blocks():
                 sha256.update(block)
                 progress(len(block))
-                rest += block
-                cut = max(rest.rfind(b"\n"), rest.rfind(b" ")) + 1
+                cut = max(block.rfind(b"\n"), block.rfind(b" ")) + 1
                 if cut:
-                    yield _decode(span.path, position, rest[:cut])
-                    position, rest = position + cut, rest[cut:]
+                    piece = b"".join([*rest, block[:cut]])
+                    yield _decode(span.path, position, piece)
+                    position, rest = position + len(piece), []
+                rest.append(block[cut:])
                 last = block[-1:]
-            if position == span.start and not rest:
+            piece = b"".join(rest)
+            if position == span.start and not piece:
                 raise DataError(EMPTY.format(span.path))
             if last != b"\n":
-                yield _decode(span.path, position, rest) + "\n"
+                yield _decode(span.path, position, piece) + "\n"
             hashes.append(sha256.hexdigest())
         if _joined(hashes) != self.digest:
             raise DataError(f"{self.name}: changed while it was read; start again when it is complete")

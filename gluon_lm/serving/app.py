@@ -42,6 +42,7 @@ _ONLY_THIS_SERVER = {
 }
 _Responses = dict[Union[int, str], dict[str, Any]]
 _REFUSALS = {
+    403: "The request is from a page of another site.",
     408: "The request came too slowly.",
     413: "The request is too long.",
     421: "The request is addressed to a host name that is not the server's.",

@@ -55,7 +55,8 @@ class Guard:
         Below `root_path`, POST to any path but these goes to ``/``.
     allowed_hosts : collection of str, optional
         Host names that requests may be addressed to, besides localhost and IP addresses; others are refused with 421,
-        for in a browser any page can have a name of its own resolve to this machine. None: all.
+        for in a browser any page can have a name of its own resolve to this machine. What a page of another site posts
+        to such an address is refused with 403. None: nothing is.
     """
 
     def __init__(
@@ -129,9 +130,13 @@ class Guard:
             return _CLIENT_GONE, "the client went away"
         if len(body) > self._max_body:
             return 413, f"the request is longer than {self._max_body} bytes"
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if self._allowed_hosts is not None and not _is_among(host, self._allowed_hosts):
-            return 421, f"Host {_printable(host)}: is not a name of this server; see --allowed-hosts of serve"
+        if self._allowed_hosts is not None:
+            headers = dict(scope["headers"])
+            host = headers.get(b"host", b"").decode("latin-1")
+            if not _is_among(host, self._allowed_hosts):
+                return 421, f"Host {_printable(host)}: is not a name of this server; see --allowed-hosts of serve"
+            if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+                return 403, "Sec-Fetch-Site cross-site: a page of another site may not post here; use this server's own"
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:

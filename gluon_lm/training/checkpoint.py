@@ -28,7 +28,17 @@ from .. import __version__
 from ..config import show
 from ..data import Vocabulary
 from ..errors import CheckpointError, GluonLMError, reason
-from ..files import read_arrays, read_seal, replaced_folder, synchronise, verify_files, write_arrays, write_seal
+from ..files import (
+    in_utf8,
+    read_arrays,
+    read_seal,
+    replaced_folder,
+    synchronise,
+    temporary_sibling,
+    verify_files,
+    write_arrays,
+    write_seal,
+)
 from ..logs import LOGGER
 from ..memory import is_allocation_failure
 from ..models import LanguageModel
@@ -280,8 +290,9 @@ def training_and_text(path: Path, state: Mapping[str, Any]) -> tuple[TrainingSta
         If that is not the state of a checkpoint.
     """
     try:
-        return _read_training(state["training"]), dict(state["text"])
-    except (KeyError, TypeError, ValueError) as error:
+        text = {name: in_utf8(value) for name, value in state["text"].items()}
+        return _read_training(state["training"]), text
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -414,9 +425,10 @@ def _of_another_model(origin: Path, differing: Sequence[str]) -> CheckpointError
 def _remove_old(run: RunFolder, keep: int, best: Path) -> None:
     for path in run.saved_checkpoints()[:-keep]:
         if path != best:
-            path.rename(path.with_name(f".{path.name}.old"))  # so that a kill leaves no part of it under its name
+            path.rename(temporary_sibling(path))  # so that a kill leaves no part of it under its name
     for leftover in run.checkpoints.glob(f".{CHECKPOINT_PREFIX}*"):
-        shutil.rmtree(leftover)
+        # NFS refuses it while another process has a file open; the next checkpoint tries again.
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

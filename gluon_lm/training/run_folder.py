@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import glob
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config import DataConfig, read_config
 from ..data import Vocabulary
 from ..errors import CheckpointError, ConfigError
 from ..files import atomic_write, check_folder, swap_folders, temporary_sibling
@@ -34,8 +36,9 @@ class RunFolder:
     Attributes
     ----------
     path : Path
-        ``config.yaml``, ``vocab.txt``, ``log.txt``, ``metrics.jsonl``, ``status.json``, ``checkpoints/step-N/``, the
-        links ``best`` and ``latest`` to two of these, and ``tensorboard/`` if it was asked for.
+        Without links, as `where_it_leads` returns it, if the run is written. It has ``config.yaml``, ``vocab.txt``,
+        ``log.txt``, ``metrics.jsonl``, ``status.json``, ``checkpoints/step-N/``, the links ``best`` and ``latest`` to
+        two of these, and ``tensorboard/`` if it was asked for.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,8 +61,9 @@ class RunFolder:
     @classmethod
     def stamped(cls, stem: str | Path) -> RunFolder:
         """A new run ``<stem>-<time>``, which gets another name if that one is taken before it is `created`."""
-        run = cls(_stamped(Path(stem)))
-        run._stem = Path(stem)
+        stem = where_it_leads(Path(stem).parent) / Path(stem).name
+        run = cls(_stamped(stem))
+        run._stem = stem
         return run
 
     def check_free(self, overwrite: bool) -> None:
@@ -97,7 +101,7 @@ class RunFolder:
         if self._stem is not None and self.path.exists():
             self._set_path(_stamped(self._stem))
         self.check_free(overwrite)
-        fresh = RunFolder(temporary_sibling(self._place))
+        fresh = RunFolder(temporary_sibling(self.path))
         with contextlib.ExitStack() as stack:
             try:
                 fresh.checkpoints.mkdir(parents=True)
@@ -118,20 +122,16 @@ class RunFolder:
         """Whether the folder is a run."""
         return self.config.is_file() and self.checkpoints.is_dir()
 
-    @property
-    def _place(self) -> Path:
-        return Path(os.path.realpath(self.path))  # a link to a run stays a link
-
     def _move_in(self, fresh: Path, overwrite: bool) -> None:
         """Move the folder `fresh` to where this run is or will be."""
-        if overwrite and self._place.exists():
+        if overwrite and self.path.exists():
             with contextlib.ExitStack() as stack:
-                for run in [self, *map(RunFolder, finetunings(self._place))]:
+                for run in [self, *map(RunFolder, finetunings(self.path))]:
                     stack.enter_context(run.held())
-                swap_folders(fresh, self._place)
+                swap_folders(fresh, self.path)
             return
         try:
-            fresh.rename(self._place)
+            fresh.rename(self.path)
         except OSError:
             if not self.path.exists():
                 raise
@@ -166,6 +166,11 @@ class RunFolder:
         with atomic_write(self.config) as file:
             file.write(config_yaml.encode("utf-8"))
 
+    def with_text_of(self, data: DataConfig) -> DataConfig:
+        """The configuration of a checkpoint's text with the place where the run has it, which may be a newer one."""
+        now = read_config(self.config).data
+        return dataclasses.replace(data, data=now.data, data_dir=now.data_dir)
+
     def checkpoint(self, step: int | None) -> Path:
         """The path of a step's checkpoint, which may not exist."""
         return self.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
@@ -182,6 +187,15 @@ def finetunings(run: Path) -> Iterator[Path]:
     """The finetuned run in the folder of a run, the one in that, and so on."""
     while os.access(run, os.X_OK) and (run := run / FINETUNED).is_dir():
         yield run
+
+
+def where_it_leads(path: str | Path) -> Path:
+    """A path without links: the same one if there is none in it.
+
+    What is read or written for long is named so, because a link such as ``runs/latest`` may by then lead elsewhere.
+    """
+    real = os.path.realpath(path)
+    return Path(os.path.normpath(path) if os.path.abspath(path) == real else real)
 
 
 def strip_model_suffix(path: str | Path) -> Path:
@@ -258,13 +272,12 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
         If there is no such run.
     """
     if name is None:
-        newest = Path("runs/latest")
-        if not newest.exists():
+        name = Path("runs") / LATEST
+        if not name.exists():
             raise CheckpointError(
                 "no run is named and runs/latest does not exist; name a run folder, or train one with "
                 "python -m gluon_lm.train"
             )
-        name = newest.resolve()
     path = Path(name) if Path(name).is_dir() else strip_model_suffix(name)
     if not path.is_dir() and path != Path(name) and path.name == "model":
         path = path.parent  # the mixture's authors write FOLDER/model.pt
@@ -275,8 +288,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
             f"{name}: there is no such run; name a run folder (it has config.yaml and checkpoints/){hint}"
         )
     if RunFolder(path).is_there:
-        # A link such as runs/latest may point to another run before the work on this one ends.
-        return RunFolder(path.resolve() if path.is_symlink() else path), None
+        return RunFolder(where_it_leads(path)), None
     checkpoint = path.resolve()
     folder = folder_of(checkpoint)
     if checkpoint.parent in (folder, folder / CHECKPOINTS) and (folder / CONFIG).is_file():

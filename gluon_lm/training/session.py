@@ -13,6 +13,7 @@ from ..config import (
     Config,
     OptimConfig,
     device_count,
+    get,
     read_config,
     show,
     validate,
@@ -43,8 +44,8 @@ from .checkpoint import (
     repair_links,
     set_aside_after,
 )
-from .command import TrainCommand
-from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink
+from .command import FIXED_ON_RESUME, TrainCommand
+from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink, where_it_leads
 from .trainer import Trainer
 
 
@@ -109,7 +110,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     if command.save is None:
         run = RunFolder.stamped(command.stem or Path("runs") / f"{corpus.name}-{command.config.model.model}")
     else:
-        run = RunFolder(Path(command.save))
+        run = RunFolder(where_it_leads(command.save))
     _check_vocabulary(command, corpus, initial)
     for doubt in corpus.doubts(made_vocabulary=initial is None and command.config.data.vocab is None):
         LOGGER.log(NOTICE, "%s", doubt)
@@ -139,25 +140,25 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         is_named = path is not None
         path = path or newest_checkpoint(run)
         checkpoint = load_checkpoint(path)
+        before = read_config(path / CONFIG)
+        _check_fixed(command, before, run, path)
         corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
         again = f"train again with --save {run.path} --overwrite in place of --resume"
         _check_text(checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {again}")
-        optim_of_checkpoint = read_config(path / CONFIG).optim
-        lr_of_checkpoint = optim_of_checkpoint.lr
         if is_named and "lr" not in command.settings:
-            command = command.with_lr(lr_of_checkpoint)
+            command = command.with_lr(before.optim.lr)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
         _say_whether_averaging_starts(trainer)
         # Given now, or at an earlier start that ended before it wrote a checkpoint.
-        if "lr" in command.settings or lr_of_checkpoint != command.config.optim.lr:
+        if "lr" in command.settings or before.optim.lr != command.config.optim.lr:
             trainer.state.lr = command.config.optim.lr
         if trainer.end is not None:
             LOGGER.log(NOTICE, "nothing is left to train at step %d: %s", trainer.state.step, trainer.end)
         else:
             LOGGER.info("resuming at step %d, epoch %d", trainer.state.step, trainer.state.epoch + 1)
-        for idle in _too_late(command, optim_of_checkpoint, trainer.state):
+        for idle in _too_late(command, before.optim, trainer.state):
             LOGGER.log(NOTICE, "%s", idle)
         if command.dry_run:
             LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -279,6 +280,30 @@ def _check_vocabulary(command: TrainCommand, corpus: Corpus, initial: Path | Non
         raise ConfigError(problems)
 
 
+def _check_fixed(command: TrainCommand, before: Config, run: RunFolder, path: Path) -> None:
+    """Make sure that a run's ``config.yaml`` was not edited where it must stay what its checkpoint was trained with.
+
+    Raises
+    ------
+    ConfigError
+        With every value that differs.
+    """
+
+    def fixed(config: Config) -> dict[str, object]:
+        values = {name: get(config, name) for name in sorted(FIXED_ON_RESUME)}
+        return {**values, "locked": config.model.has_locked_dropout}  # not set, it follows from rates, which may change
+
+    now = fixed(command.config)
+    problems = [
+        f"{run.config}: {name} is {show(now[name])}, and {path.name} was trained with {show(value)}; "
+        f"write {name}: {show(value)} there again, or train a new run"
+        for name, value in fixed(before).items()
+        if value != now[name]
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _too_late(command: TrainCommand, before: OptimConfig, state: TrainingState) -> list[str]:
     """Flags given to a resumed run that are new to it but come too late to have an effect, a line each."""
     settings, optim, lines = command.settings, command.config.optim, []
@@ -323,11 +348,12 @@ def _fit_and_tell(trainer: Trainer, run: RunFolder) -> int:
     """The part of the first worker: train, with a log in the folder of the run, and maybe write a text in the end."""
     with log_to_file(run.log):
         LOGGER.info("run folder %s", run.path)
-        if run.path.parent.name == "runs":
-            newest = run.path.parent / LATEST
+        runs = run.path.parent
+        if runs.name == "runs" or runs == where_it_leads("runs"):
+            newest = runs / LATEST
             if newest.is_dir() and not newest.is_symlink():
                 LOGGER.info("%s is itself a run, so it is not made a link to the newest one", newest)
-            elif newest != run.path:  # --overwrite may have named the link itself
+            else:
                 try:
                     replace_symlink(newest, run.path)
                 except PermissionError as error:

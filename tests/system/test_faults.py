@@ -31,6 +31,7 @@ from gluon_lm.data.download import PlainMirror, PublishedFile, download_files
 from gluon_lm.errors import DataError
 from gluon_lm.files import digest_of
 from gluon_lm.locks import is_in_use, sole_use
+from gluon_lm.prediction import load_predictor
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
 
@@ -110,6 +111,23 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(project, disk):
     assert "step-42: cannot be written (it needs 1 MB, more than the disk has left)" in error
     disk.free()
     project.run("train", *project.training_flags, "--save", "disk/run", "--overwrite")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_training(project):
+    project.train("run", "--max-steps", 2, "--checkpoint-every", 2, "--eval-every", 4, "--keep-checkpoints", 1)
+    checkpoints = project.path / "run/checkpoints"
+    busy = Disk(checkpoints / "step-2/busy", 1 << 20)  # as a file is on NFS while another process has it open
+    try:
+        project.run("train", "--resume", "run", "--max-steps", 8)
+        assert {path.name for path in checkpoints.glob("step-*")} == {
+            os.path.basename(os.readlink(f"run/{link}")) for link in ("best", "latest")
+        }
+        assert len(list(checkpoints.glob(".*"))) == 1
+    finally:
+        for mounted in checkpoints.glob(f"*/{busy.path.name}"):
+            subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+    project.run("train", "--resume", "run", "--max-steps", 10)
+    assert not list(checkpoints.glob(".*"))
 
 
 def test_a_download_to_a_full_disk_leaves_nothing(project, disk, monkeypatch):
@@ -303,6 +321,22 @@ def test_names_that_are_no_utf8_are_written_as_they_can_be(project):
     project.run("report", "run\udce9", "--words", 0)
     assert "caf\\udce9" in (project.path / "run\udce9" / "log.txt").read_text()
     assert "caf\\udce9" in (project.path / "run\udce9" / "report.html").read_text()
+    description = load_predictor("run\udce9").describe()
+    assert (description["text"]["name"], description["training"]["run"]) == ("caf\\udce9", "run\\udce9")
+    project.run("export", "run\udce9", "--output", "exported")
+    assert load_predictor("exported").describe()["text"]["name"] == "caf\\udce9"
+
+
+@pytest.mark.parametrize("kind", ["symbol", "onnx"])
+def test_an_export_in_a_folder_whose_name_is_no_utf8_is_refused(project, kind):
+    project.have_trained("run")
+    for output in ("exported\udce9", "folder\udce9/exported"):
+        line = project.refused("export", "run", "--format", kind, "--output", output)
+        assert "takes only paths that are UTF-8" in line
+    assert not list(project.path.glob("*\udce9"))
+    project.run("export", "run", "--format", kind, "--output", "exported")
+    shutil.move("exported", "exported\udce9")
+    assert "takes only paths that are UTF-8" in project.refused("generate", "exported\udce9", "--words", 3)
 
 
 def test_of_two_runs_begun_at_once_in_one_folder_one_is_refused(project):
@@ -460,6 +494,21 @@ def test_a_run_without_a_checkpoint_is_trained_again(project):
     line = project.refused("train", "--resume", "run")
     assert line.endswith("no checkpoint yet; train again with --save run --overwrite in place of --resume")
     project.train("run", "--overwrite", "--max-steps", 1)
+
+
+def test_a_text_that_was_moved_is_the_one_that_a_checkpoint_from_before_is_evaluated_on(project):
+    project.train("run", "--epochs", 1)
+    adapting = ("dynamiceval", "run", "--max-batches", 3)
+    expected = [project.run(*command).splitlines()[-1] for command in (("evaluate", "run"), adapting)]
+    shutil.move("text", "moved")
+    project.run("train", "--resume", "run", "--data", "moved", "--epochs", 2, "--lr", 1e-30)
+    assert os.readlink("run/best") == "checkpoints/step-42" and os.readlink("run/latest") == "checkpoints/step-84"
+    shutil.copytree("moved", "text")
+    for split in ("train", "test"):
+        append(project.path / f"text/{split}.txt")
+    for command, line in zip((("evaluate", "run"), adapting), expected):
+        assert project.run(*command).splitlines()[-1] == line
+    assert project.run("evaluate", "run/checkpoints/step-42").splitlines()[-1] == expected[0]
 
 
 # ---------------------------------------------------------------- bad files

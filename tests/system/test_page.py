@@ -7,6 +7,7 @@ import re
 
 import pytest
 from browser import EXECUTABLE, contrasts, open_browser
+from loopback import Server as OtherServer
 from serving import PATIENCE, Server, train_tiny_run, until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -131,6 +132,22 @@ def test_without_scripts_the_form_still_works(open_page):
     page.get_by_role("button", name="Generate").click()
     page.wait_for_url("**/expose/ID/")
     assert len(page.locator("body").inner_text().split()) == 25
+
+
+def test_a_page_of_another_site_has_nothing_written(server, browser):
+    page_of_other = f"""<!DOCTYPE html><form method="post" action="{server.url}/">
+        <input name="words" value="9"><button>Write</button></form>"""
+    written = server.figure("gluon_lm_words_total")
+    with contextlib.closing(OtherServer()) as other, contextlib.closing(browser.new_context()) as window:
+        other.pages["/"] = page_of_other.encode()
+        page = window.new_page()
+        page.goto(other.url.replace("127.0.0.1", "localhost"))  # to a browser, another site
+        page.evaluate(
+            "url => fetch(url, {method: 'POST', mode: 'no-cors', body: new URLSearchParams({words: 9})})", server.url
+        )
+        page.get_by_role("button", name="Write").click()
+        playwright.expect(page.locator("body")).to_contain_text("a page of another site may not post here")
+    assert server.figure("gluon_lm_words_total") == written
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -271,6 +272,12 @@ def test_it_says_what_it_is_and_how_it_is(server):
     assert re.search(r'^gluon_lm_request_seconds_bucket\{route="/v1/generate",le="\+Inf"\} \d+$', figures, re.M)
 
 
+def test_it_says_what_it_is_where_the_name_of_its_run_is_no_utf8(run):
+    other = shutil.copytree(run, run.with_name("run\udce9"), symlinks=True)
+    with Server(other) as server:
+        assert server.ask("GET", "/v1/model").json["description"]["training"]["run"] == "run\\udce9"
+
+
 def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
     server.ask("GET", "/a%0Ab%1b")
     until(lambda: any(line.startswith("127.0.0.1 GET /a%0Ab%1b 404 ") for line in server.lines))
@@ -384,6 +391,25 @@ def test_what_is_addressed_to_another_host_is_refused_for_it_is_from_some_page_i
         for host in refused:
             answer = server.ask("GET", "/v1/model", Host=host)
             assert answer.status == 421 and "--allowed-hosts" in answer.json["detail"], host
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/", b"words=5", URLENCODED),
+        ("/expose/ID/any/path", *multipart({"words": 5})),
+        ("/v1/generate", b'{"words": 5}', "application/json"),
+        ("/v1/score", b'{"text": "the cat"}', "application/json"),
+    ],
+)
+def test_what_a_page_of_another_site_posts_is_refused(server, path, body, kind):
+    written = server.figure("gluon_lm_words_total")
+    answer = server.ask("POST", path, body, kind, **{"Sec-Fetch-Site": "cross-site"})
+    assert answer.status == 403 and "another site" in answer.text
+    assert server.figure("gluon_lm_words_total") == written
+    assert server.ask("GET", "/", **{"Sec-Fetch-Site": "cross-site"}).status == 200  # a link leads here
+    for site in ("same-origin", "same-site", "none"):
+        assert server.ask("POST", path, body, kind, **{"Sec-Fetch-Site": site}).status == 200, site
 
 
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):

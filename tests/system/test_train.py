@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import termios
@@ -32,6 +33,7 @@ from gluon_lm.models import LanguageModel
 from gluon_lm.tracking import write_status
 from gluon_lm.trained import load_model
 from gluon_lm.training.checkpoint import load_parameters
+from gluon_lm.training.run_folder import replace_symlink
 from gluon_lm.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(300)
@@ -160,6 +162,44 @@ def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):
         project.run("train", "--resume", "runs/latest", "--max-steps", max_steps)
         assert (project.path / "runs/latest").resolve() == run
         assert os.readlink(run / "latest") == f"checkpoints/step-{max_steps}"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_that_a_link_names_is_written_where_the_link_led_at_the_start(project, monkeypatch):
+    latest, first, second = (Path("runs") / name for name in ("latest", "first", "second"))
+    for run in (first, second):
+        project.train(run, "--max-steps", 4)
+        project.run("finetune", run, "--max-steps", 2)
+    untouched, fit = contents(second), Trainer.fit
+
+    def fit_while_another_run_begins(trainer):
+        replace_symlink(latest, second)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", fit_while_another_run_begins)
+    replacing = (*project.training_flags, "--save", latest, "--overwrite", "--checkpoint-every", 1)
+    for run, max_steps, flags in (
+        (first / "finetune_model", 3, ("--resume", latest / "finetune_model")),
+        (first, 6, ("--resume", latest)),
+        (first, 7, replacing),
+    ):
+        replace_symlink(latest, first)
+        project.run("train", *flags, "--max-steps", max_steps)
+        last = project.events(run)[-1]
+        assert (last["event"], last["step"]) == ("test", max_steps)
+        assert contents(second) == untouched
+
+
+def test_the_newest_run_is_found_where_the_folder_of_runs_is_a_link(project):
+    (project.path / "large-disk").mkdir()
+    Path("runs").symlink_to("large-disk")
+    for run in ("first", "second"):
+        project.train(f"runs/{run}", "--max-steps", 3)
+        assert os.readlink("large-disk/latest") == run
+    assert project.run("evaluate") == project.run("evaluate", "runs/second")
 
 
 def write_other_text(project):
@@ -431,7 +471,37 @@ def test_another_architecture_is_refused(project):
     assert "--nhid 12" in output and "--batch-size 8" in output
     config = project.path / "run/config.yaml"
     config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
-    assert "run: is of another architecture (" in project.refused("train", "--resume", "run", "--epochs", 3)
+    assert "hidden_size is 16, and step-84 was trained with 8" in project.refused("train", "--resume", "run")
+
+
+@pytest.mark.parametrize(
+    ("edits", "differing"),
+    [
+        ({"bptt: 5": "bptt: 3", "seed: 1111": "seed: 7"}, {"bptt": (3, 5), "seed": (7, 1111)}),
+        ({"batch_size: 4": "batch_size: 2"}, {"batch_size": (2, 4)}),
+        ({"shuffle: false": "shuffle: true"}, {"shuffle": ("true", "false")}),
+        ({"max_seq_len_delta: null": "max_seq_len_delta: 2"}, {"max_seq_len_delta": (2, "none")}),
+        ({"dropout_hidden: null": "dropout_hidden: 0.1"}, {"locked": ("true", "false")}),
+    ],
+    ids=str,
+)
+def test_a_configuration_edited_where_a_run_must_stay_as_it_was_is_refused(project, edits, differing):
+    project.train("run", "--max-steps", 10)
+    config, untouched = project.path / "run/config.yaml", contents(project.path / "run")
+    written = config.read_text()
+    for old, new in edits.items():
+        assert f"\n{old} " in written
+        config.write_text(config.read_text().replace(f"\n{old} ", f"\n{new} "))
+    output = project.run("train", "--resume", "run", "--max-steps", 20, code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: run/config.yaml: {name} is {now}, and step-10 was trained with {then}; write {name}: {then} there "
+        "again, or train a new run"
+        for name, (now, then) in differing.items()
+    ]
+    config.write_text(written)
+    assert contents(project.path / "run") == untouched
+    project.run("train", "--resume", "run", "--max-steps", 12)
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 1}, {"num_layers": 3}, {"hidden_size": 9}, {"tied": True}], ids=str)
@@ -658,8 +728,10 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
     assert "--overwrite" in output and "--resume" in output
     assert "exists already" in project.refused("train", "--data", "nowhere", "--save", "run")
     assert project.parameters("run") == kept
+    (project.path / "run").chmod(0o700)
     project.train("run", "--seed", 9, "--overwrite")
     assert project.parameters("run") != kept
+    assert stat.S_IMODE((project.path / "run").stat().st_mode) == 0o700
     (project.path / "mine").mkdir()
     (project.path / "mine/letter.txt").write_text("dear")
     assert "not a run" in project.train("mine", "--overwrite", code=2)

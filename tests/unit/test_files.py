@@ -6,6 +6,7 @@ Folders whose files are sealed: what is not as it was written is named.
 from __future__ import annotations
 
 import os
+import stat
 import time
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_a_seal_edited_by_hand_is_refused(sealed):
     file.write_text(file.read_text().replace("Infinity", "2.5"))
     with pytest.raises(ValueError, match="^seal.json is not as it was written$"):
         read_seal(folder, "seal.json")
+def test_what_takes_the_place_of_another_has_its_permissions(tmp_path):
+    file, folder = tmp_path / "config.yaml", tmp_path / "exported"
+    file.write_text("old")
+    folder.mkdir()
+    modes = [(0o600, 0o700), (0o664, 0o2775), (0o444, 0o711)]
+    for file_mode, folder_mode in modes:
+        file.chmod(file_mode)
+        folder.chmod(folder_mode)
+        with atomic_write(file) as fresh:
+            fresh.write(b"new")
+        with replaced_folder(folder) as fresh_folder:
+            (fresh_folder / "model").write_text("new")
+        assert file.read_text() == (folder / "model").read_text() == "new"
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (file, folder)] == [file_mode, folder_mode]
 
 
 def test_short_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
