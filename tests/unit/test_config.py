@@ -30,6 +30,7 @@ from gluon_lm.config import (
     real,
     recipe_names,
     resolve,
+    share_problems,
     validate,
 )
 from gluon_lm.errors import ConfigError
@@ -209,6 +210,10 @@ def test_recipes_that_name_no_corpus_leave_text_and_seed_to_the_user():
     for recipe in RECIPES:
         keys = yaml.safe_load((config_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
         assert not set(keys) & {"data", "seed"}, recipe
+
+
+def test_the_mixture_for_wikitext_2_goes_on_the_three_gpus_of_its_authors():
+    assert share_problems(resolve(recipe="mos-wikitext-2").config, 3) == []
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
@@ -891,6 +896,7 @@ def test_a_learning_rate_is_that_of_the_optimiser_where_none_is_given():
         ({"cpus": 4}, 4),
         ({"gpus": (2, 3)}, 2),
         ({"num_experts": 2}, None),
+        ({"num_experts": 2, "cuda": True}, None),
         ({"num_experts": 2, "single_gpu": True}, 1),
         ({"num_experts": 2, "cuda": False}, 1),
     ],
