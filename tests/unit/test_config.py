@@ -550,6 +550,27 @@ def test_a_probability_of_keeping_acts_in_its_one_place(key, name):
         assert read_config(f"{asks_for_locked}\n{key}: 0.5").model.has_locked_dropout
 
 
+@pytest.mark.parametrize("recipe", ["openseq2seq-wikitext-103", "openseq2seq-wikitext-2"])
+def test_a_rate_under_our_name_locks_the_masks_of_a_recipe_with_probabilities_of_keeping(recipe):
+    for name in ("dropout_hidden", "dropout_input"):
+        assert resolve(flags(**{name: 0.3}), recipe=recipe).config.model.has_locked_dropout
+        assert read_config(f"recipe: {recipe}\n{name}: 0.3").model.has_locked_dropout
+        assert not resolve(flags(**{name: 0.3}, locked=False), recipe=recipe).config.model.has_locked_dropout
+    assert not resolve(flags(dropout=0.3), recipe=recipe).config.model.has_locked_dropout
+    keeping = f"recipe: {recipe}\nencoder_dp_output_keep_prob: 0.7"
+    assert not read_config(keeping).model.has_locked_dropout
+    assert resolve(flags(dropout_hidden=0.3), config_file=keeping).config.model.has_locked_dropout
+
+
+def test_what_probabilities_of_keeping_imply_comes_from_where_they_are():
+    of_recipe = resolve(flags(dropout=0.3), recipe="openseq2seq-wikitext-2")
+    of_file = resolve(flags(dropout=0.3), config_file="encoder_last_output_keep_prob: 0.6")
+    for name in ("dropout_input", "locked"):
+        assert of_recipe.sources[name] == "recipe openseq2seq-wikitext-2"
+        assert of_file.sources[name] == "config.yaml"
+    assert of_file.config.model.dropout == 0.3 and of_file.config.model.dropout_input == 0
+
+
 @given(st.integers(1, 10**6))
 def test_keeping_and_dropping_add_up_to_one_as_decimals(millionths):
     model = read_config(f"recurrent_weight_keep_prob: {millionths / 10**6}").model
