@@ -293,8 +293,11 @@ def resolve(
         except ConfigError as error:
             problems.extend(error.problems)
 
+    is_complete = fields_by_name().keys() <= file.keys()
     if recipe is not None:
         recipe_source = "flag --recipe"
+        if is_complete:
+            problems.append(f"--recipe {recipe}: has no effect, {origin} has every value; leave it out")
     elif file_recipe is not None:
         recipe, recipe_source = file_recipe, origin
     else:
@@ -303,7 +306,7 @@ def resolve(
     base: Layer = {}
     if recipe is not None and recipe not in recipe_names():
         # A run's own file has every value, so it is valid even where its recipe is not known.
-        is_needed = recipe_source != origin or not fields_by_name().keys() <= file.keys()
+        is_needed = recipe_source != origin or not is_complete
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
         if is_needed:

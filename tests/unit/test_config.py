@@ -270,6 +270,17 @@ def test_a_file_with_every_value_needs_no_recipe_and_one_without_does():
         read_config("recipe: nobodys\nhidden_size: 5\n")
 
 
+def test_a_recipe_that_a_file_leaves_nothing_to_is_refused(tmp_path):
+    printed = resolve(recipe="mxnet").config.to_yaml(recipe="mxnet")
+    (tmp_path / "my.yaml").write_text(printed, encoding="utf-8")
+    assert problems_of(resolve, config_file=tmp_path / "my.yaml", recipe="demo") == [
+        f"--recipe demo: has no effect, {tmp_path}/my.yaml has every value; leave it out"
+    ]
+    assert resolve(flags(seed=5), config_file=tmp_path / "my.yaml").recipe == "mxnet"
+    without_seed = printed.replace("seed: 1111\n", "")
+    assert resolve(config_file=without_seed, recipe="demo").recipe == "demo"
+
+
 def test_a_file_is_no_recipe_and_a_recipe_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("./mine", "mine.yaml"):
