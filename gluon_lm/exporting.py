@@ -41,6 +41,7 @@ _ELEMENTS_AT_ONCE = 1 << 24  # of probabilities, 64 MiB of float32
 class TrainedModel:
     """A checkpoint as it is exported: its model on the CPU, without dropout, and a description."""
 
+    path: Path
     model: LanguageModel
     vocabulary: Vocabulary
     config: Config
@@ -122,10 +123,10 @@ def write_export(
             ) from error
         bar.update(1)
     LOGGER.info(
-        "%s, vocabulary %s, %s | %s",
+        "%s | %s, vocabulary %s | %s",
+        trained.path,
         trained.config.model.summary,
         f"{len(trained.vocabulary):,}",
-        manifest["training"]["checkpoint"],
         output,
     )
     return manifest
@@ -144,7 +145,7 @@ def load_trained(name: str | Path | None) -> TrainedModel:
         set_parameters(model, load_arrays(path / PARAMETERS_OF_RUN), path)
         description = describe_model(config.model, len(vocabulary))
         description.update(describe_checkpoint(path, state, config, vocabulary))
-        return TrainedModel(model, vocabulary, config, description)
+        return TrainedModel(path, model, vocabulary, config, description)
 
     return load_by_name(name, load)
 
