@@ -140,7 +140,8 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> list[str]:
                 fix = "use --optimizer sgd, and a --lr for it"
                 refuse(averaging, "optimizer", "the weights are averaged under SGD only", fix)
             if optim.lr_decay is not None:
-                fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
+                # A run that is finetuned, or resumed, cannot do without averaging from the first step on.
+                fix = "use --lr-decay none" + (", or --no-ntasgd" if averaging == "ntasgd" else "")
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.shuffle and optim.max_seq_len_delta is not None:
         refuse("shuffle", "max_seq_len_delta", "shuffled windows all have the same length")

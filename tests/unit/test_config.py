@@ -754,8 +754,7 @@ CONTRADICTIONS = [
     ),
     (
         {"asgd": True, "lr_decay": 4.0},
-        "--asgd with --lr-decay 4: averaging takes the place of a falling learning rate; "
-        "use --lr-decay none, or --no-asgd",
+        "--asgd with --lr-decay 4: averaging takes the place of a falling learning rate; use --lr-decay none",
     ),
     (
         {"shuffle": True, "max_seq_len_delta": 0},
