@@ -123,6 +123,15 @@ def test_what_cannot_be_written_is_refused(project, flags, complaint):
     assert complaint in output and output.startswith("error: ") and len(output.splitlines()) == 1
 
 
+def test_a_file_name_that_stands_for_no_run_gets_the_run_that_begins_with_it(project):
+    assert "model.pt: there is no such run" in project.refused("generate", "--checkpoint", "model.pt")
+    project.train("model-20260101-120000", "--max-steps", 1)
+    for name in ("model.pt", "model"):
+        error = project.refused("generate", "--checkpoint", name)
+        assert f"{name}: there is no such run" in error and error.endswith("did you mean model-20260101-120000?")
+    assert project.run("generate", "model-20260101-120000/model.pt", "--words", 3, "--quiet")
+
+
 def test_scores_tell_what_the_model_learnt(run, monkeypatch):
     (run.path / "lines.txt").write_text("the cat sees a tree .\ntree a sees the cat .\n\nan elephant\n")
     header, *rows, told = [line.split("\t") for line in run.run("score", "run", "lines.txt").splitlines()]
