@@ -23,7 +23,7 @@ def windows(count, seed=0):
 
 
 def begin(model):
-    return model.begin_state(N, mx.cpu(0))
+    return model.begin_state(num_streams=N, device=mx.cpu(0))
 
 
 def flat(states):
