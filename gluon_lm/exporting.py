@@ -19,14 +19,14 @@ import mxnet as mx
 from mxnet import gluon
 
 from . import __version__
-from .config import Config, ModelConfig, read_config, show
+from .config import CELLS, Config, ModelConfig, read_config, show
 from .data import Vocabulary
 from .data.tokenizers import TOKENIZERS
 from .errors import CheckpointError, ConfigError, GluonLMError, reason
 from .files import check_folder, digest_of, file_hash, replaced_folder, sealed
 from .logs import LOGGER
 from .memory import is_allocation_failure
-from .models import CELLS, LanguageModel
+from .models import LanguageModel
 from .prediction import Predictor, describe_model
 from .progress import progress_bar
 from .training.checkpoint import describe_checkpoint, load_arrays, load_by_name, set_parameters, verify_checkpoint

@@ -262,7 +262,6 @@ def _wikitext(
     return PublishedCorpus(
         name=name,
         licence="CC BY-SA",
-        folder=name,
         files=files,
         mirrors=(
             ZipMirror(f"https://wikitext.smerity.com/{name}-v1.zip"),
