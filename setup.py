@@ -43,7 +43,7 @@ ONNX = [
 ]
 SERVE = ["fastapi>=0.100,<1", "uvicorn>=0.23,<1", "python-multipart>=0.0.6,<1", "pydantic>=2,<3"]
 DOCS = ["pdoc>=14,<17"]
-TENSORBOARD = ["tensorboardX>=2.6,<3"]
+TENSORBOARD = ["tensorboardX>=2.6,<3", "tensorboard>=2.12,<3"]  # the writer, and the program that shows it
 PLOT = ["matplotlib>=3.7,<4"]
 
 EXTRAS = {
@@ -72,7 +72,6 @@ EXTRAS = {
         *ONNX,
         *SERVE,
         *TENSORBOARD,
-        "tensorboard>=2.12,<3",  # reads back what tensorboardX wrote
         *PLOT,
         "schemathesis>=4,<5",
         "playwright>=1.40,<2",

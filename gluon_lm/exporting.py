@@ -11,12 +11,11 @@ from typing import Any
 import mxnet as mx
 
 from . import __version__
-from .config import ModelConfig
+from .config import CELLS, ModelConfig
 from .errors import ConfigError
 from .exported import FORMAT, MANIFEST, NOT_UTF8, PARAMETERS, SYMBOL
 from .files import check_folder, in_utf8, replaced_folder, write_seal
 from .logs import LOGGER
-from .models import CELLS
 from .progress import progress_bar
 from .trained import TrainedModel, load_trained
 from .training.run_folder import VOCABULARY
@@ -92,10 +91,10 @@ def write_export(
             ) from error
         bar.update(1)
     LOGGER.info(
-        "%s, vocabulary %s, %s | %s",
+        "%s | %s, vocabulary %s | %s",
+        trained.path,
         trained.config.model.summary,
         f"{len(trained.vocabulary):,}",
-        manifest["training"]["checkpoint"],
         output,
     )
     return manifest

@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .trained import load_predictor
 
     predictor = load_predictor(parsed.run, resolve_single_device(device_config))
+    LOGGER.info("loaded %s", predictor.path)
     prompt = None if options.prompt is None else words_of(options.prompt, predictor.tokenizer)
     unknown = predictor.vocabulary.unknown(prompt or [])
     if unknown:

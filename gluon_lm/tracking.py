@@ -137,7 +137,8 @@ def require_tensorboard() -> None:
     """Raise `MissingDependency` if TensorBoard's files cannot be written."""
     if find_spec("tensorboardX") is None:
         raise MissingDependency(
-            "--tensorboard: needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or leave it out"
+            "--tensorboard: needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or go on without: "
+            "--no-tensorboard"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -37,10 +37,14 @@ _Section = TypeVar("_Section", bound=Section)
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it comes from (``flag --nhid``, ``my.yaml``, ``recipe lm``)."""
+    """A value and where it comes from (``flag --nhid``, ``my.yaml``, ``recipe lm``).
+
+    `as_keep_probability` says that it was given as one, under another name.
+    """
 
     value: Any
     source: str
+    as_keep_probability: bool = False
 
     @property
     def flag(self) -> str:
@@ -78,14 +82,6 @@ class _FlatLoader(yaml.SafeLoader):
             mark = node.start_mark if node else None
             raise yaml.composer.ComposerError(None, None, "an alias may stand for a single value only", mark)
         return node
-
-
-class _File(NamedTuple):
-    """The settings of a YAML file, the recipe that it names, and which fields it gives as keep probabilities."""
-
-    layer: Layer
-    recipe: str | None
-    kept: frozenset[str] = frozenset()
 
 
 def _yaml_lines(source: str | Path, origin: str) -> list[tuple[Any, Any, int]]:
@@ -140,10 +136,10 @@ def _unknown_key(key: Any) -> str:
     return f"unknown key {show(key)}{hint}"
 
 
-def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
+    """The settings of a YAML file, and the recipe that it names."""
     layer: Layer = {}
     recipe: str | None = None
-    kept: set[str] = set()
     seen: dict[str, int] = {}
     for key, raw, line in _yaml_lines(source, origin):
         where = f"{origin} line {line}:"
@@ -159,10 +155,9 @@ def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> _File:
             recipe = str(raw)
             continue
         kind = keep_probability(name) if is_kept else None
-        if is_kept:
-            kept.add(name)
-        layer[name] = Setting(read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind), origin)
-    return _File(layer, recipe, frozenset(kept))
+        value = read_value(fields_by_name()[name], raw, f"{where} {key}:", problems, kind)
+        layer[name] = Setting(value, origin, is_kept)
+    return layer, recipe
 
 
 def config_folder() -> Path:
@@ -214,16 +209,16 @@ def _replaced_by(layer: Layer) -> set[str]:
     return set().union(*replaced)
 
 
-def _implied_by(kept: frozenset[str], merged: Layer, given: Set[str]) -> Layer:
-    """What fields given as keep probabilities imply for other fields, unless a layer sets those.
+def _implied_by_keeping(source: str, merged: Layer) -> Layer:
+    """What the keep probabilities of `source` imply for other fields, unless a layer sets those.
 
     As in OpenSeq2Seq, each concerns one place only, while our rates are also defaults for other places. There each word
     has its own masks, which holds here too unless the model, or a rate under our name, asks for locked ones.
     """
-    source = merged[min(kept)].source
     rates = {"dropout_input", "dropout_hidden"}
     implied: Layer = {name: Setting(0.0, source) for name in rates}
-    if _value(merged, "model") not in REGULARISED_CELLS and rates.isdisjoint(given - kept):
+    asks_for_locked = any(not merged[name].as_keep_probability for name in rates & merged.keys())
+    if _value(merged, "model") not in REGULARISED_CELLS and not asks_for_locked:
         implied["locked"] = Setting(False, source)
     return implied
 
@@ -294,16 +289,18 @@ def resolve(
     flags = flags or {}
     file: Layer = {}
     file_recipe: str | None = None
-    kept: frozenset[str] = frozenset()
     origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
     if config_file is not None:
         try:
-            file, file_recipe, kept = _read_yaml(config_file, origin, problems)
+            file, file_recipe = _read_yaml(config_file, origin, problems)
         except ConfigError as error:
             problems.extend(error.problems)
 
+    is_complete = fields_by_name().keys() <= file.keys()
     if recipe is not None:
         recipe_source = "flag --recipe"
+        if is_complete:
+            problems.append(f"--recipe {recipe}: has no effect, {origin} has every value; leave it out")
     elif file_recipe is not None:
         recipe, recipe_source = file_recipe, origin
     else:
@@ -312,7 +309,7 @@ def resolve(
     base: Layer = {}
     if recipe is not None and recipe not in recipe_names():
         # A run's own file has every value, so it is valid even where its recipe is not known.
-        is_needed = recipe_source != origin or not fields_by_name().keys() <= file.keys()
+        is_needed = recipe_source != origin or not is_complete
         hint = nearest(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
         if is_needed:
@@ -320,16 +317,16 @@ def resolve(
                 hint = "; a file of your own is given by --config"
             problems.append(f"{named}: must be one of {', '.join(recipe_names())}{hint}")
     elif recipe is not None:
-        base, _, kept_by_recipe = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
-        kept |= kept_by_recipe
+        base, _ = _read_yaml(config_folder() / f"{recipe}.yaml", f"recipe {recipe}", problems)
 
     # A value that a file only repeats from its recipe, as a printed configuration does, still counts as the recipe's.
     file = {name: base[name] if base.get(name, s).value == s.value and name in base else s for name, s in file.items()}
     if default_recipe is not None and flags.keys().isdisjoint({"lr", "optimizer"}):  # the file is not a run's own
         problems += _rate_of_another_optimizer(base, file, f"{origin}:", f"recipe {recipe}")
     merged = _merge((base, file, flags), fixed)
-    if kept:
-        merged = {**_implied_by(kept, merged, base.keys() | file.keys() | flags.keys()), **merged}
+    keeping = [setting for layer in (file, base) for setting in layer.values() if setting.as_keep_probability]
+    if keeping:
+        merged = {**_implied_by_keeping(keeping[0].source, merged), **merged}
     if problems:
         raise ConfigError(problems)
     sections: dict[str, Any] = {section: _make(cls, merged) for section, cls in SECTIONS.items()}

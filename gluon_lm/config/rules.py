@@ -168,7 +168,8 @@ def _contradictions(config: Config, sources: Mapping[str, str], fixed: Set[str])
                 fix = _ways_out(fixed, ("use --optimizer sgd, and a --lr for it", "optimizer"))
                 refuse(averaging, "optimizer", "the weights are averaged under SGD only", fix)
             if optim.lr_decay is not None:
-                fix = f"use --lr-decay none, or {flag_of(f'no_{averaging}')}"
+                # A run that is finetuned, or resumed, cannot do without averaging from the first step on.
+                fix = "use --lr-decay none" + (", or --no-ntasgd" if averaging == "ntasgd" else "")
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.asgd and optim.when is not None:
         reason = "the learning rate stays as it is while the weights are averaged"

@@ -262,7 +262,6 @@ def _wikitext(
     return PublishedCorpus(
         name=name,
         licence="CC BY-SA",
-        folder=name,
         files=files,
         mirrors=(
             ZipMirror(f"https://wikitext.smerity.com/{name}-v1.zip"),
@@ -350,6 +349,13 @@ def unknown_corpus(name: str, otherwise: str = "") -> str:
     names = [known for spec in CORPORA.values() for known in (spec.name, *spec.aliases)]
     hint = nearest(key_of(Path(name).name), names)
     return f"{show(name)}: must be a corpus ({', '.join(CORPORA)}){otherwise}{hint}"
+
+
+def say_if_unused(data_dir: str, data: Sequence[str]) -> None:
+    """Say so if a folder of corpora is named and the text `data`, as ``--data`` names it, is not from there."""
+    spec = find_spec(data[0])
+    if data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
+        LOGGER.info("%s: does not use --data-dir %s", " ".join(data), data_dir)
 
 
 def _find_source(data: Sequence[str], data_dir: Path, splits: Sequence[str]) -> _Source:
@@ -487,9 +493,7 @@ def load_corpus(
         if not of_run:
             raise
         raise DataError(f"{error}; if the text of the run is elsewhere now, name its place with --data") from error
-    spec = find_spec(config.data[0])
-    if config.data_dir != DataConfig.data_dir and not (spec and spec.is_downloaded):
-        LOGGER.info("--data %s: does not use --data-dir %s", " ".join(config.data), config.data_dir)
+    say_if_unused(config.data_dir, config.data)
     tokenizer = config.tokenizer or source.tokenizer
     with Cache() as cache:
         if vocabulary is None:

@@ -23,7 +23,8 @@ from .kvstore import KVStoreCommunicator
 def resolve_devices(config: DeviceConfig, streams: int | None = None, number: int = 0) -> list[mx.Context]:
     """The contexts that the flags ask for; with none given, the first usable GPU, or else one CPU context.
 
-    With `streams`, it is not only the first usable GPU, but all of them, or as many as divide that number of streams.
+    With `streams`, it is not only the first usable GPU, but all of them, or as many as divide that number of streams,
+    unless `single_gpu` is set. `single_gpu` and `cuda=True` never mean the CPU.
 
     Processes on one machine divide its GPUs among themselves: where no flag names one, a process begins with the GPU
     of its `number`, modulo the number of GPUs.
@@ -42,29 +43,15 @@ def resolve_devices(config: DeviceConfig, streams: int | None = None, number: in
     if config.gpus is not None:
         wanted = list(config.gpus)
         flag = "--gpus " + ",".join(map(str, wanted))
-    elif config.cuda or config.single_gpu:
-        good = [i for i in range(num_gpus) if i not in reasons] or [0]
-        wanted = [good[number % len(good)]]
-        flag = "--cuda" if config.cuda else "--single-gpu"
     else:
-        # The driver tells all processes of a machine the same GPUs that are good, so each gets a different one of them.
-        good = [i for i in range(num_gpus) if i not in reasons]
-        in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
-        usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
-        found = list(usable if streams else itertools.islice(usable, 1)) or [mx.cpu(0)]
-        if streams and streams % len(found):
-            most = max(count for count in range(1, len(found)) if streams % count == 0)
-            LOGGER.warning(
-                "%d of %d GPUs are used, the most that share %d streams evenly (--batch-size, --small-batch-size); "
-                "--gpus names others",
-                most,
-                len(found),
-                streams,
-            )
-            del found[most:]
-        for reason in [*reasons.values(), *_reasons_against_driver(num_gpus)]:
-            LOGGER.warning("%s. Going on with %s", reason, found[0])
-        return found
+        found = _find_gpus(num_gpus, reasons, None if config.single_gpu else streams, number)
+        if found or not (config.cuda or config.single_gpu):
+            found = found or [mx.cpu(0)]
+            for reason in [*reasons.values(), *_reasons_against_driver(num_gpus)]:
+                LOGGER.warning("%s. Going on with %s", reason, found[0])
+            return found
+        wanted = [0]
+        flag = "--cuda" if config.cuda else "--single-gpu"
     missing = [i for i in wanted if i >= num_gpus]
     if missing:
         raise DistributedError(
@@ -83,6 +70,26 @@ def resolve_devices(config: DeviceConfig, streams: int | None = None, number: in
                 )
             )
     return devices
+
+
+def _find_gpus(num_gpus: int, reasons: Mapping[int, str], streams: int | None, number: int) -> list[mx.Context]:
+    """The usable GPUs that `resolve_devices` takes where none is named; none if there is none."""
+    # The driver tells all processes of a machine the same GPUs that are good, so each gets a different one of them.
+    good = [i for i in range(num_gpus) if i not in reasons]
+    in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
+    usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
+    found = list(usable if streams else itertools.islice(usable, 1))
+    if found and streams and streams % len(found):
+        most = max(count for count in range(1, len(found)) if streams % count == 0)
+        LOGGER.warning(
+            "%d of %d GPUs are used, the most that share %d streams evenly (--batch-size, --small-batch-size); "
+            "--gpus names others",
+            most,
+            len(found),
+            streams,
+        )
+        del found[most:]
+    return found
 
 
 def memory_in_use(devices: Sequence[mx.Context]) -> int | None:

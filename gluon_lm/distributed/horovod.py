@@ -369,7 +369,7 @@ def _start() -> Any:
     except (ImportError, OSError) as error:
         raise DistributedError(
             f"--horovod: Horovod cannot be imported ({str(error).splitlines()[0]}); bash scripts/install_horovod.sh "
-            f"builds it for the MXNet that is installed. Then {_START}"
+            f"builds it for the MXNet that is installed. Then {_START}, or go on without: --no-horovod"
         ) from error
     if not any(variable in os.environ for variable in _RANK_VARIABLES):
         raise DistributedError(

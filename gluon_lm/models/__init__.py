@@ -1,12 +1,10 @@
 """Models: recurrent layers, heads, and the language model made of them."""
 
-from ..config import CELLS
 from .heads import HEADS, AdaptiveHead, Head, MixtureHead, SampledHead, SoftmaxHead, TrainingHead
 from .language_model import Encoder, LanguageModel, State
 from .recurrent import RecurrentLayer, UnrolledLSTMLayer
 
 __all__ = [
-    "CELLS",
     "HEADS",
     "AdaptiveHead",
     "Encoder",

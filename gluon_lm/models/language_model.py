@@ -154,10 +154,10 @@ class LanguageModel(gluon.HybridBlock):
         hidden_TNH, *new_states = self.encoder(tokens_TN, *states)
         return (self.head(self.output_dropout(hidden_TNH)), *new_states)
 
-    def begin_state(self, batch_size: int, ctx: mx.Context) -> State:
-        """The zero state of `batch_size` streams on a device: a list of arrays of shape (1, N, H)."""
+    def begin_state(self, num_streams: int, device: mx.Context) -> State:
+        """The zero state of `num_streams` streams on a device: a list of arrays of shape (1, N, H)."""
         return [
-            mx.nd.zeros((1, batch_size, size), ctx=ctx)
+            mx.nd.zeros((1, num_streams, size), ctx=device)
             for size in self.encoder.layer_sizes
             for _ in range(CELLS[self.encoder.cell].num_states)
         ]

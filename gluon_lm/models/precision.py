@@ -56,10 +56,10 @@ def check_half_precision(kind: str, device: mx.Context) -> None:
         )
     if kind == "bfloat16" and "avx512_bf16" not in cpu_flags():
         raise ConfigError(
-            "--amp bfloat16: this processor lacks AVX512-BF16 (avx512_bf16 in /proc/cpuinfo); train without --amp"
+            "--amp bfloat16: this processor lacks AVX512-BF16 (avx512_bf16 in /proc/cpuinfo); use --amp none"
         )
     if kind == "bfloat16" and not mx.runtime.Features().is_enabled("MKLDNN"):
-        raise ConfigError("--amp bfloat16: this MXNet is built without oneDNN, which computes it; train without --amp")
+        raise ConfigError("--amp bfloat16: this MXNet is built without oneDNN, which computes it; use --amp none")
 
 
 # ---------------------------------------------------------------- the head

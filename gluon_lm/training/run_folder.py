@@ -279,7 +279,7 @@ def find_run(name: str | Path | None) -> tuple[RunFolder, Path | None]:
                 "python -m gluon_lm.train"
             )
     path = Path(name) if Path(name).is_dir() else strip_model_suffix(name)
-    if not path.is_dir() and path != Path(name) and path.name == "model":
+    if not path.is_dir() and path != Path(name) and path.name == "model" and RunFolder(path.parent).is_there:
         path = path.parent  # the mixture's authors write FOLDER/model.pt
     if not path.is_dir():
         stamped = sorted(path.parent.glob(f"{glob.escape(path.name)}-[0-9]*/{CONFIG}"))  # as recipe mos names runs

@@ -72,6 +72,10 @@ def train_run(config: Config, save: str | Path, overwrite: bool = False) -> int:
     GluonLMError
         Before anything is written, if the configuration, the text, the devices or the folder do not fit; later as in
         `Trainer.fit`.
+    OSError
+        If a disk is full, or something on it may not be read or written.
+    MemoryError
+        If there is too little memory to read the text.
     """
     problems = validate(config, dict.fromkeys(fields_by_name(), "default"))  # a program sets all values, as a run does
     if problems:

@@ -157,14 +157,14 @@ class TrainingStep:
                 f"step {step + 1}: loss {loss_sum / window.num_targets:g} and gradient norm {grad_norm:g} must be "
                 "finite; no parameter was changed by this step. The learning rate is likely too high: lower --lr (now "
                 f"{self._trainer.learning_rate:g}) or --clip (now {show(clip_norm)})"
-                + (", or send the gradients without --gctype fp16" if self._communicator.sends_float16 else "")
+                + (", or send the gradients in float32, with --gctype none" if self._communicator.sends_float16 else "")
             )
         if self._loss_scale is not None:
             if has_overflowed and self._loss_scale.is_smallest:
                 self.states = states
                 raise TrainingDiverged(
                     f"step {step + 1}: gradients overflow float16 however the loss is scaled; no parameter was changed "
-                    f"by this step. Lower --lr (now {self._trainer.learning_rate:g}), or train without --amp"
+                    f"by this step. Lower --lr (now {self._trainer.learning_rate:g}), or use --amp none"
                 )
             self._loss_scale.update(has_overflowed)
         if has_overflowed:

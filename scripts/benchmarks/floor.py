@@ -31,8 +31,8 @@ class Product(NamedTuple):
 
 def products_of(size: Size) -> list[Product]:
     """The matrix products of a training step at the shapes in which they are computed."""
+    from gluon_lm.config import CELLS
     from gluon_lm.losses import row_chunks
-    from gluon_lm.models import CELLS
 
     model, rows = size.model, size.batch_size * size.bptt
     products, inputs = [], model.embed_size

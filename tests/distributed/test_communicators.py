@@ -407,11 +407,25 @@ def test_as_many_gpus_are_taken_as_share_the_streams_evenly(monkeypatch, caplog)
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 8)
     monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
     monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: True)
-    for streams, taken in ((16, 8), (12, 6), (15, 5), (7, 7), (11, 1)):
-        caplog.clear()
-        assert len(device_flags.resolve_devices(DeviceConfig(), streams=streams)) == taken
-        said = f"{taken} of 8 GPUs are used, the most that share {streams} streams evenly"
-        assert [said in record.getMessage() for record in caplog.records] == [True] * (taken < 8)
+    for cuda in (None, True):
+        for streams, taken in ((16, 8), (12, 6), (15, 5), (7, 7), (11, 1)):
+            caplog.clear()
+            assert len(device_flags.resolve_devices(DeviceConfig(cuda=cuda), streams=streams)) == taken
+            said = f"{taken} of 8 GPUs are used, the most that share {streams} streams evenly"
+            assert [said in record.getMessage() for record in caplog.records] == [True] * (taken < 8)
+        one = DeviceConfig(cuda=cuda, single_gpu=True)
+        assert device_flags.resolve_devices(one, streams=16, number=9) == [mx.gpu(1)]
+
+
+@pytest.mark.parametrize("streams", [None, 4])
+@pytest.mark.parametrize(("flags", "flag"), [({"cuda": True}, "--cuda"), ({"single_gpu": True}, "--single-gpu")])
+def test_a_gpu_that_is_asked_for_is_never_the_cpu(monkeypatch, flags, flag, streams):
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 2)
+    monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: False)
+    for reasons, said in (({0: "is too old", 1: "is too old"}, "is too old"), ({}, r"MXNet .* cannot compute on it")):
+        monkeypatch.setattr(device_flags, "reasons_against_gpus", lambda reasons=reasons: reasons)
+        with pytest.raises(DistributedError, match=f"^{flag}: {said}"):
+            device_flags.resolve_devices(DeviceConfig(**flags), streams=streams)
 
 
 @without_gpu

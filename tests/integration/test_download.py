@@ -25,7 +25,7 @@ import gluon_lm
 from gluon_lm import progress
 from gluon_lm.config import DataConfig
 from gluon_lm.data import CORPORA, load_corpus
-from gluon_lm.data.corpora import PublishedCorpus
+from gluon_lm.data.corpora import PublishedCorpus, SpeechCorpus
 from gluon_lm.data.download import (
     ParquetMirror,
     PlainMirror,
@@ -397,6 +397,15 @@ def test_the_command_fetches_and_names_the_files(server, tiny_is_registered, tmp
     assert main(["tiny-1", "--data_dir", str(tmp_path)]) == 0
     assert server.requests == ["/tiny.zip"]
     assert "downloading" not in capsys.readouterr().out
+
+
+def test_the_command_says_of_which_corpora_the_folder_is_not_used(tiny_is_registered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(SpeechCorpus, "texts", lambda self, folder, splits: {})
+    assert main(["sotu", "tiny-1", "--data-dir", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--data-dir" in line]
+    assert lines == [f"sotu: does not use --data-dir {tmp_path}"]
+    assert main(["sotu"]) == 0
+    assert "--data-dir" not in capsys.readouterr().out
 
 
 def test_the_command_refuses_what_it_does_not_know(tiny_is_registered, tmp_path, capsys):

@@ -172,7 +172,7 @@ def test_an_export_writes_and_scores_text_as_its_run_does(project, monkeypatch, 
     monkeypatch.setattr(exported, "_ELEMENTS_AT_ONCE", 200)  # so that lines are cut
     sources = ("run", "exported")
     project.run("export", "run", "--output", "exported")
-    texts = [project.run("generate", source, "--words", 100, "--seed", 3) for source in sources]
+    texts = [project.run("generate", source, "--words", 100, "--seed", 3, "--quiet") for source in sources]
     assert texts[0] == texts[1] and texts[0].strip()
     log_probs = [
         [json.loads(line)["log_prob"] for line in printed.splitlines()]

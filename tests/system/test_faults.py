@@ -218,7 +218,7 @@ def test_an_output_that_is_a_device_a_pipe_or_a_link_stays_one(project):
     os.mkfifo("pipe")
     Path("target.txt").write_text("old")
     Path("link").symlink_to("target.txt")
-    words = project.run("generate", "run", "--words", 30)
+    words = project.run("generate", "run", "--words", 30, "--quiet")
     with subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE, text=True) as reader:
         project.run("generate", "run", "--words", 30, "--outf", "pipe")
         assert reader.communicate(timeout=60)[0] == words

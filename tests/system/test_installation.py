@@ -111,6 +111,12 @@ def test_every_numpy_that_is_promised_trains_the_same(tmp_path):
         assert len(found) == 5 and all(loss == pytest.approx(found[0], rel=1e-6) for loss in found)
 
 
+def test_the_extra_for_tensorboard_has_its_command_and_goes_with_the_others(tmp_path):
+    environment = Environment(sys.executable, tmp_path)
+    environment.install("tensorboard,onnx,serve,plot")
+    assert environment.run("tensorboard", "--version_tb").strip().startswith("2.")
+
+
 @pytest.mark.parametrize("extra", ["cu112", "cu117"])
 def test_cuda_comes_with_pip_and_lacks_only_the_driver(extra, tmp_path):
     """All libraries are found without an environment variable; the driver is a stand-in without a GPU."""

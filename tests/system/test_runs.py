@@ -162,6 +162,6 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(project):
 def test_tensorboard_without_its_package_is_refused_before_anything_is_done(project, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     refused = project.train("run", "--tensorboard", code=2)
-    expected = "needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or leave it out"
+    expected = "needs the package tensorboardX; pip install 'gluon_lm[tensorboard]', or go on without: --no-tensorboard"
     assert refused.splitlines()[-1] == f"error: --tensorboard: {expected}"
     assert not (project.path / "run").exists()

@@ -24,22 +24,32 @@ def words_of(output):
     return [line.split() for line in output.splitlines()]
 
 
+def test_commands_that_take_the_newest_run_say_which_it_is(project, capsys):
+    for name in ("runs/older", "runs/newest", "elsewhere"):
+        project.train(name, "--max-steps", 1)
+    newest = str(project.path / "runs/newest/checkpoints/step-1")
+    capsys.readouterr()
+    assert generate.main(["--words", "5"]) == 0
+    printed = capsys.readouterr()
+    assert newest in printed.err and newest not in printed.out
+    assert newest in project.run("export", "--output", "exported")
+
+
 def test_text_from_a_prompt_in_many_samples(run):
-    output = run.run("generate", "run", "--prompt", "the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4)
+    def text(prompt, *flags):
+        return run.run("generate", "run", "--prompt", prompt, *flags, "--quiet")
+
+    output = text("the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4)
     samples = output.strip().split("\n\n")
     assert len(samples) == 3 and all(sample.startswith("the cat ") for sample in samples)
     assert all(len(sample.split()) == 2 + 6 for sample in samples)
-    assert output == run.run(
-        "generate", "run", "--prompt", "the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4
-    )
-    greedy = run.run("generate", "run", "--prompt", "the cat", "--words", 30, "--greedy")
+    assert output == text("the cat", "--samples", 3, "--words", 6, "--top-k", 2, "--seed", 4)
+    greedy = text("the cat", "--words", 30, "--greedy")
     for flags in (("--top-k", 1), ("--temperature", 0)):
-        assert greedy == run.run("generate", "run", "--prompt", "the cat", "--words", 30, *flags)
+        assert greedy == text("the cat", "--words", 30, *flags)
     daring = [run.run("generate", "run", "--words", 300, "--temperature", 50, *flags) for flags in ((), ("--no-unk",))]
     assert ["<unk>" in words.split() for words in daring] == [True, False]
-    sentence = run.run(
-        "generate", "run", "--prompt", "a dog", "--words", 40, "--greedy", "--stop-at-eos", "--detokenize"
-    )
+    sentence = text("a dog", "--words", 40, "--greedy", "--stop-at-eos", "--detokenize")
     assert sentence.strip().endswith(".") and " ." not in sentence and "<eos>" not in sentence
 
 
@@ -111,6 +121,15 @@ def test_a_prompt_that_is_not_utf_8_is_written_as_it_can_be(run):
 def test_what_cannot_be_written_is_refused(project, flags, complaint):
     output = project.run("generate", *flags, code=2)
     assert complaint in output and output.startswith("error: ") and len(output.splitlines()) == 1
+
+
+def test_a_file_name_that_stands_for_no_run_gets_the_run_that_begins_with_it(project):
+    assert "model.pt: there is no such run" in project.refused("generate", "--checkpoint", "model.pt")
+    project.train("model-20260101-120000", "--max-steps", 1)
+    for name in ("model.pt", "model"):
+        error = project.refused("generate", "--checkpoint", name)
+        assert f"{name}: there is no such run" in error and error.endswith("did you mean model-20260101-120000?")
+    assert project.run("generate", "model-20260101-120000/model.pt", "--words", 3, "--quiet")
 
 
 def test_scores_tell_what_the_model_learnt(run, monkeypatch):

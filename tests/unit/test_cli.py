@@ -732,6 +732,12 @@ def test_finetuning_keeps_text_and_architecture_and_takes_all_else_from_the_line
         assert f"error: {flag}: {path.parent} was trained with {value}; leave the flag out, or train a new run" in lines
 
 
+def test_finetuning_is_given_no_advice_that_it_refuses(write_run, capsys):
+    assert finetune(f"{write_run('--model awd-lstm').parent} --decay 4") == 2
+    reason = "averaging takes the place of a falling learning rate"
+    assert capsys.readouterr().err == f"error: --asgd (finetune) with --decay 4: {reason}; use --lr-decay none\n"
+
+
 def test_finetuning_a_run_that_does_not_exist_or_a_second_time_is_refused(write_run, capsys):
     path = write_run("--model awd-lstm")
     assert finetune(f"{path.parent}x") == 2

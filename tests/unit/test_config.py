@@ -30,6 +30,7 @@ from gluon_lm.config import (
     real,
     recipe_names,
     resolve,
+    share_problems,
     validate,
 )
 from gluon_lm.errors import ConfigError
@@ -211,6 +212,10 @@ def test_recipes_that_name_no_corpus_leave_text_and_seed_to_the_user():
         assert not set(keys) & {"data", "seed"}, recipe
 
 
+def test_the_mixture_for_wikitext_2_goes_on_the_three_gpus_of_its_authors():
+    assert share_problems(resolve(recipe="mos-wikitext-2").config, 3) == []
+
+
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads_and_is_sound(path):
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -263,6 +268,17 @@ def test_a_file_with_every_value_needs_no_recipe_and_one_without_does():
     assert read_config(config.to_yaml(recipe="nobodys")) == config
     with pytest.raises(ConfigError, match="recipe nobodys .*must be one of"):
         read_config("recipe: nobodys\nhidden_size: 5\n")
+
+
+def test_a_recipe_that_a_file_leaves_nothing_to_is_refused(tmp_path):
+    printed = resolve(recipe="mxnet").config.to_yaml(recipe="mxnet")
+    (tmp_path / "my.yaml").write_text(printed, encoding="utf-8")
+    assert problems_of(resolve, config_file=tmp_path / "my.yaml", recipe="demo") == [
+        f"--recipe demo: has no effect, {tmp_path}/my.yaml has every value; leave it out"
+    ]
+    assert resolve(flags(seed=5), config_file=tmp_path / "my.yaml").recipe == "mxnet"
+    without_seed = printed.replace("seed: 1111\n", "")
+    assert resolve(config_file=without_seed, recipe="demo").recipe == "demo"
 
 
 def test_a_file_is_no_recipe_and_a_recipe_no_file(tmp_path, monkeypatch):
@@ -545,6 +561,27 @@ def test_a_probability_of_keeping_acts_in_its_one_place(key, name):
         assert read_config(f"{asks_for_locked}\n{key}: 0.5").model.has_locked_dropout
 
 
+@pytest.mark.parametrize("recipe", ["openseq2seq-wikitext-103", "openseq2seq-wikitext-2"])
+def test_a_rate_under_our_name_locks_the_masks_of_a_recipe_with_probabilities_of_keeping(recipe):
+    for name in ("dropout_hidden", "dropout_input"):
+        assert resolve(flags(**{name: 0.3}), recipe=recipe).config.model.has_locked_dropout
+        assert read_config(f"recipe: {recipe}\n{name}: 0.3").model.has_locked_dropout
+        assert not resolve(flags(**{name: 0.3}, locked=False), recipe=recipe).config.model.has_locked_dropout
+    assert not resolve(flags(dropout=0.3), recipe=recipe).config.model.has_locked_dropout
+    keeping = f"recipe: {recipe}\nencoder_dp_output_keep_prob: 0.7"
+    assert not read_config(keeping).model.has_locked_dropout
+    assert resolve(flags(dropout_hidden=0.3), config_file=keeping).config.model.has_locked_dropout
+
+
+def test_what_probabilities_of_keeping_imply_comes_from_where_they_are():
+    of_recipe = resolve(flags(dropout=0.3), recipe="openseq2seq-wikitext-2")
+    of_file = resolve(flags(dropout=0.3), config_file="encoder_last_output_keep_prob: 0.6")
+    for name in ("dropout_input", "locked"):
+        assert of_recipe.sources[name] == "recipe openseq2seq-wikitext-2"
+        assert of_file.sources[name] == "config.yaml"
+    assert of_file.config.model.dropout == 0.3 and of_file.config.model.dropout_input == 0
+
+
 @given(st.integers(1, 10**6))
 def test_keeping_and_dropping_add_up_to_one_as_decimals(millionths):
     model = read_config(f"recurrent_weight_keep_prob: {millionths / 10**6}").model
@@ -723,8 +760,7 @@ CONTRADICTIONS = [
     ),
     (
         {"asgd": True, "lr_decay": 4.0},
-        "--asgd with --lr-decay 4: averaging takes the place of a falling learning rate; "
-        "use --lr-decay none, or --no-asgd",
+        "--asgd with --lr-decay 4: averaging takes the place of a falling learning rate; use --lr-decay none",
     ),
     (
         {"shuffle": True, "max_seq_len_delta": 0},
@@ -899,6 +935,7 @@ def test_a_learning_rate_is_that_of_the_optimiser_where_none_is_given():
         ({"cpus": 4}, 4),
         ({"gpus": (2, 3)}, 2),
         ({"num_experts": 2}, None),
+        ({"num_experts": 2, "cuda": True}, None),
         ({"num_experts": 2, "single_gpu": True}, 1),
         ({"num_experts": 2, "cuda": False}, 1),
     ],

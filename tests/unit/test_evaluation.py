@@ -12,9 +12,9 @@ import pytest
 import reference
 from builders import VOCAB_SIZE, build_model, values_of
 
+from gluon_lm.config import CELLS
 from gluon_lm.errors import DataError
 from gluon_lm.evaluation.static import Evaluation, evaluate
-from gluon_lm.models import CELLS
 
 EOS = 3
 

@@ -10,8 +10,8 @@ import pytest
 import reference
 from builders import VOCAB_SIZE, build_model, forward_backward, gradients_of, int32, relative_error, values_of
 
-from gluon_lm.config import ModelConfig
-from gluon_lm.models import CELLS, LanguageModel
+from gluon_lm.config import CELLS, ModelConfig
+from gluon_lm.models import LanguageModel
 
 T, N = 7, 4
 
@@ -23,7 +23,7 @@ def windows(count, seed=0):
 
 
 def begin(model):
-    return model.begin_state(N, mx.cpu(0))
+    return model.begin_state(num_streams=N, device=mx.cpu(0))
 
 
 def flat(states):

@@ -18,11 +18,11 @@ from builders import (
     values_of,
 )
 
-from gluon_lm.config import ModelConfig, OptimConfig
+from gluon_lm.config import CELLS, ModelConfig, OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed.communicator import SingleDevice
 from gluon_lm.distributed.kvstore import KVStoreCommunicator
-from gluon_lm.models import CELLS, LanguageModel
+from gluon_lm.models import LanguageModel
 from gluon_lm.training.step import TrainingStep, step_seed
 
 T, N = 7, 8
