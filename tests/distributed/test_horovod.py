@@ -20,13 +20,12 @@ from pathlib import Path
 import mxnet as mx
 import numpy as np
 import pytest
-from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from builders import build_step, random_ids, relative_error, take_steps, values_of
 from machine import compile_driver
 from mxnet import gluon
 from processes import Found, Notes, events, wait_for, with_horovod
 
 from gluon_lm import gpus
-from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import horovod
 from gluon_lm.distributed.communicator import SingleDevice
@@ -34,10 +33,8 @@ from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.horovod import HorovodCommunicator, local_rank
 from gluon_lm.errors import DistributedError
 from gluon_lm.heartbeat import beat
-from gluon_lm.optim.optimizers import create_optimizer
 from gluon_lm.progress import counted
 from gluon_lm.train import main as train_alone
-from gluon_lm.training.step import TrainingStep
 
 CPU = mx.cpu(0)
 # As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
@@ -89,22 +86,14 @@ def reduce(communicator, parameters, gradients):
 
 def train(communicator, name, spoil=False):
     """Ten steps; what each returned, and the parameters after them."""
-    settings = {"alpha": 0.0, "beta": 0.0, "weight_decay": 0.0, **MODELS[name]}
-    alpha, beta = settings.pop("alpha"), settings.pop("beta")
-    optimizer = create_optimizer(OptimConfig(optimizer="sgd", lr=0.5, weight_decay=settings.pop("weight_decay")))
-    model = build_model([CPU], **settings)
+    model, step = build_step(communicator, clip_norm=0.3, **MODELS[name])
     if spoil:
         for parameter in model.named_parameters().values():
             parameter.set_data(parameter.data() + communicator.rank)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    step = TrainingStep(model, optimizer, communicator, clip_norm=0.3, alpha=alpha, beta=beta)
     # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
-    ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
-    windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []
-    for k in range(NUM_STEPS):
-        if k % len(windows) == 0:
-            step.states = None
-        results.append(step(windows[k % len(windows)], 3, k))
+    windows = Streams(random_ids(3 * BPTT * BATCH + 8, seed=4), BATCH, 0).windows(BPTT)
+    results = take_steps(step, windows, range(NUM_STEPS))
     return [[result.loss_sum, result.grad_norm] for result in results], values_of(model)
 
 
