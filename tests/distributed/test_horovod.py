@@ -24,6 +24,7 @@ from builders import build_step, random_ids, relative_error, take_steps, values_
 from machine import compile_driver
 from mxnet import gluon
 from processes import Found, Notes, events, wait_for, with_horovod
+from reference import TwoBitCompression
 
 from gluon_lm import gpus
 from gluon_lm.data.windows import Streams
@@ -399,46 +400,17 @@ def test_ten_steps_give_the_parameters_of_one_process(first, name):
 # ---------------------------------------------------------------- 2-bit compression
 
 
-class NumpyCompression:
-    """What every rank should hold after each step, in float32, and what waits on each rank."""
-
-    def __init__(self, num_ranks):
-        self.thresholds = self.factors = None
-        self.observed = []
-        self.residuals = [[np.zeros(shape, np.float32) for shape in SHAPES] for _ in range(num_ranks)]
-
-    def reduce(self, gradients):
-        if self.factors is None:
-            self.observed.append(gradients)
-            if len(self.observed) == CALIBRATION_STEPS:
-                rms = [
-                    np.sqrt(np.mean([np.square(rank[k], dtype=np.float64) for step in self.observed for rank in step]))
-                    for k in range(len(SHAPES))
-                ]
-                # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
-                self.factors = [2.0 ** round(np.log2(0.25 / value)) for value in rms]
-                self.thresholds = [np.float32(THRESHOLD / factor) for factor in self.factors]
-            return [np.sum(np.array(arrays, np.float64), axis=0) for arrays in zip(*gradients)]
-        sums = [np.zeros(shape, np.float32) for shape in SHAPES]
-        for arrays, residuals in zip(gradients, self.residuals):
-            for total, array, residual, threshold in zip(sums, arrays, residuals, self.thresholds):
-                residual += array / threshold
-                sent = np.clip(np.trunc(residual), -1, 1)
-                residual -= sent
-                total += sent * threshold
-        return sums
-
-
 @pytest.fixture(scope="module")
 def simulated(runs):
     """Sums by step, and the compression after STOP and after all."""
     num_ranks = len(runs[0].ranks)
-    compression, sums, waiting = NumpyCompression(num_ranks), [], {}
+    compression, sums, waiting = TwoBitCompression(THRESHOLD, CALIBRATION_STEPS), [], {}
     for step in range(END):
         sums.append(compression.reduce([draw(step, rank) for rank in range(num_ranks)]))
         if step + 1 in (STOP, END):
-            waiting[step + 1] = [
+            waiting[step + 1] = [  # in thresholds
                 np.concatenate([np.append(array, np.zeros(-array.size % 4, np.float32)) for array in residuals])
+                / compression.threshold
                 for residuals in compression.residuals
             ]
     return compression, sums, waiting

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mxnet import gluon
 from processes import Found, Notes
+from reference import TwoBitCompression
 
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.parameter_server import ParameterServer
@@ -153,32 +154,18 @@ def test_workers_of_several_devices_have_the_sum_of_all(tmp_path):
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path, num_devices):
     found = run_cluster(tmp_path, "dist_sync", num_devices, THRESHOLD)
-    by_step = sums(found)
 
     def pushed(step, rank):
         """What a worker's devices have together, which is compressed."""
         return [sum(arrays) for arrays in zip(*(draw(step, rank, i) for i in range(num_devices)))]
 
-    drawn = [[pushed(step, rank) for rank in found.ranks] for step in range(NUM_STEPS)]
-    squares = [
-        np.mean([np.square(arrays[k], dtype=np.float64) for ranks in drawn[:CALIBRATION_STEPS] for arrays in ranks])
-        for k in range(len(SHAPES))
-    ]
-    # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
-    factors = [2.0 ** round(np.log2(0.25 / np.sqrt(square))) for square in squares]
-    assert [state["factors"] for state in found.values("state")] == [factors] * len(found.ranks)
-    for k, factor in enumerate(factors):
-        for step in range(CALIBRATION_STEPS):
-            expected = np.sum([arrays[k] for arrays in drawn[step]], axis=0, dtype=np.float64)
-            np.testing.assert_allclose(by_step[step][str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
-        residuals = [np.zeros(SHAPES[k], np.float32) for _ in found.ranks]
-        for step in range(CALIBRATION_STEPS, NUM_STEPS):
-            total = np.zeros(SHAPES[k], np.float32)
-            for residual, arrays in zip(residuals, drawn[step]):
-                residual += arrays[k] * np.float32(factor)
-                sent = THRESHOLD * np.clip(np.trunc(residual / THRESHOLD), -1, 1)
-                residual -= sent
-                total += sent
-            np.testing.assert_array_equal(by_step[step][str(k)], total / np.float32(factor))
+    compression = TwoBitCompression(THRESHOLD, CALIBRATION_STEPS)
+    for step, arrays in enumerate(sums(found)):
+        for k, expected in enumerate(compression.reduce([pushed(step, rank) for rank in found.ranks])):
+            if step < CALIBRATION_STEPS:
+                np.testing.assert_allclose(arrays[str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
+            else:
+                np.testing.assert_array_equal(arrays[str(k)], expected)
+    assert [state["factors"] for state in found.values("state")] == [compression.factors] * len(found.ranks)
     # Two bits have no code for what is not finite: the worker that has it says so to the others.
     assert not all(np.isfinite(array).all() for array in found.arrays("not finite")[-1].values())

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from processes import figures, wait_for
+from reference import published_trigger
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,11 +46,6 @@ def evaluated_loss(project, name, split="valid"):
     """What `evaluate` prints, on the streams on which training evaluates."""
     output = project.run("evaluate", name, "--split", split, "--eval-batch-size", 10)
     return re.search(rf"{split} loss (\d+\.\d{{5}}) ", output)[1]
-
-
-def published_trigger(losses, n):
-    """Index of the first loss above the lowest of those more than n evaluations before it (Merity et al. 2017)."""
-    return next((t for t in range(n + 1, len(losses)) if losses[t] > min(losses[: t - n])), None)
 
 
 def assert_means(project, run, since, steps):
