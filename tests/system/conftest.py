@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import EXECUTABLE, open_browser
 from processes import events
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,25 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A very small model on the corpus.
 SMALL = (
-    "--data",
-    "text",
-    "--model",
-    "lstm",
-    "--emsize",
-    8,
-    "--nhid",
-    8,
-    "--batch-size",
-    4,
-    "--bptt",
-    5,
-    "--epochs",
-    2,
-    "--lr",
-    1,
-    "--log-interval",
-    10,
+    *("--data", "text", "--model", "lstm", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5),
+    *("--epochs", 2, "--lr", 1, "--log-interval", 10),
 )
+# The words that may follow each other in a line of the corpus.
+GRAMMAR = (("the", "a"), ("cat", "dog", "bird"), ("sees", "hears"), ("the", "a"), ("tree", "house", "river"))
 
 
 class Project:
@@ -129,21 +116,17 @@ def write_corpus(folder: Path, num_lines: int = 120) -> None:
     rng = random.Random(7)
     folder.mkdir()
     for split, lines in (("train", num_lines), ("valid", num_lines // 6), ("test", num_lines // 6)):
-        with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
-            for _ in range(lines):
-                file.write(
-                    " ".join(
-                        [
-                            rng.choice(["the", "a"]),
-                            rng.choice(["cat", "dog", "bird"]),
-                            rng.choice(["sees", "hears"]),
-                            rng.choice(["the", "a"]),
-                            rng.choice(["tree", "house", "river"]),
-                            ".",
-                        ]
-                    )
-                    + "\n"
-                )
+        text = "".join(" ".join([*map(rng.choice, GRAMMAR), "."]) + "\n" for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium, for tests of pages."""
+    if EXECUTABLE is None:
+        pytest.skip("there is no Chromium here")
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import contextlib
 import re
 
 import pytest
-from browser import EXECUTABLE, contrasts, open_browser
+from browser import EXECUTABLE, contrasts
 from serving import PATIENCE, Server, train_tiny_run, until
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -19,12 +19,6 @@ def server(tmp_path_factory):
     run = train_tiny_run(tmp_path_factory.mktemp("page"))
     with Server(run, "--slots", 4, "--max-words", 10**7, "--max-prompt", 500, "--root-path", "/expose/ID") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 import pytest
-from browser import EXECUTABLE, contrasts, open_browser
+from browser import contrasts
 from processes import events
 
 from gluon_lm.history import RunHistory
@@ -46,14 +46,6 @@ def folder(tmp_path_factory):
 
 def events_of(folder, name, kind):
     return [event for event in events(folder / name) if event["event"] == kind]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if EXECUTABLE is None:
-        pytest.skip("there is no Chromium here")
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
