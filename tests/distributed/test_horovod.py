@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,18 @@ import pytest
 from builders import build_step, random_ids, relative_error, take_steps, values_of
 from machine import compile_driver
 from mxnet import gluon
-from processes import Found, Notes, events, wait_for, with_horovod
+from processes import (
+    ROOT,
+    Found,
+    Notes,
+    Process,
+    as_script,
+    environment,
+    events,
+    running,
+    wait_until,
+    with_horovod,
+)
 from reference import TwoBitCompression
 
 from gluon_lm import gpus
@@ -38,8 +48,7 @@ from gluon_lm.progress import counted
 from gluon_lm.train import main as train_alone
 
 CPU = mx.cpu(0)
-# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
-THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
+THIS_FILE = as_script(__file__)
 SHAPES = [(6, 4), (5,), (1,), (300, 7)]
 SIZES = (3.0, 1e-2, 1.0, 2e-4)
 THRESHOLD = 0.5
@@ -249,62 +258,34 @@ TIMEOUT_S = 240
 
 
 def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None):
-    """Run Python in so many processes, with arguments that name the folder; the exit code, and all that was printed.
+    """Run Python in so many processes in the folder; the exit code, and all that was printed.
 
     `meanwhile` is called with horovodrun's process once that has been started.
     """
-    tests = Path(__file__).parent.parent
-    command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
+    command = [Path(sys.executable).with_name("horovodrun"), "-np", num_processes]
     command += ["--gloo"]  # or else it imports MXNet once more, to see whether there is MPI
-    command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONFAULTHANDLER"] = "1"
-    environment.setdefault("HOROVOD_TERMINATION_SECONDS", "5")  # a process that has been stopped hears no signal
-    environment["GLUON_LM_CACHE"] = str(Path(folder) / "cache")
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            meanwhile(process)
-            printed, _ = process.communicate(timeout=TIMEOUT_S)
-        except BaseException:
-            for pid in processes_that_name(folder):  # horovodrun's own command line does, too
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            raise
-    deadline = time.monotonic() + 20
-    while processes_that_name(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_that_name(folder)
+    command += ["--network-interfaces", "lo", sys.executable, *arguments]
+    variables = {
+        "HOROVOD_TERMINATION_SECONDS": "5",  # a process that has been stopped hears no signal
+        **environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1"),
+        "GLUON_LM_CACHE": str(folder / "cache"),
+    }
+    process = Process(*command, cwd=folder, env=variables, start_new_session=True)
+    try:
+        meanwhile(process)
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        for pid in running(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+    wait_until(lambda: not running(folder), 20)
     return process.returncode, printed
 
 
 def pid_of_rank(rank, folder):
     """Id of the process that trains as this one."""
-    (found,) = [
-        pid
-        for pid in processes_that_name(folder)
-        if f"HOROVOD_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        and Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] == os.fsencode(sys.executable)
-    ]
-    return found
-
-
-def processes_that_name(folder):
-    """Ids of the running processes with the folder on their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if os.fsencode(folder) in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:
-            pass  # it ended meanwhile
+    (found,) = running(folder, f"{sys.executable}\0-m\0gluon_lm.train\0", f"HOROVOD_RANK={rank}")
     return found
 
 
@@ -496,7 +477,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeyp
     run = tmp_path / "run"
 
     def interrupt(process):
-        wait_for((run / "checkpoints" / "step-30").exists, process, seconds=200)
+        wait_until((run / "checkpoints" / "step-30").exists, 200, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
 
     _, printed = horovodrun(2, tmp_path, *new, "--save", run, "--max-steps", "100000", meanwhile=interrupt)
@@ -529,11 +510,10 @@ if __name__ == "__main__":
     execute("exec {sys.executable} {worker}")
 """
     )
-    command = [sys.executable, launcher]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    process = Process(sys.executable, launcher, start_new_session=True)
+    process.wait_for("ready")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
     assert done.exists()
 
 
@@ -599,7 +579,7 @@ def test_a_process_that_hangs_ends_all_in_time_and_leaves_the_checkpoint_of_one_
     hung, stopped_at = tmp_path / "run", []
 
     def stop_one(process):
-        wait_for((hung / "checkpoints" / "step-30").exists, process, seconds=200)
+        wait_until((hung / "checkpoints" / "step-30").exists, 200, process)
         os.kill(pid_of_rank(1, tmp_path), signal.SIGSTOP)
         stopped_at.append(time.monotonic())
 

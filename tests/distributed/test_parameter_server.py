@@ -6,16 +6,14 @@ MXNet cuts one array, the large one, up among the servers.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import gluon
-from processes import Found, Notes
+from processes import ROOT, Found, Notes, as_script, environment
 from reference import TwoBitCompression
 
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
@@ -40,8 +38,7 @@ workers, servers, *command = sys.argv[1:]
 processes = parameter_server([Host()], int(workers), int(servers), [sys.executable, *command])
 sys.exit(run_command(lambda _: Supervisor(processes, 60).run(), []))
 """
-# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
-THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
+THIS_FILE = as_script(__file__)
 
 
 def draw(step, rank, device=0):
@@ -103,13 +100,11 @@ if __name__ == "__main__":
 
 
 def run_cluster(folder, kvstore, num_devices, threshold, workers=2, servers=2):
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    environment["MXNET_KVSTORE_BIGARRAY_BOUND"] = str(LARGE)
+    variables = {"OMP_NUM_THREADS": "1", "MXNET_KVSTORE_BIGARRAY_BOUND": str(LARGE)}
     arguments = [workers, servers, *THIS_FILE, folder, kvstore, num_devices, threshold]
     ended = subprocess.run(
         [sys.executable, "-c", CLUSTER, *map(str, arguments)],
-        env=environment,
+        env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
