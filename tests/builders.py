@@ -1,17 +1,20 @@
-"""Small models and what tests do with them."""
+"""Small models, texts for them, and what tests do with them."""
 
 from __future__ import annotations
 
 import mxnet as mx
 import numpy as np
 
-from gluon_lm.config import Config, DataConfig, ModelConfig
+from gluon_lm.config import Config, DataConfig, ModelConfig, OptimConfig
 from gluon_lm.data import Vocabulary
 from gluon_lm.data.windows import Window
+from gluon_lm.distributed.communicator import SingleDevice
+from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.losses import backward_through_model
 from gluon_lm.models import LanguageModel
 from gluon_lm.training.checkpoint import Checkpoint, TrainingState, save_checkpoint
 from gluon_lm.training.run_folder import RunFolder
+from gluon_lm.training.step import TrainingStep
 
 VOCAB_SIZE = 13
 VOCABULARY = Vocabulary(("<unk>", "<eos>", *(f"w{i}" for i in range(VOCAB_SIZE - 2))))
@@ -49,6 +52,52 @@ def save_run(path, averaged=False, evaluated=True, loss=2.5, **model):
     with run.created(config.to_yaml(), VOCABULARY):
         save_checkpoint(run, checkpoint, config.to_yaml(), VOCABULARY, keep=1, is_best=evaluated)
     return path
+
+
+def random_ids(num_tokens, seed=8, vocab_size=VOCAB_SIZE) -> np.ndarray:
+    """A text of words drawn evenly."""
+    return np.random.RandomState(seed).randint(0, vocab_size, num_tokens).astype(np.int32)
+
+
+def communicator_on(num_devices, kvstore="device", threshold=None):
+    devices = [mx.cpu(i) for i in range(num_devices)]
+    return SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices, kvstore, threshold)
+
+
+def build_step(
+    communicator,
+    clip_norm=None,
+    optimizer="sgd",
+    lr=0.5,
+    weight_decay=0.0,
+    alpha=0.0,
+    beta=0.0,
+    small_batch_size=None,
+    loss_scale=None,
+    **config,
+) -> tuple[LanguageModel, TrainingStep]:
+    """A model, as `build_model` makes it, and its training step."""
+    model = build_model(communicator.devices, **config)
+    optim = OptimConfig(
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        alpha=alpha,
+        beta=beta,
+        small_batch_size=small_batch_size,
+    )
+    return model, TrainingStep(model, communicator, optim, loss_scale)
+
+
+def take_steps(step, windows, numbers, seed=3) -> list:
+    """Take the steps of these numbers, over as many epochs as that takes, as the trainer does; what each returned."""
+    windows, results = list(windows), []
+    for k in numbers:
+        if k % len(windows) == 0:
+            step.states = None
+        results.append(step(windows[k % len(windows)], seed, k))
+    return results
 
 
 def values_of(model, device=None) -> dict[str, np.ndarray]:

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy
-
-ROOT = Path(__file__).resolve().parents[1]
+from processes import ROOT
 
 _DRIVER = """
 #include <stdio.h>

@@ -1,8 +1,8 @@
-"""The language model once more, in plain numpy and float64, with back-propagation written out by hand.
+"""The language model and its training once more, in plain numpy, with back-propagation written out by hand.
 
-Nothing here is shared with the package, so that an error would have to be made twice to go unseen. Parameters
-are dictionaries of arrays by the names that `LanguageModel.named_parameters` gives; a tied model has no
-``head.decoder.weight``. Dropout is what masks, given by the test, multiply with.
+Nothing here is shared with the package, so that an error would have to be made twice to go unseen. The model is in
+float64. Parameters are dictionaries of arrays by the names that `LanguageModel.named_parameters` gives; a tied model
+has no ``head.decoder.weight``. Dropout is what masks, given by the test, multiply with.
 
 Shapes: T time, N batch, V vocabulary, E embedding width, I and H widths of a layer, R = T x N rows,
 K experts, D = K x E.
@@ -340,6 +340,63 @@ def clipped_mean(gradients, num_targets, clip_norm):
     norm = np.sqrt(sum((value**2).sum() for value in mean.values()))
     factor = min(1.0, clip_norm / norm) if clip_norm is not None else 1.0
     return {name: factor * value for name, value in mean.items()}, norm
+
+
+def published_trigger(losses, n):
+    """Number t of the evaluation at which algorithm 1 of Merity et al. 2017 begins to average; None if it does not.
+
+    In the form of their code: at evaluation t, with v_0 ... v_{t-1} in the log, if t > n and v_t > min of v_0 ...
+    v_{t-n-1}.
+    """
+    log = []
+    for t, v in enumerate(losses):
+        if t > n and v > min(log[i] for i in range(t - n)):
+            return t
+        log.append(v)
+    return None
+
+
+class TwoBitCompression:
+    """Gradients that reach the others in two bits an element: what everyone has after each step, in float32.
+
+    The gradients of the first steps are sent whole. By them, each parameter's later ones are scaled with the power of
+    two that brings their root mean square nearest to 1/4. Of an element, with what it has kept of it, a sender sends
+    plus or minus the threshold once that is reached, and keeps the rest for later.
+
+    Attributes
+    ----------
+    factors : list of float or None
+        With which each parameter's gradients are multiplied; None as long as they are sent whole.
+    residuals : list of list of array or None
+        What each sender has kept of each parameter, scaled.
+    """
+
+    def __init__(self, threshold, num_whole_steps):
+        self.threshold, self.factors, self.residuals = np.float32(threshold), None, None
+        self._num_whole_steps, self._observed = num_whole_steps, []
+
+    def reset(self):
+        """Lose what was kept."""
+        self.residuals = [[np.zeros_like(array) for array in arrays] for arrays in self._observed[0]]
+
+    def reduce(self, gradients):
+        """The sums of ``[sender][parameter]`` as they arrive."""
+        if self.factors is None:
+            self._observed.append(gradients)
+            if len(self._observed) == self._num_whole_steps:
+                by_parameter = zip(*(arrays for step in self._observed for arrays in step))
+                squares = [np.mean(np.square(arrays, dtype=np.float64)) for arrays in by_parameter]
+                self.factors = [2.0 ** round(np.log2(0.25 / np.sqrt(square))) for square in squares]
+                self.reset()
+            return [np.sum(arrays, axis=0, dtype=np.float64) for arrays in zip(*gradients)]
+        sums = [np.zeros_like(array) for array in gradients[0]]
+        for arrays, residuals in zip(gradients, self.residuals):
+            for total, array, residual, factor in zip(sums, arrays, residuals, map(np.float32, self.factors)):
+                residual += array * factor
+                sent = self.threshold * np.clip(np.trunc(residual / self.threshold), -1, 1)
+                residual -= sent
+                total += sent / factor
+        return sums
 
 
 class SGD:

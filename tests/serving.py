@@ -6,21 +6,17 @@ import contextlib
 import http.client
 import io
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import Process, environment, wait_until
 
 from gluon_lm.train import main as train
 
-ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60  # seconds; nothing here takes that long unless it hangs
 
 
@@ -37,11 +33,6 @@ def train_tiny_run(folder: Path) -> Path:
     return folder / "run"
 
 
-def environment() -> dict[str, str]:
-    """Of a server's process."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 class Server:
     """``python -m gluon_lm.serve`` on a free port, ended when the block is left.
 
@@ -50,54 +41,34 @@ class Server:
     url : str
         Without a slash at its end.
     lines : list of str
-        What it has printed.
+        What it has printed so far.
     """
 
     def __init__(self, run: Path, *flags: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "gluon_lm.serve", str(run), "--port", "0", *map(str, flags)],
-            env=environment(),
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        self.lines.extend(iter(self.process.stdout.readline, ""))
+        words = [sys.executable, "-u", "-m", "gluon_lm.serve", run, "--port", 0, *flags]
+        self.process = Process(*words, env=environment(OMP_NUM_THREADS="1"))
+        self.lines = self.process.lines
 
     def __enter__(self) -> Server:
         try:
-            announcement = until(lambda: self._said("serving at ") or self.process.poll() is not None)
-            assert announcement is not True, self.lines
-            self.url = announcement.split()[2].rstrip("/")
+            self.url = self.process.wait_for("serving at ").split()[2].rstrip("/")
             self.host, _, port = self.url.removeprefix("http://").rpartition(":")
             self.port = int(port)
-            until(lambda: self.ask("GET", "/readyz").status == 200)
+            wait_until(lambda: self.ask("GET", "/readyz").status == 200)
         except BaseException:
             self.process.kill()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        self.process.stdout.close()
-
-    def _said(self, start: str) -> str | None:
-        return next((line for line in self.lines if line.startswith(start)), None)
+        self.process.kill()
+        self.process.communicate(timeout=PATIENCE)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop and wait until it has; its exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return code
+        self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, content_type: str | None = None, **headers: str
@@ -166,13 +137,3 @@ def _events(answer: http.client.HTTPResponse) -> Iterator[tuple[str, dict]]:
         elif name == "data":
             yield kind, json.loads(value)
             kind = "word"
-
-
-def until(condition):
-    """Wait for something to become true, and return it."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    raise AssertionError("did not come true in time")

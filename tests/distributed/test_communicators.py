@@ -8,11 +8,12 @@ import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import gluon
+from reference import TwoBitCompression
 
 from gluon_lm.config import DeviceConfig
 from gluon_lm.distributed import devices as device_flags
 from gluon_lm.distributed.communicator import SingleDevice
-from gluon_lm.distributed.compression import CALIBRATION_STEPS, TARGET_RMS, power_of_two_near
+from gluon_lm.distributed.compression import CALIBRATION_STEPS, power_of_two_near
 from gluon_lm.distributed.devices import COMMUNICATORS, create_communicator, resolve_devices, resolve_single_device
 from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.distributed.parameter_server import ParameterServer
@@ -148,60 +149,26 @@ def test_state_goes_through_json_and_checkpoints_between_steps_change_no_sum(com
 SIZES = (3.0, 1e-2, 2e-4)
 
 
-class NumpyCompression:
-    """MXNet's 2-bit compression with scales, step by step in float32: what each device should hold."""
-
-    def __init__(self, num_devices, threshold):
-        self.threshold, self.num_devices = np.float32(threshold), num_devices
-        self.factors, self.observed = None, []
-        self.reset()
-
-    def reset(self):
-        self.residuals = [[np.zeros(shape, np.float32) for _ in range(self.num_devices)] for shape in SHAPES]
-
-    def reduce(self, gradients):
-        if self.factors is None:
-            self.observed.append(gradients)
-            if len(self.observed) == CALIBRATION_STEPS:
-                rms = [
-                    np.sqrt(np.mean(np.square(np.array([step[k] for step in self.observed], np.float64))))
-                    for k in range(len(SHAPES))
-                ]
-                self.factors = [np.float32(2.0 ** round(np.log2(TARGET_RMS / value))) for value in rms]
-            return [np.sum(np.array(arrays, np.float64), axis=0) for arrays in gradients]
-        sums = []
-        for arrays, residuals, factor in zip(gradients, self.residuals, self.factors):
-            total = np.zeros(arrays[0].shape, np.float32)
-            for array, residual in zip(arrays, residuals):
-                residual += array * factor
-                sent = self.threshold * (
-                    (residual >= self.threshold).astype(np.float32) - (residual <= -self.threshold)
-                )
-                residual -= sent
-                total += sent
-            sums.append(total / factor)
-        return sums
-
-
 @pytest.mark.parametrize("num_devices", [2, 4])
 @pytest.mark.parametrize("threshold", [0.5, 0.125])
 def test_two_bits_agree_with_numpy_with_residuals(num_devices, threshold):
     communicator = KVStoreCommunicator(cpus(num_devices), "device", threshold)
-    parameters, expected = make_parameters(communicator.devices), NumpyCompression(num_devices, threshold)
+    parameters = make_parameters(communicator.devices)
+    expected = TwoBitCompression(threshold, CALIBRATION_STEPS)
     for step in range(CALIBRATION_STEPS):
         gradients = draw(step, num_devices, SIZES)
-        sums = expected.reduce(gradients)
+        sums = expected.reduce([*zip(*gradients)])
         for arrays, array in zip(reduce(communicator, parameters, gradients), sums):
             for on_device in arrays:
                 np.testing.assert_allclose(on_device, array, rtol=1e-5, atol=1e-6 * np.abs(array).max())
-    assert factors_of(communicator) == [float(factor) for factor in expected.factors]
+    assert factors_of(communicator) == expected.factors
     assert len(set(expected.factors)) == len(SIZES)
     for step in range(CALIBRATION_STEPS, CALIBRATION_STEPS + 12):
         if step == CALIBRATION_STEPS + 7:
             communicator.compression_state()
             expected.reset()
         gradients = draw(step, num_devices, SIZES)
-        assert_all_equal(reduce(communicator, parameters, gradients), expected.reduce(gradients))
+        assert_all_equal(reduce(communicator, parameters, gradients), expected.reduce([*zip(*gradients)]))
 
 
 def factors_of(communicator):

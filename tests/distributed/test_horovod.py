@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,13 +19,24 @@ from pathlib import Path
 import mxnet as mx
 import numpy as np
 import pytest
-from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from builders import build_step, random_ids, relative_error, take_steps, values_of
 from machine import compile_driver
 from mxnet import gluon
-from processes import Found, Notes, events, wait_for, with_horovod
+from processes import (
+    ROOT,
+    Found,
+    Notes,
+    Process,
+    as_script,
+    environment,
+    events,
+    running,
+    wait_until,
+    with_horovod,
+)
+from reference import TwoBitCompression
 
 from gluon_lm import gpus
-from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed import horovod
 from gluon_lm.distributed.communicator import SingleDevice
@@ -36,11 +46,9 @@ from gluon_lm.errors import DistributedError
 from gluon_lm.heartbeat import beat
 from gluon_lm.progress import counted
 from gluon_lm.train import main as train_alone
-from gluon_lm.training.step import TrainingStep
 
 CPU = mx.cpu(0)
-# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
-THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
+THIS_FILE = as_script(__file__)
 SHAPES = [(6, 4), (5,), (1,), (300, 7)]
 SIZES = (3.0, 1e-2, 1.0, 2e-4)
 THRESHOLD = 0.5
@@ -88,22 +96,14 @@ def reduce(communicator, parameters, gradients):
 
 def train(communicator, name, spoil=False):
     """Ten steps; what each returned, and the parameters after them."""
-    settings = {"alpha": 0.0, "beta": 0.0, "weight_decay": 0.0, **MODELS[name]}
-    regularisation = {what: settings.pop(what) for what in ("alpha", "beta", "weight_decay")}
-    optim = OptimConfig(lr=0.5, clip_norm=0.3, **regularisation)
-    model = build_model([CPU], **settings)
+    model, step = build_step(communicator, clip_norm=0.3, **MODELS[name])
     if spoil:
         for parameter in model.named_parameters().values():
             parameter.set_data(parameter.data() + communicator.rank)
     communicator.broadcast_parameters(list(model.named_parameters().values()))
-    step = TrainingStep(model, communicator, optim)
     # Three windows of 30 targets, and one whose last row is short: the last ranks have fewer targets in it.
-    ids = np.random.RandomState(4).randint(0, VOCAB_SIZE, 3 * BPTT * BATCH + 8).astype(np.int32)
-    windows, results = list(Streams(ids, BATCH, 0).windows(BPTT)), []
-    for k in range(NUM_STEPS):
-        if k % len(windows) == 0:
-            step.states = None
-        results.append(step(windows[k % len(windows)], 3, k))
+    windows = Streams(random_ids(3 * BPTT * BATCH + 8, seed=4), BATCH, 0).windows(BPTT)
+    results = take_steps(step, windows, range(NUM_STEPS))
     return [[result.loss_sum, result.grad_norm] for result in results], values_of(model)
 
 
@@ -260,62 +260,34 @@ TIMEOUT_S = 240
 
 
 def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None):
-    """Run Python in so many processes, with arguments that name the folder; the exit code, and all that was printed.
+    """Run Python in so many processes in the folder; the exit code, and all that was printed.
 
     `meanwhile` is called with horovodrun's process once that has been started.
     """
-    tests = Path(__file__).parent.parent
-    command = [str(Path(sys.executable).with_name("horovodrun")), "-np", str(num_processes)]
+    command = [Path(sys.executable).with_name("horovodrun"), "-np", num_processes]
     command += ["--gloo"]  # or else it imports MXNet once more, to see whether there is MPI
-    command += ["--network-interfaces", "lo", sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONFAULTHANDLER"] = "1"
-    environment.setdefault("HOROVOD_TERMINATION_SECONDS", "5")  # a process that has been stopped hears no signal
-    environment["GLUON_LM_CACHE"] = str(Path(folder) / "cache")
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            meanwhile(process)
-            printed, _ = process.communicate(timeout=TIMEOUT_S)
-        except BaseException:
-            for pid in processes_that_name(folder):  # horovodrun's own command line does, too
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            raise
-    deadline = time.monotonic() + 20
-    while processes_that_name(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_that_name(folder)
+    command += ["--network-interfaces", "lo", sys.executable, *arguments]
+    variables = {
+        "HOROVOD_TERMINATION_SECONDS": "5",  # a process that has been stopped hears no signal
+        **environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1"),
+        "GLUON_LM_CACHE": str(folder / "cache"),
+    }
+    process = Process(*command, cwd=folder, env=variables, start_new_session=True)
+    try:
+        meanwhile(process)
+        printed, _ = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        for pid in running(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
+    wait_until(lambda: not running(folder), 20)
     return process.returncode, printed
 
 
 def pid_of_rank(rank, folder):
     """Id of the process that trains as this one."""
-    (found,) = [
-        pid
-        for pid in processes_that_name(folder)
-        if f"HOROVOD_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        and Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] == os.fsencode(sys.executable)
-    ]
-    return found
-
-
-def processes_that_name(folder):
-    """Ids of the running processes with the folder on their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if os.fsencode(folder) in path.read_bytes() and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:
-            pass  # it ended meanwhile
+    (found,) = running(folder, f"{sys.executable}\0-m\0gluon_lm.train\0", f"HOROVOD_RANK={rank}")
     return found
 
 
@@ -411,46 +383,17 @@ def test_ten_steps_give_the_parameters_of_one_process(first, name):
 # ---------------------------------------------------------------- 2-bit compression
 
 
-class NumpyCompression:
-    """What every rank should hold after each step, in float32, and what waits on each rank."""
-
-    def __init__(self, num_ranks):
-        self.thresholds = self.factors = None
-        self.observed = []
-        self.residuals = [[np.zeros(shape, np.float32) for shape in SHAPES] for _ in range(num_ranks)]
-
-    def reduce(self, gradients):
-        if self.factors is None:
-            self.observed.append(gradients)
-            if len(self.observed) == CALIBRATION_STEPS:
-                rms = [
-                    np.sqrt(np.mean([np.square(rank[k], dtype=np.float64) for step in self.observed for rank in step]))
-                    for k in range(len(SHAPES))
-                ]
-                # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
-                self.factors = [2.0 ** round(np.log2(0.25 / value)) for value in rms]
-                self.thresholds = [np.float32(THRESHOLD / factor) for factor in self.factors]
-            return [np.sum(np.array(arrays, np.float64), axis=0) for arrays in zip(*gradients)]
-        sums = [np.zeros(shape, np.float32) for shape in SHAPES]
-        for arrays, residuals in zip(gradients, self.residuals):
-            for total, array, residual, threshold in zip(sums, arrays, residuals, self.thresholds):
-                residual += array / threshold
-                sent = np.clip(np.trunc(residual), -1, 1)
-                residual -= sent
-                total += sent * threshold
-        return sums
-
-
 @pytest.fixture(scope="module")
 def simulated(runs):
     """Sums by step, and the compression after STOP and after all."""
     num_ranks = len(runs[0].ranks)
-    compression, sums, waiting = NumpyCompression(num_ranks), [], {}
+    compression, sums, waiting = TwoBitCompression(THRESHOLD, CALIBRATION_STEPS), [], {}
     for step in range(END):
         sums.append(compression.reduce([draw(step, rank) for rank in range(num_ranks)]))
         if step + 1 in (STOP, END):
-            waiting[step + 1] = [
+            waiting[step + 1] = [  # in thresholds
                 np.concatenate([np.append(array, np.zeros(-array.size % 4, np.float32)) for array in residuals])
+                / compression.threshold
                 for residuals in compression.residuals
             ]
     return compression, sums, waiting
@@ -570,7 +513,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(tmp_path, monkeyp
     run = tmp_path / "run"
 
     def interrupt(process):
-        wait_for((run / "checkpoints" / "step-30").exists, process, seconds=200)
+        wait_until((run / "checkpoints" / "step-30").exists, 200, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
 
     _, printed = horovodrun(2, tmp_path, *new, "--save", run, "--max-steps", "100000", meanwhile=interrupt)
@@ -603,11 +546,10 @@ if __name__ == "__main__":
     execute("exec {sys.executable} {worker}")
 """
     )
-    command = [sys.executable, launcher]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    process = Process(sys.executable, launcher, start_new_session=True)
+    process.wait_for("ready")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
     assert done.exists()
 
 
@@ -673,7 +615,7 @@ def test_a_process_that_hangs_ends_all_in_time_and_leaves_the_checkpoint_of_one_
     hung, stopped_at = tmp_path / "run", []
 
     def stop_one(process):
-        wait_for((hung / "checkpoints" / "step-30").exists, process, seconds=200)
+        wait_until((hung / "checkpoints" / "step-30").exists, 200, process)
         os.kill(pid_of_rank(1, tmp_path), signal.SIGSTOP)
         stopped_at.append(time.monotonic())
 

@@ -6,16 +6,15 @@ MXNet cuts one array, the large one, up among the servers.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import gluon
-from processes import Found, Notes
+from processes import ROOT, Found, Notes, as_script, environment
+from reference import TwoBitCompression
 
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 from gluon_lm.distributed.parameter_server import ParameterServer
@@ -39,8 +38,7 @@ workers, servers, *command = sys.argv[1:]
 processes = parameter_server([Host()], int(workers), int(servers), [sys.executable, *command])
 sys.exit(run_command(lambda _: Supervisor(processes, 60).run(), []))
 """
-# As a script it needs what tests/conftest.py does for it as a test: gluon_lm before MXNet.
-THIS_FILE = ("-c", "import gluon_lm, runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__)
+THIS_FILE = as_script(__file__)
 
 
 def draw(step, rank, device=0):
@@ -104,13 +102,11 @@ if __name__ == "__main__":
 
 
 def run_cluster(folder, kvstore, num_devices, threshold, workers=2, servers=2):
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
-    environment["MXNET_KVSTORE_BIGARRAY_BOUND"] = str(LARGE)
+    variables = {"OMP_NUM_THREADS": "1", "MXNET_KVSTORE_BIGARRAY_BOUND": str(LARGE)}
     arguments = [workers, servers, *THIS_FILE, folder, kvstore, num_devices, threshold]
     ended = subprocess.run(
         [sys.executable, "-c", CLUSTER, *map(str, arguments)],
-        env=environment,
+        env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **variables),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,35 +151,21 @@ def test_workers_of_several_devices_have_the_sum_of_all(tmp_path):
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_two_bits_through_several_servers_agree_with_numpy_to_the_bit(tmp_path, num_devices):
     found = run_cluster(tmp_path, "dist_sync", num_devices, THRESHOLD)
-    by_step = sums(found)
 
     def pushed(step, rank):
         """What a worker's devices have together, which is compressed."""
         return [sum(arrays) for arrays in zip(*(draw(step, rank, i) for i in range(num_devices)))]
 
-    drawn = [[pushed(step, rank) for rank in found.ranks] for step in range(NUM_STEPS)]
-    squares = [
-        np.mean([np.square(arrays[k], dtype=np.float64) for ranks in drawn[:CALIBRATION_STEPS] for arrays in ranks])
-        for k in range(len(SHAPES))
-    ]
-    # Twice the root mean square, as a power of two: a gradient of 1/4 has the threshold 1/2.
-    factors = [2.0 ** round(np.log2(0.25 / np.sqrt(square))) for square in squares]
+    compression = TwoBitCompression(THRESHOLD, CALIBRATION_STEPS)
+    for step, arrays in enumerate(sums(found)):
+        for k, expected in enumerate(compression.reduce([pushed(step, rank) for rank in found.ranks])):
+            if step < CALIBRATION_STEPS:
+                np.testing.assert_allclose(arrays[str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
+            else:
+                np.testing.assert_array_equal(arrays[str(k)], expected)
     for when, unsent in (("measured", False), ("compressed", True)):
         for state, residuals in found.values(when):
-            assert (state["factors"], state["unsent"], residuals) == (factors, unsent, {})
+            assert (state["factors"], state["unsent"], residuals) == (compression.factors, unsent, {})
             assert state["num_devices"] == num_devices * len(found.ranks)
-    for k, factor in enumerate(factors):
-        for step in range(CALIBRATION_STEPS):
-            expected = np.sum([arrays[k] for arrays in drawn[step]], axis=0, dtype=np.float64)
-            np.testing.assert_allclose(by_step[step][str(k)], expected, rtol=1e-5, atol=1e-6 * SIZES[k])
-        residuals = [np.zeros(SHAPES[k], np.float32) for _ in found.ranks]
-        for step in range(CALIBRATION_STEPS, NUM_STEPS):
-            total = np.zeros(SHAPES[k], np.float32)
-            for residual, arrays in zip(residuals, drawn[step]):
-                residual += arrays[k] * np.float32(factor)
-                sent = THRESHOLD * np.clip(np.trunc(residual / THRESHOLD), -1, 1)
-                residual -= sent
-                total += sent
-            np.testing.assert_array_equal(by_step[step][str(k)], total / np.float32(factor))
     # Two bits have no code for what is not finite: the worker that has it says so to the others.
     assert not all(np.isfinite(array).all() for array in found.arrays("not finite")[-1].values())

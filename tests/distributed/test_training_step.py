@@ -8,7 +8,15 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from builders import (
+    VOCAB_SIZE,
+    build_step,
+    communicator_on,
+    random_ids,
+    relative_error,
+    take_steps,
+    values_of,
+)
 
 from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
@@ -28,12 +36,7 @@ NUM_TOKENS = 3 * BPTT * BATCH + 6
 
 
 def text(num_tokens=NUM_TOKENS):
-    return np.random.RandomState(4).randint(0, VOCAB_SIZE, num_tokens).astype(np.int32)
-
-
-def communicator_on(num_devices, kvstore="device", threshold=None):
-    devices = [mx.cpu(i) for i in range(num_devices)]
-    return SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices, kvstore, threshold)
+    return random_ids(num_tokens, seed=4)
 
 
 # Every regulariser of an AWD-LSTM that draws a mask.
@@ -47,40 +50,9 @@ MASKS = {
 }
 
 
-def build_step(
-    communicator,
-    clip_norm=None,
-    optimizer="sgd",
-    lr=0.5,
-    weight_decay=0.0,
-    alpha=0.0,
-    beta=0.0,
-    small_batch_size=None,
-    loss_scale=None,
-    **config,
-):
-    model = build_model(communicator.devices, **config)
-    optim = OptimConfig(
-        optimizer=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        alpha=alpha,
-        beta=beta,
-        small_batch_size=small_batch_size,
-    )
-    return model, TrainingStep(model, communicator, optim, loss_scale)
-
-
 def train(step, num_steps=10, ids=None, seed=3):
-    """Take steps over as many epochs as that takes, as the trainer does; what each returned."""
-    windows = list(Streams(text() if ids is None else ids, BATCH, EOS).windows(BPTT))
-    results = []
-    for k in range(num_steps):
-        if k % len(windows) == 0:
-            step.states = None
-        results.append(step(windows[k % len(windows)], seed, k))
-    return results
+    """Take steps over the text, or another one; what each returned."""
+    return take_steps(step, Streams(text() if ids is None else ids, BATCH, EOS).windows(BPTT), range(num_steps), seed)
 
 
 # ---------------------------------------------------------------- devices
@@ -660,7 +632,7 @@ def test_masks_on_the_gpu_follow_from_seed_and_step_and_not_from_what_was_drawn_
 
 @pytest.mark.gpu
 def test_words_that_are_sent_ahead_to_the_gpu_are_not_overwritten_on_their_way():
-    windows = list(Streams(np.random.RandomState(4).randint(0, 10**6, 40_000).astype(np.int32), 8, EOS).windows(50))
+    windows = list(Streams(random_ids(40_000, 4, 10**6), 8, EOS).windows(50))
     copies, taken = InputCopies(), []
     for window, upcoming in zip(windows, [*windows[1:], None]):
         for start in (0, 4):

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "api_reference.py"
+SCRIPT = ROOT / "scripts" / "api_reference.py"
 
 
 def test_every_public_name_has_its_place_and_nothing_is_warned_of(tmp_path, capsys):

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 from loopback import Server, send_head
+from processes import environment
 
-import gluon_lm
 from gluon_lm import progress
 from gluon_lm.config import DataConfig
 from gluon_lm.data import CORPORA, load_corpus
@@ -36,7 +36,6 @@ from gluon_lm.data.download import (
 from gluon_lm.download import main
 from gluon_lm.errors import DataError
 
-ROOT = str(Path(gluon_lm.__file__).resolve().parent.parent)
 CONTENT = {
     "tiny.train.txt": b"a b a\n \nc a\n" * 50,
     "tiny.valid.txt": b"a d\n",
@@ -301,7 +300,7 @@ def start_fetch(folder: Path, url: str, has_locks: bool = True) -> subprocess.Po
     files = [f"{file.name}={file.hash}" for file in FILES]
     return subprocess.Popen(
         [sys.executable, "-c", FETCHER, str(has_locks), str(folder), url, *files],
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env=environment(),
     )
 
 

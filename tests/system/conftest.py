@@ -6,42 +6,24 @@ import contextlib
 import hashlib
 import importlib
 import io
-import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import events
-
-ROOT = Path(__file__).resolve().parents[2]
-
+from browser import EXECUTABLE, open_browser
+from processes import Process, environment, events
 
 # A very small model on the corpus.
 SMALL = (
-    "--data",
-    "text",
-    "--model",
-    "lstm",
-    "--emsize",
-    8,
-    "--nhid",
-    8,
-    "--batch-size",
-    4,
-    "--bptt",
-    5,
-    "--epochs",
-    2,
-    "--lr",
-    1,
-    "--log-interval",
-    10,
+    *("--data", "text", "--model", "lstm", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5),
+    *("--epochs", 2, "--lr", 1, "--log-interval", 10),
 )
+# The words that may follow each other in a line of the corpus.
+GRAMMAR = (("the", "a"), ("cat", "dog", "bird"), ("sees", "hears"), ("the", "a"), ("tree", "house", "river"))
 
 
 class Project:
@@ -52,33 +34,26 @@ class Project:
     def __init__(self, path: Path, kept_runs: Path) -> None:
         self.path = path
         self._kept_runs = kept_runs
-        self._started: list[subprocess.Popen] = []
+        self._started: list[Process] = []
 
     def command(self, command: str, *flags: object) -> list[str]:
         return [sys.executable, "-m", f"gluon_lm.{command}", *map(str, flags)]
 
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT)}
+    def start(self, command: str, *flags: object) -> Process:
+        """Start ``python -m gluon_lm.<command>`` in a process of its own."""
+        return self.start_process(*self.command(command, *flags))
 
-    def start(self, command: str, *flags: object) -> subprocess.Popen:
-        """Start ``python -m gluon_lm.<command>`` in a process of its own; its output is one text stream."""
-        process = subprocess.Popen(
-            self.command(command, *flags),
-            cwd=self.path,
-            text=True,
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+    def start_process(self, *words: object, **variables: str) -> Process:
+        """Start a process in the project's folder, with these variables in its environment."""
+        process = Process(*words, cwd=self.path, env=environment(**variables))
         self._started.append(process)
         return process
 
     def end(self) -> None:
         """Kill what was started and is running still, as it is where a test failed meanwhile."""
         for process in self._started:
-            with process:
-                process.kill()
+            process.kill()
+            process.wait()
 
     def run(self, command: str, *flags: object, code: int = 0) -> str:
         """Run a command to its end in this process, expect an exit code, return all that it printed."""
@@ -109,19 +84,30 @@ class Project:
             self.train(run, *flags)
             shutil.copytree(self.path / run, kept, symlinks=True)
 
-    def start_training(self, run: str, *flags: object) -> subprocess.Popen:
+    def start_training(self, run: str, *flags: object) -> Process:
         return self.start("train", *SMALL, "--save", run, *flags)
 
-    def events(self, run: str) -> list[dict]:
-        return events(self.path / run)
+    def events(self, run: str, kind: str | None = None) -> list[dict]:
+        return events(self.path / run, kind)
 
     def results(self, run: str) -> list[tuple]:
         """What a run found out: every validation and test result."""
         return [(e["event"], e["step"], e["loss"]) for e in self.events(run) if e["event"] in ("valid", "test")]
 
+    def arrays(self, checkpoint: str, file: str = "parameters.npz") -> dict[str, np.ndarray]:
+        with np.load(self.path / checkpoint / file) as saved:
+            return dict(saved)
+
     def parameters(self, run: str, link: str = "latest") -> dict[str, bytes]:
-        with np.load(self.path / run / link / "parameters.npz") as arrays:
-            return {name: arrays[name].tobytes() for name in arrays.files}
+        """Those of a checkpoint of a run, to be compared to the bit."""
+        return {name: array.tobytes() for name, array in self.arrays(f"{run}/{link}").items()}
+
+    def assert_agree(self, run: str, other: str) -> None:
+        """The newest parameters of two runs are the same but for rounding."""
+        found, expected = self.arrays(f"{run}/latest"), self.arrays(f"{other}/latest")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert np.linalg.norm(found[name] - value) <= 1e-5 * np.linalg.norm(value), name
 
 
 def write_corpus(folder: Path, num_lines: int = 120) -> None:
@@ -129,21 +115,17 @@ def write_corpus(folder: Path, num_lines: int = 120) -> None:
     rng = random.Random(7)
     folder.mkdir()
     for split, lines in (("train", num_lines), ("valid", num_lines // 6), ("test", num_lines // 6)):
-        with open(folder / f"{split}.txt", "w", encoding="utf-8") as file:
-            for _ in range(lines):
-                file.write(
-                    " ".join(
-                        [
-                            rng.choice(["the", "a"]),
-                            rng.choice(["cat", "dog", "bird"]),
-                            rng.choice(["sees", "hears"]),
-                            rng.choice(["the", "a"]),
-                            rng.choice(["tree", "house", "river"]),
-                            ".",
-                        ]
-                    )
-                    + "\n"
-                )
+        text = "".join(" ".join([*map(rng.choice, GRAMMAR), "."]) + "\n" for _ in range(lines))
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium, for tests of pages."""
+    if EXECUTABLE is None:
+        pytest.skip("there is no Chromium here")
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

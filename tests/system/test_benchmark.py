@@ -17,6 +17,7 @@ import pytest
 from benchmarks.harness import BENCHMARKS, METRICS, SIZES, Case, Row, Table, run_case
 from benchmarks.ours import train_ours
 from benchmarks.report import changes, comparison
+from processes import environment
 
 pytestmark = pytest.mark.timeout(300)
 SCRIPT = Path(benchmark.__file__)
@@ -143,7 +144,7 @@ def test_the_first_steps_of_a_published_recipe_follow_gluonnlps(project):
 
     def follow(*more):
         command = [sys.executable, *map(str, words), *map(str, more)]
-        return subprocess.run(command, cwd=project.path, env=project.environment(), capture_output=True, text=True)
+        return subprocess.run(command, cwd=project.path, env=environment(), capture_output=True, text=True)
 
     ended = follow("--steps", 4)
     assert ended.returncode == 0, ended.stderr

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from processes import processes_in, wait_for, wait_until_none_is_left
+from processes import ROOT, running, wait_until
 
 import gluon_lm
 from gluon_lm.distributed.compression import CALIBRATION_STEPS
 
 pytestmark = pytest.mark.timeout(300)
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN = (sys.executable, "-m", "gluon_lm.train")
 FLAGS = (
     *("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--lr", 2, "--cpus", 1),
@@ -56,17 +52,6 @@ def launch(project, *flags, workers=2, servers=1, code=0):
     return output
 
 
-def arrays(project, run, link="latest", file="parameters.npz"):
-    with np.load(project.path / run / link / file) as saved:
-        return {name: saved[name] for name in saved.files}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert np.linalg.norm(found[name] - value) <= 1e-5 * np.linalg.norm(value), name
-
-
 @pytest.mark.parametrize(
     ("workers", "servers", "cpus", "model"),
     [
@@ -79,8 +64,8 @@ def test_workers_at_the_same_global_batch_give_the_parameters_of_one_process(pro
     flags = (*FLAGS, *MODELS[model], "--clip", 0.1, "--max-steps", 10, "--eval-every", 4)
     project.run("train", *flags, "--save", "alone")
     output = launch(project, *flags, "--cpus", cpus, "--save", "together", workers=workers, servers=servers)
-    assert_same(arrays(project, "together"), arrays(project, "alone"))
-    carried = [arrays(project, run, file="carried.npz") for run in ("together", "alone")]
+    project.assert_agree("together", "alone")
+    carried = [project.arrays(f"{run}/latest", "carried.npz") for run in ("together", "alone")]
     for i, state in carried[1].items():
         np.testing.assert_allclose(carried[0][i], state, atol=1e-5)
     losses = [[event["loss"] for event in project.events(run)] for run in ("together", "alone")]
@@ -110,7 +95,7 @@ def test_a_cluster_is_resumed_by_another_number_of_workers(project):
     launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 14, workers=4)
     project.run("train", "--resume", "other", "--kvstore", "none", "--cpus", 2, "--max-steps", 14)
     for run in ("part", "other"):
-        assert_same(arrays(project, run), arrays(project, "alone"))
+        project.assert_agree(run, "alone")
     refused = launch(project, "--resume", "part", "--cpus", 1, "--max-steps", 16, workers=3, code=2)
     assert "--batch-size 4 (run part): must be a multiple of the number of devices, 3; make that 2 or 4" in refused
     (project.path / "text").rename(project.path / "elsewhere")
@@ -125,7 +110,7 @@ def scales_of(project):
 def test_two_bits_through_the_servers_train(project):
     flags = (*FLAGS, *MODELS["plain"], "--gctype", "2bit", "--max-steps", 60, "--eval-every", 30)
     output = launch(project, *flags, "--save", "run")
-    losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
+    losses = [event["loss"] for event in project.events("run", "valid")]
     assert losses[1] < losses[0] and "2-bit pushes with threshold 0.5" in output
     scales = scales_of(project)
     resumed = launch(project, "--resume", "run", "--max-steps", 61)
@@ -165,22 +150,10 @@ def test_before_gradients_are_compressed_nothing_is_said_to_be_lost(project):
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(project, flags, reason):
-    output = project.train("run", *flags, code=2)
-    (line,) = [line for line in output.splitlines() if re.match("error: ", line)]
-    assert reason in line
+    assert reason in project.refused("train", *project.training_flags, "--save", "run", *flags)
 
 
 # ---------------------------------------------------------------- when things break
-
-
-def processes_with(project, setting):
-    """The cluster's processes in this project whose environment has that setting."""
-    found = []
-    for pid in processes_in(project.path):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if setting.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -195,27 +168,24 @@ def processes_with(project, setting):
 def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers(project, role, number, said):
     flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 4, "--eval-every", 1000, "--epochs", 1000)
     cluster = project.start("launch", "--workers", 2, "--timeout", 30, "--", *flags, "--save", "run")
-    deadline = time.monotonic() + 120
-    while not (project.path / "run/latest").exists():
-        assert cluster.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(processes_with(project, f"DMLC_ROLE={role}")[-1], number)
+    wait_until((project.path / "run/latest").exists, 120, cluster)
+    os.kill(running(project.path, setting=f"DMLC_ROLE={role}")[-1], number)
     output, _ = cluster.communicate(timeout=100)
     assert cluster.returncode == 2, output
     assert re.search(said, output.splitlines()[-1]), output
-    wait_until_none_is_left(project.path)
+    wait_until(lambda: not running(project.path), 20)
     reached = int(os.readlink(project.path / "run/latest").rpartition("-")[2])
     goal = ("--max-steps", reached + 3)
     project.run("train", "--resume", "run", "--kvstore", "none", "--cpus", 2, *goal)
     project.run("train", *flags, *goal, "--save", "alone")
-    assert_same(arrays(project, "run"), arrays(project, "alone"))
+    project.assert_agree("run", "alone")
 
 
 def test_a_first_worker_that_cannot_write_its_checkpoint_says_so_in_the_last_line(project):
     """The others wait for it by then, and it is done with them before it ends."""
     flags = (*FLAGS, *MODELS["plain"], "--checkpoint-every", 4, "--eval-every", 1000, "--epochs", 1000)
     cluster = project.start("launch", "--workers", 2, "--", *flags, "--save", "run")
-    wait_for((project.path / "run/latest").exists, cluster, seconds=120)
+    wait_until((project.path / "run/latest").exists, 120, cluster)
     (project.path / "run/checkpoints").rename(project.path / "elsewhere")
     output, _ = cluster.communicate(timeout=100)
     assert cluster.returncode == 2, output
@@ -266,19 +236,12 @@ sys.exit(run_command(lambda _: Supervisor(processes, float(timeout)).run(), []))
 def launch_two(project, first, second, settings=None, timeout_s=60, code=2):
     """Run a cluster of two commands to its end; its last line."""
     commands = [list(map(str, command)) for command in (first, second)]
-    cluster = subprocess.run(
-        [sys.executable, "-c", TWO_THAT_DIFFER, str(timeout_s), *map(json.dumps, (*commands, settings or {}))],
-        cwd=project.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
-    assert cluster.returncode == code, cluster.stdout
-    wait_until_none_is_left(project.path)
-    return cluster.stdout.splitlines()[-1]
+    words = (sys.executable, "-c", TWO_THAT_DIFFER, timeout_s, *map(json.dumps, (*commands, settings or {})))
+    cluster = project.start_process(*words)
+    output, _ = cluster.communicate(timeout=240)
+    assert cluster.returncode == code, output
+    wait_until(lambda: not running(project.path), 20)
+    return output.splitlines()[-1]
 
 
 def test_workers_of_different_versions_end_before_the_first_step(project):
@@ -367,8 +330,8 @@ def test_a_worker_that_cannot_read_the_checkpoint_ends_all(project):
     for name in ("text", "run"):
         shutil.copytree(project.path / name, project.path / "elsewhere" / name, symlinks=True)
     (project.path / "elsewhere/run/latest").resolve().joinpath("parameters.npz").unlink()
-    before = arrays(project, "run")
+    before = project.parameters("run")
     command = (*TRAIN, "--resume", "run", "--kvstore", "dist_sync", "--max-steps", 9)
     line = launch_two(project, command, ("sh", "-c", 'cd elsewhere && exec "$@"', "sh", *command))
     assert line.startswith("error: worker 1 (pid ") and "parameters.npz" in line
-    assert_same(arrays(project, "run"), before)
+    assert project.parameters("run") == before

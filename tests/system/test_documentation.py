@@ -30,7 +30,8 @@ from typing import BinaryIO
 import pages
 import pytest
 import serving
-from pages import ROOT, Block
+from pages import Block
+from processes import ROOT
 
 from gluon_lm.__main__ import COMMANDS
 from gluon_lm.cli import normalise_argv

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STUB = """#!/bin/sh
 echo "$*" >>"{log}"
 case "$*" in

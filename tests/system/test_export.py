@@ -156,7 +156,7 @@ def test_the_c_predict_api_gives_the_trained_models_numbers(exports, predict, na
 def test_the_manifest_has_the_result_of_the_best_checkpoint(exports):
     for name in RUNS:
         manifest = json.loads((exports / f"{name}-exported/manifest.json").read_text())
-        evaluated = [event for event in events(exports / name) if event["event"] == "valid"]
+        evaluated = events(exports / name, "valid")
         best = min(evaluated, key=lambda event: event["loss"])
         assert os.readlink(exports / name / "best").endswith(manifest["training"]["checkpoint"])
         assert manifest["training"]["steps"] == best["step"]

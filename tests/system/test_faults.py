@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loopback import Server
+from processes import environment
 
 from gluon_lm import exported, tracking
 from gluon_lm.data import Vocabulary
@@ -284,7 +285,7 @@ def test_short_memory_is_said_in_one_line(project, megabytes, size, said):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=project.environment(),
+        env=environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     _, errors = process.communicate(timeout=120)
@@ -400,11 +401,11 @@ def on_poor_file_system(project, locks, links):
     answers = [f"-DNO_LOCKS={locks}", f"-DNO_LINKS={links}"]
     command = ["gcc", "-shared", "-fPIC", *answers, "-o", "poor.so", "poor.c"]
     subprocess.run(command, cwd=project.path, check=True, timeout=60)
-    environment = {**project.environment(), "LD_PRELOAD": "./poor.so", "GLUON_LM_CACHE": "poor"}
+    poor = environment(LD_PRELOAD="./poor.so", GLUON_LM_CACHE="poor")
 
     def run(command, *flags):
         words = project.command(command, *flags)
-        done = subprocess.run(words, cwd=project.path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, cwd=project.path, env=poor, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -739,7 +740,7 @@ def test_a_bad_line_among_the_metrics_is_named(project):
         assert f"metrics.jsonl line {number}: is not an event" in project.refused("train", "--resume", "run")
     metrics.write_text(whole + '{"event": "tra')  # as a killed process leaves it
     project.run("train", "--resume", "run", "--epochs", 2)
-    assert [e["step"] for e in project.events("run") if e["event"] == "valid"] == [42, 84]
+    assert [e["step"] for e in project.events("run", "valid")] == [42, 84]
 
 
 def test_bad_statistics_of_dynamic_evaluation_are_made_anew_and_not_unpickled(project):

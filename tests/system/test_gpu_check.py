@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import gpu_check
 import pytest
-from machine import ROOT
+from processes import ROOT
 
 
 def run_check(folder, *flags):

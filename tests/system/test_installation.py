@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import events
+from processes import ROOT, events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("3.9", "3.10", "3.11", "3.12")
 
 
@@ -78,7 +77,7 @@ def test_a_clean_environment_trains_evaluates_writes_and_exports(version, tmp_pa
     flags = ["--emsize", 16, "--nhid", 16, "--batch-size", 4, "--bptt", 5, "--epochs", 3, "--lr", 5]
     environment.run("gluon-lm", "train", "--data", "text", "--save", "run", *flags)
     assert "perplexity" in environment.run("gluon-lm", "evaluate", "run")
-    (tested,) = [event for event in events(tmp_path / "run") if event["event"] == "test"]
+    (tested,) = events(tmp_path / "run", "test")
     assert 1 < tested["perplexity"] < 3  # of eleven words, in two sentences
     assert len(environment.run("gluon-lm", "generate", "run", "--words", 20).split()) >= 20
     environment.run("gluon-lm", "export", "run", "--output", "exported")

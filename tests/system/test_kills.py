@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 from loopback import Server
+from processes import Process
 
 from gluon_lm.exported import load_exported
 from gluon_lm.training.checkpoint import verify_checkpoint
 from gluon_lm.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(900)
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Does some work, counts the calls that change files on the way, and kills itself at one of them.
 KILLED = """
@@ -68,16 +67,8 @@ class Work:
         self._command = [sys.executable, "-c", KILLED, prepare, work]
         self._folder = folder
 
-    def start(self, moment: int, *words: object) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*self._command, str(moment), *map(str, words)],
-            cwd=self._folder,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+    def start(self, moment: int, *words: object) -> Process:
+        return Process(*self._command, moment, *words, cwd=self._folder)
 
     def measure(self, *words: object) -> tuple[int, float]:
         """Do all of it; the number of its calls, and how long the process lived."""
@@ -144,7 +135,7 @@ def check_like_the_whole(project) -> None:
     for link in ("best", "latest"):
         assert project.parameters("run", link) == project.parameters("whole", link)
     assert list(dict.fromkeys(project.results("run"))) == project.results("whole")
-    steps = [e["step"] for e in project.events("run") if e["event"] == "train"]
+    steps = [e["step"] for e in project.events("run", "train")]
     assert steps == sorted(set(steps))
 
 

@@ -13,17 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import uuid
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import pytest
 import yaml
-from processes import wait_for
+from processes import Process, environment, running, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6
 
 pytestmark = [
@@ -66,6 +63,8 @@ for number in (signal.SIGINT, signal.SIGTERM):
 control = Control.from_environment()
 if what in ("connects", "late"):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if what in ("connects", "waits"):
+    print("waits for the others", flush=True)
 if what == "connects":
     time.sleep(600)  # as within MXNet, until the others connect, too
 if what == "late":
@@ -136,93 +135,48 @@ os._exit(shell.wait())
 
 
 class Cluster:
-    """A cluster in processes of its own, all of them marked so that none can hide."""
+    """A cluster in processes of its own, all of which run in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self._marker = f"GLUON_LM_TEST={uuid.uuid4()}"
         self._folder = folder
-        name, _, value = self._marker.partition("=")
-        path = f"{folder}:{os.environ['PATH']}"
-        self._environment = {**os.environ, name: value, "PYTHONPATH": str(ROOT), "PATH": path}
+        self.pids = partial(running, folder)
         (folder / "worker.py").write_text(WORKER)
         (folder / "ssh").write_text(SSH % sys.executable)
         (folder / "ssh").chmod(0o755)
 
-    def launch(self, *words: object, stdin: int = subprocess.DEVNULL, log: IO[str] | None = None) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=self._folder,
-            env=self._environment,
-            text=True,
-            stdin=stdin,
-            stdout=log or subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        self.lines.extend(line.rstrip("\n") for line in self.process.stdout or ())
+    def launch(self, *words: object, **settings) -> None:
+        """Start Python in a process, with these settings of `Process`."""
+        path = f"{self._folder}:{os.environ['PATH']}"
+        self.process = Process(sys.executable, *words, cwd=self._folder, env=environment(PATH=path), **settings)
+        self.lines = self.process.lines
 
     def supervise(
-        self,
-        *workers: str,
-        hosts: tuple[str, ...] = ("127.0.0.1",),
-        timeout_s: float = 60,
-        log: IO[str] | None = None,
+        self, *workers: str, hosts: tuple[str, ...] = ("127.0.0.1",), timeout_s: float = 60, **settings
     ) -> None:
         """Start workers of these kinds and a server, dealt out to the hosts in turn, the server to the last one."""
         sleep = [sys.executable, "-c", "import time; time.sleep(100_000)"]
         worker = [sys.executable, "worker.py"]
         processes = [("worker", i, [*worker, kind], hosts[i % len(hosts)]) for i, kind in enumerate(workers)]
         processes.append(("server", 0, sleep, hosts[-1]))
-        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s, log=log)
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        """Wait until some lines of output have held `text`."""
-        deadline = time.monotonic() + 120
-        while sum(text in line for line in self.lines) < times:
-            assert self._reader.is_alive(), self.lines
-            assert time.monotonic() < deadline, self.lines
-            time.sleep(0.02)
-
-    def pids(self, in_environment: str = "", in_command: str = "") -> list[int]:
-        """The processes of this cluster that still run."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = os.fsdecode((folder / "environ").read_bytes()).split("\0")
-                command = os.fsdecode((folder / "cmdline").read_bytes())
-            except OSError:
-                continue
-            if self._marker in environment and in_environment in ["", *environment] and in_command in command:
-                found.append(int(folder.name))
-        return found
+        self.launch("-c", SUPERVISOR, json.dumps(processes), timeout_s, **settings)
 
     def worker(self, index: int) -> int:
-        (pid,) = self.pids(f"GLUON_LM_WORKER={index}", "worker.py")
+        (pid,) = self.pids("worker.py", f"GLUON_LM_WORKER={index}")
         return pid
 
     def server(self) -> int:
-        (pid,) = self.pids(in_command="100_000)\0")
+        (pid,) = self.pids("100_000)\0")
         return pid
 
     def agents(self) -> list[int]:
-        return self.pids(in_command="-m\0gluon_lm.distributed.agent\0")
+        return self.pids("-m\0gluon_lm.distributed.agent\0")
 
     def end(self, code: int) -> list[str]:
         """Wait for the end, expect an exit code and nothing left; returns all lines of output."""
-        self._reader.join(120)
-        assert self.process.wait(10) == code, self.lines
-        self.check_that_nothing_is_left()
+        self.process.communicate(timeout=130)
+        assert self.process.returncode == code, self.lines
+        wait_until(lambda: not self.pids())
         return self.lines
-
-    def check_that_nothing_is_left(self) -> None:
-        deadline = time.monotonic() + 60
-        while left := self.pids():
-            assert time.monotonic() < deadline, (left, self.lines)
-            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -244,7 +198,7 @@ def test_output_has_names_and_all_ends_when_the_workers_have_finished(cluster):
 @pytest.mark.parametrize("victim", ["worker", "server"])
 def test_a_killed_process_ends_all_others(cluster, victim):
     cluster.supervise("train", "train", "train")
-    cluster.wait_for("third step", times=3)
+    cluster.process.wait_for("third step", times=3)
     pid = cluster.worker(2) if victim == "worker" else cluster.server()
     os.kill(pid, signal.SIGKILL)
     last_line = cluster.end(code=2)[-1]
@@ -254,7 +208,7 @@ def test_a_killed_process_ends_all_others(cluster, victim):
 
 def test_a_killed_agent_takes_its_processes_with_it(cluster):
     cluster.supervise("train", "train")
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     (agent,) = cluster.agents()
     os.kill(agent, signal.SIGKILL)
     assert cluster.end(code=2)[-1] == "error: host 127.0.0.1 is lost: its agent was killed by SIGKILL"
@@ -263,15 +217,15 @@ def test_a_killed_agent_takes_its_processes_with_it(cluster):
 @pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.2", "127.0.0.3")], ids=["here", "over ssh"])
 def test_nothing_outlives_a_killed_launcher(cluster, hosts):
     cluster.supervise("train", "deaf", hosts=hosts)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     assert len(cluster.pids()) > 4
     cluster.process.kill()
-    cluster.check_that_nothing_is_left()
+    wait_until(lambda: not cluster.pids())
 
 
 def test_a_stopped_worker_is_named_with_its_step_after_the_timeout(cluster):
     cluster.supervise("train", "train", "train", timeout_s=TIMEOUT_S)
-    cluster.wait_for("third step", times=3)
+    cluster.process.wait_for("third step", times=3)
     stopped, *others = (cluster.worker(i) for i in (1, 0, 2))
     os.kill(stopped, signal.SIGSTOP)
     last_line = cluster.end(code=2)[-1]
@@ -284,7 +238,7 @@ def test_a_stopped_worker_is_named_with_its_step_after_the_timeout(cluster):
 
 def test_a_stopped_worker_is_named_however_long_another_one_evaluates_and_one_that_waits_is_let_wait(cluster):
     cluster.supervise("evaluate", "train", timeout_s=TIMEOUT_S)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     time.sleep(1.5 * TIMEOUT_S)
     assert cluster.process.poll() is None, cluster.lines
     stopped = cluster.worker(1)
@@ -302,7 +256,7 @@ def test_a_worker_that_still_writes_when_the_others_have_ended_is_let_write(clus
 
 def test_a_worker_that_computes_for_ever_counts_as_hanging(cluster):
     cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     pids = [cluster.worker(i) for i in range(2)]
     assert cluster.end(code=2)[-1] == "; ".join(
         [
@@ -324,7 +278,7 @@ def test_a_worker_that_computes_for_ever_counts_as_hanging(cluster):
 )
 def test_the_last_line_says_how_a_worker_failed(cluster, kind, reason):
     cluster.supervise("train", kind)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     last_line = cluster.end(code=2)[-1]
     assert last_line.startswith("error: worker 1 (pid ") and reason in last_line
 
@@ -354,7 +308,7 @@ def test_errors_that_the_last_line_does_not_say_are_printed_with_the_names_of_wh
 )
 def test_workers_stop_by_themselves_whoever_is_asked_to(cluster, whom, number, code):
     cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3") if whom == "all" else ("127.0.0.1",))
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     asked = {"launcher": lambda: [cluster.process.pid], "all": cluster.pids, "worker": lambda: [cluster.worker(1)]}
     for pid in asked[whom]():
         with contextlib.suppress(ProcessLookupError):  # it has ended by the signal to another one
@@ -366,8 +320,8 @@ def test_workers_stop_by_themselves_whoever_is_asked_to(cluster, whom, number, c
 def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_terminal_is_closed(cluster, tmp_path):
     path = tmp_path / "log"
     with open(path, "w") as log:
-        cluster.supervise("train", "train", log=log)
-    wait_for(lambda: path.read_text().count("third step") == 2, cluster.process)
+        cluster.supervise("train", "train", stdout=log)
+    wait_until(lambda: path.read_text().count("third step") == 2, process=cluster.process)
     cluster.process.send_signal(signal.SIGHUP)
     cluster.end(code=129)
     assert path.read_text().count("stopped by itself") == 2
@@ -375,17 +329,18 @@ def test_what_workers_say_at_their_end_is_in_the_log_of_a_launcher_whose_termina
 
 def test_workers_that_were_asked_to_stop_and_hang_have_failed(cluster):
     cluster.supervise("train", "endless loop", timeout_s=TIMEOUT_S)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     cluster.process.send_signal(signal.SIGTERM)
     last_line = cluster.end(code=2)[-1]
     assert last_line.startswith(f"error: no worker has made progress for {TIMEOUT_S} s; worker 1 ")
 
 
-@pytest.mark.parametrize("other", ["train", "connects"])
+@pytest.mark.parametrize("other", ["waits", "connects"])
 def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(cluster, other):
     cluster.supervise(other, "late", timeout_s=10_000)
-    cluster.wait_for("reads the text", times=1)
-    time.sleep(1)  # the other one waits by now
+    cluster.process.wait_for("reads the text")
+    cluster.process.wait_for("waits for the others")
+    time.sleep(1)  # it does by now; a signal before that would only prove less
     cluster.process.send_signal(signal.SIGINT)
     assert not [line for line in cluster.end(code=130) if line.startswith("error: ")]
 
@@ -393,9 +348,9 @@ def test_ctrl_c_while_one_is_not_ready_and_another_waits_for_it_is_no_error(clus
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_another_signal_waits_for_nobody_and_sigterm_is_patient(cluster, first):
     cluster.supervise("deaf", "deaf", timeout_s=10_000)
-    cluster.wait_for("third step", times=2)
+    cluster.process.wait_for("third step", times=2)
     cluster.process.send_signal(first)
-    cluster.wait_for("will not stop", times=2)
+    cluster.process.wait_for("will not stop", times=2)
     cluster.process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert cluster.process.poll() is None
@@ -416,31 +371,31 @@ def test_workers_know_their_numbers_on_their_machine(cluster):
 
 def test_a_machine_that_is_cut_off_ends_its_own_and_is_named(cluster):
     cluster.supervise("train", "train", hosts=("127.0.0.2", "127.0.0.3"), timeout_s=TIMEOUT_S)
-    cluster.wait_for("third step", times=2)
-    (connection,) = cluster.pids(in_command="127.0.0.3\0cd ")
+    cluster.process.wait_for("third step", times=2)
+    (connection,) = cluster.pids("127.0.0.3\0cd ")
     os.kill(connection, signal.SIGSTOP)
     last_line = cluster.end(code=2)[-1]
     assert "host 127.0.0.3" in last_line and "heard from" in last_line
 
 
 def test_an_agent_that_hears_nothing_ends_its_processes(cluster):
-    cluster.launch("-m", "gluon_lm.distributed.agent", 3, stdin=subprocess.PIPE)
+    cluster.launch("-m", "gluon_lm.distributed.agent", TIMEOUT_S, stdin=subprocess.PIPE)
     sleep = {"name": "server 0", "argv": ["sleep", "100000"], "env": {}, "is_worker": False}
     print(json.dumps(["start", [sleep]]), file=cluster.process.stdin, flush=True)
-    cluster.wait_for('["started","server 0"')
-    assert cluster.pids(in_command="sleep")
+    cluster.process.wait_for('["started","server 0"')
+    assert cluster.pids("sleep\0")
     lines = cluster.end(code=0)  # with its input still open
-    assert "nothing was heard from the launcher for 3 s" in lines
+    assert f"nothing was heard from the launcher for {TIMEOUT_S} s" in lines
 
 
 def test_a_launcher_that_was_stopped_for_too_long_says_that_it_was_not_heard_from(cluster):
-    cluster.supervise("train", "train", timeout_s=2)
-    cluster.wait_for("third step", times=2)
+    cluster.supervise("train", "train", timeout_s=TIMEOUT_S)
+    cluster.process.wait_for("third step", times=2)
     cluster.process.send_signal(signal.SIGSTOP)
-    wait_for(lambda: not cluster.agents(), cluster.process)
+    wait_until(lambda: not cluster.agents(), process=cluster.process)
     cluster.process.send_signal(signal.SIGCONT)
-    last_line = cluster.end(code=2)[-1]
-    assert last_line == "error: host 127.0.0.1: its agent gave up: nothing was heard from the launcher for 2 s"
+    gave_up = f"error: host 127.0.0.1: its agent gave up: nothing was heard from the launcher for {TIMEOUT_S} s"
+    assert cluster.end(code=2)[-1] == gave_up
 
 
 def test_a_machine_that_refuses_is_named_with_the_words_of_ssh(cluster):

@@ -69,7 +69,7 @@ def test_skipped_steps_are_counted_logged_and_resumed(project, monkeypatch, flag
     found = re.findall(r"step (\d+): a gradient overflowed float16, .* scaled by (\d+)", output)
     assert found == [("1", "32768"), ("4", "16384"), ("13", "8192"), ("41", "4096")]
     for run in ("whole", "parts"):
-        last = [event for event in project.events(run) if event["event"] == "train"][-1]
+        last = project.events(run, "train")[-1]
         assert (last["skipped_steps"], last["loss_scale"]) == (4, 4096)
 
 

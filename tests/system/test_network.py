@@ -12,15 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from namespaces import Network
-from processes import HAS_HOROVOD, NO_HOROVOD, wait_for, wait_until_none_is_left, with_horovod
+from processes import HAS_HOROVOD, NO_HOROVOD, ROOT, running, wait_until, with_horovod
 
-ROOT = Path(__file__).resolve().parents[2]
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 FLAGS = ("--data", "text", "--recipe", "lm", "--tied", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5)
 FLAGS += ("--lr", 2, "--dropout", 0, "--cpus", 1)
@@ -43,30 +40,23 @@ def network():
 # ---------------------------------------------------------------- bytes on the wire
 
 
-def start_benchmark(folder, *exchanges):
+def start_benchmark(project, *exchanges):
     """Two steps of a model that is small, but large beside what processes tell each other."""
-    command = [sys.executable, ROOT / "scripts/network_benchmark.py", "--rates", "unlimited", "--output", folder]
+    command = [sys.executable, ROOT / "scripts/network_benchmark.py", "--rates", "unlimited", "--output", project.path]
     command += ["--vocabularies", 2000, "--hidden-size", 400, "--worker-batch-size", 2, "--bptt", 5, "--steps", 2]
-    return subprocess.Popen(
-        [*map(str, command), "--exchanges", *exchanges],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return project.start_process(*command, "--exchanges", *exchanges)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dist_sync", "horovod"])
-def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp_path, backend):
+def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(project, network, backend):
     """By the kernel's counters: what is pushed to a server, or passed between two processes."""
     if backend == "horovod" and not HAS_HOROVOD:
         pytest.skip(NO_HOROVOD)
-    benchmark = start_benchmark(tmp_path, f"{backend}:none", f"{backend}:2bit")
+    benchmark = start_benchmark(project, f"{backend}:none", f"{backend}:2bit")
     printed, _ = benchmark.communicate(timeout=280)
     assert benchmark.returncode == 0, printed
-    plain, compressed = json.loads((tmp_path / "network.json").read_text())["results"]
+    plain, compressed = json.loads((project.path / "network.json").read_text())["results"]
     worker, (sent, received) = next(iter(plain["step"]["traffic"].items()))
     sent_compressed, received_compressed = compressed["step"]["traffic"][worker]
     whole = 4 * plain["elements"]
@@ -80,17 +70,16 @@ def test_two_bits_are_a_fourteenth_of_the_bytes_that_a_worker_sends(network, tmp
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_interrupted_leaves_nothing(network, tmp_path):
-    benchmark = start_benchmark(tmp_path, "dist_sync:none")
-    prefix, deadline = f"gluon-lm-{benchmark.pid}-", time.monotonic() + 60
-    while not (pids := subprocess.getoutput(f"ip netns pids {prefix}{network.addresses[0]} 2>/dev/null").split()):
-        assert benchmark.poll() is None and time.monotonic() < deadline, benchmark.stdout.read()
-        time.sleep(0.1)
+def test_a_benchmark_that_is_interrupted_leaves_nothing(project, network):
+    benchmark = start_benchmark(project, "dist_sync:none")
+    prefix = f"gluon-lm-{benchmark.pid}-"
+    asked = f"ip netns pids {prefix}{network.addresses[0]} 2>/dev/null"
+    wait_until(lambda: subprocess.getoutput(asked), process=benchmark)
     benchmark.send_signal(signal.SIGINT)
     printed, _ = benchmark.communicate(timeout=60)
     assert benchmark.returncode == 130, printed
     assert prefix not in subprocess.getoutput("ip netns list")
-    assert not [pid for pid in pids if Path("/proc", pid).exists()]
+    wait_until(lambda: not running(project.path))
 
 
 # ---------------------------------------------------------------- over ssh
@@ -101,14 +90,15 @@ class Sshd:
 
     Parameters
     ----------
-    folder : Path
+    project : Project
     hosts : sequence of str
         Addresses of the hosts that it answers for.
     network : Network, optional
         Where these hosts are; by default they are addresses of this machine.
     """
 
-    def __init__(self, folder, hosts, network=None):
+    def __init__(self, project, hosts, network=None):
+        folder = project.path / "sshd"
         folder.mkdir()
         for name in ("host", "user"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -131,12 +121,11 @@ class Sshd:
         ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
         ssh.chmod(0o755)
         self.path = f"{folder}:{os.environ['PATH']}"
-        self._log = open(folder / "log", "w")
         command = [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")]
         commands = [command] if network is None else [network.command(host, *command) for host in hosts]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=self._log) for command in commands
-        ]
+        self._processes = [project.start_process(*command) for command in commands]
+        for process in self._processes:
+            process.wait_for("Server listening on", times=len(hosts) // len(commands))
 
     def __enter__(self):
         return self
@@ -145,39 +134,14 @@ class Sshd:
         for process in self._processes:
             process.terminate()
             process.wait(20)
-        self._log.close()
 
 
 def start_cluster(project, sshd, hosts, *flags, timeout_s=60, network=None):
     """Start a cluster of two workers on these hosts, from the first one where they are in a network."""
     (project.path / "hosts.txt").write_text("".join(f"{host}\n" for host in hosts))
-    command = [sys.executable, "-m", "gluon_lm.launch", "--hostfile", "hosts.txt", "--timeout", timeout_s]
-    command = [*map(str, (*command, "--", *FLAGS, *flags))]
-    return start(project, sshd, command if network is None else network.command(hosts[0], *command))
-
-
-def start(project, sshd, command, **environment):
-    """Start a command that reaches other hosts by this sshd."""
-    return subprocess.Popen(
-        command,
-        cwd=project.path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": sshd.path, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def parameters(run):
-    with np.load(run / "latest/parameters.npz") as arrays:
-        return dict(arrays)
-
-
-def assert_same_parameters(project, run, other):
-    expected = parameters(project.path / other)
-    for name, found in parameters(project.path / run).items():
-        assert np.linalg.norm(found - expected[name]) <= 1e-5 * np.linalg.norm(expected[name])
+    command = project.command("launch", "--hostfile", "hosts.txt", "--timeout", timeout_s, "--", *FLAGS, *flags)
+    command = command if network is None else network.command(hosts[0], *command)
+    return project.start_process(*command, PATH=sshd.path)
 
 
 @with_sshd
@@ -185,11 +149,11 @@ def test_hosts_that_are_reached_by_ssh_train_as_one_process(project):
     flags = ("--max-steps", 6)
     project.run("train", *FLAGS, *flags, "--save", "alone")
     hosts = ("127.0.0.2", "127.0.0.3")
-    with Sshd(project.path / "sshd", hosts) as sshd:
+    with Sshd(project, hosts) as sshd:
         cluster = start_cluster(project, sshd, hosts, *flags, "--save", "together")
         output, _ = cluster.communicate(timeout=240)
     assert cluster.returncode == 0, output
-    assert_same_parameters(project, "together", "alone")
+    project.assert_agree("together", "alone")
 
 
 def assert_goes_on_to_the_same_numbers(project, flags, *alone):
@@ -198,23 +162,23 @@ def assert_goes_on_to_the_same_numbers(project, flags, *alone):
     goal = ("--epochs", 1000, "--max-steps", reached + 3)
     project.run("train", "--resume", "run", *alone, *goal)
     project.run("train", *FLAGS, *flags, *goal, "--save", "alone")
-    assert_same_parameters(project, "run", "alone")
+    project.assert_agree("run", "alone")
 
 
 @with_sshd
 def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(project, network):
     flags = ("--checkpoint-every", 4, "--eval-every", 1000)
     hosts = network.addresses
-    with Sshd(project.path / "sshd", hosts, network) as sshd:
+    with Sshd(project, hosts, network) as sshd:
         cluster = start_cluster(
             project, sshd, hosts, *flags, "--epochs", 1000, "--save", "run", timeout_s=30, network=network
         )
-        wait_for((project.path / "run/latest").exists, cluster, 120)
+        wait_until((project.path / "run/latest").exists, 120, cluster)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode == 2, output
         assert re.match(rf"error: .*\bhost {re.escape(hosts[1])}\b", output.splitlines()[-1]), output
-        wait_until_none_is_left(project.path, seconds=60)  # on the far side, too, which is cut off
+        wait_until(lambda: not running(project.path))  # on the far side, too, which is cut off
     assert_goes_on_to_the_same_numbers(project, flags, "--kvstore", "none")
 
 
@@ -223,15 +187,15 @@ def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(
 def test_horovods_processes_end_on_both_sides_of_the_cut(project, network):
     flags = ("--checkpoint-every", 4, "--eval-every", 1000)
     hosts = network.addresses
-    with Sshd(project.path / "sshd", hosts, network) as sshd:
+    with Sshd(project, hosts, network) as sshd:
         horovodrun = [str(Path(sys.executable).with_name("horovodrun")), "--network-interfaces", "eth0", "-np", "2"]
-        train = [sys.executable, "-m", "gluon_lm.train", "--horovod", *FLAGS, *flags, "--epochs", 1000, "--save", "run"]
-        command = network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *map(str, train))
-        cluster = start(project, sshd, command, OMP_NUM_THREADS="1", HOROVOD_GLOO_TIMEOUT_SECONDS="10")
-        wait_for((project.path / "run/latest").exists, cluster, 120)
+        train = project.command("train", "--horovod", *FLAGS, *flags, "--epochs", 1000, "--save", "run")
+        command = network.command(hosts[0], *horovodrun, "-H", f"{hosts[0]}:1,{hosts[1]}:1", *train)
+        cluster = project.start_process(*command, PATH=sshd.path, HOROVOD_GLOO_TIMEOUT_SECONDS="10")
+        wait_until((project.path / "run/latest").exists, 120, cluster)
         network.cut(hosts[1])
         output, _ = cluster.communicate(timeout=100)
         assert cluster.returncode != 0, output
         assert "worker 0 of 2: could not exchange data with the others" in output
-        wait_until_none_is_left(project.path, seconds=60)  # on the far side, too, which is cut off
+        wait_until(lambda: not running(project.path))  # on the far side, too, which is cut off
     assert_goes_on_to_the_same_numbers(project, flags, "--no-horovod")

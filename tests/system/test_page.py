@@ -6,9 +6,10 @@ import contextlib
 import re
 
 import pytest
-from browser import EXECUTABLE, contrasts, open_browser
+from browser import EXECUTABLE, contrasts
 from loopback import Server as OtherServer
-from serving import PATIENCE, Server, train_tiny_run, until
+from processes import wait_until
+from serving import PATIENCE, Server, train_tiny_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -20,12 +21,6 @@ def server(tmp_path_factory):
     run = train_tiny_run(tmp_path_factory.mktemp("page"))
     with Server(run, "--slots", 4, "--max-words", 10**7, "--max-prompt", 500, "--root-path", "/expose/ID") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -54,7 +49,7 @@ def words_of(page):
     return page.get_by_label("Generated text").inner_text().split()
 
 
-def wait_for(page, pattern):
+def wait_for_status(page, pattern):
     playwright.expect(page.get_by_role("status")).to_have_text(re.compile(pattern), timeout=1000 * PATIENCE)
     return page.get_by_role("status").inner_text()
 
@@ -82,7 +77,7 @@ def test_a_text_is_written_by_keyboard_alone(server, open_page, path):
         page.keyboard.press("Tab")
     playwright.expect(page.get_by_role("button", name="Generate")).to_be_focused()
     page.keyboard.press("Enter")
-    assert wait_for(page, "^Done") == "Done: 12 words, seed 11."
+    assert wait_for_status(page, "^Done") == "Done: 12 words, seed 11."
     knobs = {"prompt": "the cat", "words": 12, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 11}
     (expected,) = server.ask_json("/v1/generate", {**knobs, "suppress_unk": True}).json["texts"]
     assert words_of(page) == ["the", "cat", *[word for word in expected["words"] if word != "<eos>"]]
@@ -93,13 +88,13 @@ def test_text_appears_while_it_is_written_and_stops_when_told(server, open_page)
     page.get_by_label("Words").fill(str(10**7))
     for stop in (lambda: page.keyboard.press("Escape"), page.get_by_role("button", name="Stop").click):
         page.get_by_label("Prompt").press("Control+Enter")
-        until(lambda: len(words_of(page)) > 3)
+        wait_until(lambda: len(words_of(page)) > 3)
         count = len(words_of(page))
-        until(lambda count=count: len(words_of(page)) > count)
+        wait_until(lambda count=count: len(words_of(page)) > count)
         playwright.expect(page.get_by_role("button", name="Generate")).to_be_disabled()
         stop()
-        wait_for(page, r"^Stopped after \d+ words, seed \d+\.$")
-        until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        wait_for_status(page, r"^Stopped after \d+ words, seed \d+\.$")
+        wait_until(lambda: server.figure("gluon_lm_live_texts") == 0)
         playwright.expect(page.get_by_role("button", name="Stop")).to_be_disabled()
 
 
@@ -111,7 +106,7 @@ def test_a_refusal_says_why_and_the_next_text_clears_it(open_page):
     playwright.expect(alert).to_have_text("Not generated: top_p: Input should be greater than 0.")
     page.get_by_label("Top p").fill("")
     page.get_by_role("button", name="Generate").click()
-    wait_for(page, "^Done: 100 words")
+    wait_for_status(page, "^Done: 100 words")
     playwright.expect(alert).to_be_hidden()
 
 
@@ -122,7 +117,7 @@ def test_a_server_that_is_gone_is_told(open_page):
     playwright.expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
     page.context.set_offline(False)
     page.get_by_role("button", name="Generate").click()
-    wait_for(page, "^Done: 100 words")
+    wait_for_status(page, "^Done: 100 words")
 
 
 def test_without_scripts_the_form_still_works(open_page):
@@ -156,7 +151,7 @@ def test_it_fits_a_small_screen_and_can_be_read(open_page, scheme):
     page.get_by_label("Prompt").fill("the " + "very" * 100)
     page.get_by_label("Words").fill("40")
     page.get_by_role("button", name="Generate").tap()
-    wait_for(page, "^Done")
+    wait_for_status(page, "^Done")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.evaluate(
         "show('x'.repeat(200)); for (const button of document.querySelectorAll('button')) button.disabled = false"

@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
-from processes import figures, wait_for
+from processes import figures, wait_until
+from reference import published_trigger
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -22,24 +22,10 @@ NTASGD = ("--lr", 40, "--clip", 1, "--ntasgd", "--nonmono", 1, "--eval-every", 1
 EVERYTHING = (*ARCHITECTURE, *DROPOUTS, *PENALTIES, *NTASGD, "--max_seq_len_delta", 3, "--random-start")
 
 
-def valid_events(project, run):
-    return [event for event in project.events(run) if event["event"] == "valid"]
-
-
 def results(project, run):
     """Every validation result of a run and its last test result, which each stop gives another of."""
-    tests = [event for event in project.events(run) if event["event"] == "test"]
-    return [(event["step"], event["loss"]) for event in (*valid_events(project, run), tests[-1])]
-
-
-def arrays(project, checkpoint, file="parameters.npz"):
-    with np.load(project.path / checkpoint / file) as saved:
-        return {name: saved[name] for name in saved.files}
-
-
-def errors(output):
-    assert "Traceback" not in output
-    return [line for line in output.splitlines() if line.startswith("error: ")]
+    found = [*project.events(run, "valid"), project.events(run, "test")[-1]]
+    return [(event["step"], event["loss"]) for event in found]
 
 
 def evaluated_loss(project, name, split="valid"):
@@ -48,16 +34,11 @@ def evaluated_loss(project, name, split="valid"):
     return re.search(rf"{split} loss (\d+\.\d{{5}}) ", output)[1]
 
 
-def published_trigger(losses, n):
-    """Index of the first loss above the lowest of those more than n evaluations before it (Merity et al. 2017)."""
-    return next((t for t in range(n + 1, len(losses)) if losses[t] > min(losses[: t - n])), None)
-
-
 def assert_means(project, run, since, steps):
     """The checkpoints of `steps` hold the means, in float64, of the weights after each step since `since`."""
     for step in steps:
-        found = arrays(project, f"{run}/checkpoints/step-{step}")
-        history = [arrays(project, f"{run}/checkpoints/step-{k}", "unaveraged.npz") for k in range(since + 1, step + 1)]
+        found = project.arrays(f"{run}/checkpoints/step-{step}")
+        history = [project.arrays(f"{run}/checkpoints/step-{k}", "unaveraged.npz") for k in range(since + 1, step + 1)]
         for name, mean in found.items():
             expected = np.mean([weights[name] for weights in history], axis=0, dtype=np.float64)
             np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6, err_msg=f"{name} at step {step}")
@@ -65,7 +46,7 @@ def assert_means(project, run, since, steps):
 
 def assert_same_ending(project, one, other):
     for file in ("parameters.npz", "unaveraged.npz"):
-        expected, found = arrays(project, f"{other}/latest", file), arrays(project, f"{one}/latest", file)
+        expected, found = project.arrays(f"{other}/latest", file), project.arrays(f"{one}/latest", file)
         assert found.keys() == expected.keys()
         for name, value in found.items():
             np.testing.assert_array_equal(value, expected[name], err_msg=f"{file} {name}")
@@ -77,10 +58,10 @@ def assert_same_ending(project, one, other):
 
 def test_averaging_begins_by_the_rule_and_the_averages_are_what_is_saved_and_evaluated(project):
     output = project.train("run", *EVERYTHING, "--max-steps", 70, "--checkpoint-every", 1, "--keep-checkpoints", 100)
-    losses = [event["loss"] for event in valid_events(project, "run")]
+    losses = [event["loss"] for event in project.events("run", "valid")]
     trigger = published_trigger(losses, n=1)
     assert trigger is not None
-    since = valid_events(project, "run")[trigger]["step"]
+    since = project.events("run", "valid")[trigger]["step"]
     assert re.findall(r"averaging the weights from step (\d+) on", output) == [str(since)]
     checkpoints = project.path / "run/checkpoints"
     assert not (checkpoints / f"step-{since}/unaveraged.npz").exists()
@@ -106,14 +87,11 @@ def test_killed_and_resumed_ends_as_if_never_stopped(project, devices):
     flags = (*EVERYTHING, *devices, "--epochs", 4, "--checkpoint-every", 7)
     project.train("whole", *flags)
     process = project.start_training("killed", *flags)
-    checkpoints, end = project.path / "killed/checkpoints", time.monotonic() + 60
-    while not any(checkpoints.glob("step-*/unaveraged.npz")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    checkpoints = project.path / "killed/checkpoints"
+    wait_until(lambda: any(checkpoints.glob("step-*/unaveraged.npz")), process=process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert len(valid_events(project, "killed")) < len(valid_events(project, "whole"))
+    assert len(project.events("killed", "valid")) < len(project.events("whole", "valid"))
     project.run("train", "--resume", "killed")
     assert_same_ending(project, "killed", "whole")
 
@@ -132,7 +110,7 @@ def test_stopped_by_max_steps_before_and_after_averaging_begins(project):
 def test_the_averages_are_what_is_tested_where_none_was_evaluated(project):
     flags = ("--asgd", "--lr", 5, "--epochs", 100000, "--eval-every", 100000, "--checkpoint-every", 20)
     process = project.start_training("run", *flags)
-    wait_for((project.path / "run/latest").exists, process)
+    wait_until((project.path / "run/latest").exists, process=process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     tested = float(re.search(r"test ppl +([\d.]+)", output)[1])
@@ -142,10 +120,10 @@ def test_the_averages_are_what_is_tested_where_none_was_evaluated(project):
 
 def test_averaging_that_is_switched_off_on_resume_goes_on_with_the_weights_themselves(project):
     project.train("run", *EVERYTHING, "--max-steps", 70)
-    weights = arrays(project, "run/latest", "unaveraged.npz")
+    weights = project.arrays("run/latest", "unaveraged.npz")
     project.run("train", "--resume", "run", "--no-ntasgd", "--max-steps", 71, "--lr", 1e-30, "--wdecay", 0)
     assert not (project.path / "run/latest/unaveraged.npz").exists()
-    for name, value in arrays(project, "run/latest").items():
+    for name, value in project.arrays("run/latest").items():
         np.testing.assert_array_equal(value, weights[name])
 
 
@@ -155,7 +133,7 @@ def test_averaging_that_is_switched_off_on_resume_goes_on_with_the_weights_thems
 def test_when_divides_the_learning_rate_by_ten_after_those_epochs(project):
     flags = ("--dropout", 0.2, "--decay", "none")
     project.train("run", *flags, "--epochs", 3, "--when", 1, 2)
-    lr = {event["epoch"]: event["lr"] for event in project.events("run") if event["event"] == "train"}
+    lr = {event["epoch"]: event["lr"] for event in project.events("run", "train")}
     assert lr == pytest.approx({1: 1, 2: 0.1, 3: 0.01})
     project.train("by-hand", *flags, "--epochs", 1)
     for epochs, by_hand in ((2, 0.1), (3, 0.01)):
@@ -170,7 +148,7 @@ def test_shuffled_windows_from_a_random_start_resume_in_mid_epoch(project):
     project.run("train", "--resume", "parts", "--max-steps", "none")
     assert project.parameters("parts") == project.parameters("whole")
     assert results(project, "parts") == results(project, "whole")
-    losses = [event["loss"] for event in valid_events(project, "whole")]
+    losses = [event["loss"] for event in project.events("whole", "valid")]
     assert losses[-1] < losses[0]
     project.train("in-order", *flags[2:])
     assert project.parameters("in-order") != project.parameters("whole")
@@ -189,12 +167,12 @@ def finetuning(project):
 
 
 def best_loss(project, run):
-    return min(event["loss"] for event in valid_events(project, run))
+    return min(event["loss"] for event in project.events(run, "valid"))
 
 
 def test_finetuning_averages_from_its_first_step(finetuning):
     finetuning.run("finetune", "run", *FINETUNE, "--max-steps", 15, "--checkpoint-every", 1, "--keep-checkpoints", 100)
-    events = valid_events(finetuning, "run/finetune_model")
+    events = finetuning.events("run/finetune_model", "valid")
     assert [event["step"] for event in events] == [0, 10, 15]
     assert events[0]["loss"] == best_loss(finetuning, "run")
     assert_means(finetuning, "run/finetune_model", since=0, steps=(1, 2, 15))
@@ -228,7 +206,7 @@ def test_finetuning_gives_a_run_of_its_own_with_what_the_line_said(finetuning):
 
 def test_finetuning_ends_by_the_rule_and_never_worse_than_the_run(finetuning):
     finetuning.run("finetune", "run", "--lr", 1000, "--clip", "none", "--eval-every", 2, "--nonmono", 3)
-    losses = [event["loss"] for event in valid_events(finetuning, "run/finetune_model")]
+    losses = [event["loss"] for event in finetuning.events("run/finetune_model", "valid")]
     assert min(losses[1:]) > losses[0]
     # As in its authors' code, what it begins with decides what is best, and not when it ends.
     assert published_trigger(losses[1:], n=3) == len(losses) - 2 == 4
@@ -264,8 +242,8 @@ def test_what_decides_the_windows_may_not_change_when_a_finetuning_is_continued(
     finetuning.run("finetune", "run", *FINETUNE, "--max-steps", 10)
     config = (finetuning.path / "run/finetune_model/config.yaml").read_text()
     for flag, value in {"--bptt": 50, "--seed": 2, "--max-seq-len-delta": 9}.items():
-        refused = errors(finetuning.run("finetune", "run", "--continue-train", flag, value, code=2))
-        assert len(refused) == 1 and f"{flag} {value}: run/finetune_model was trained with" in refused[0]
+        refused = finetuning.refused("finetune", "run", "--continue-train", flag, value)
+        assert f"{flag} {value}: run/finetune_model was trained with" in refused
     assert (finetuning.path / "run/finetune_model/config.yaml").read_text() == config
 
 
@@ -273,18 +251,18 @@ def test_the_architecture_may_be_repeated_and_not_changed(finetuning):
     flags = ("--data", "text", "--save", "run", "--max-steps", 2)
     changes = {"--hidden-size": 12, "--model": "awd-gru", "--num-layers": 3, "--min-freq": 2, "--init": "xavier"}
     for flag, value in changes.items():
-        refused = errors(finetuning.run("finetune", *flags, *ARCHITECTURE, flag, value, code=2))
-        assert len(refused) == 1 and f"{flag} {value}: run was trained with" in refused[0]
+        refused = finetuning.refused("finetune", *flags, *ARCHITECTURE, flag, value)
+        assert f"{flag} {value}: run was trained with" in refused
         assert not (finetuning.path / "run/finetune_model").exists()
     finetuning.run("finetune", *flags, *ARCHITECTURE, "--tied")
-    assert valid_events(finetuning, "run/finetune_model")[-1]["step"] == 2
+    assert finetuning.events("run/finetune_model", "valid")[-1]["step"] == 2
 
 
 def test_a_second_finetuning_needs_overwrite(finetuning):
     finetuning.run("finetune", "run", "--max-steps", 2)
     before = finetuning.parameters("run/finetune_model")
-    refused = errors(finetuning.run("finetune", "run", "--max-steps", 3, code=2))
-    assert len(refused) == 1 and "--overwrite" in refused[0] and "--continue-train" in refused[0]
+    refused = finetuning.refused("finetune", "run", "--max-steps", 3)
+    assert "--overwrite" in refused and "--continue-train" in refused
     assert finetuning.parameters("run/finetune_model") == before
     finetuning.run("finetune", "run", "--max-steps", 3, "--overwrite")
     assert finetuning.parameters("run/finetune_model") != before
@@ -303,10 +281,10 @@ def test_what_cannot_be_finetuned_is_refused_in_one_line(finetuning):
     }
     for what, (content, words, named) in cases.items():
         (finetuning.path / "text/train.txt").write_text(content)
-        refused = errors(finetuning.run("finetune", *words, "--max-steps", 2, code=2))
-        assert len(refused) == 1 and named in refused[0], what
+        refused = finetuning.refused("finetune", *words, "--max-steps", 2)
+        assert named in refused, what
         assert not what.startswith("another") or re.match(
-            "error: .*run/checkpoints/step-[0-9]+: was trained", refused[0]
+            "error: .*run/checkpoints/step-[0-9]+: was trained", refused
         ), refused
         assert not (finetuning.path / "run/finetune_model").exists()
     assert not (finetuning.path / "nowhere").exists()

@@ -13,7 +13,7 @@ import warnings
 
 import numpy as np
 import pytest
-from browser import EXECUTABLE, contrasts, open_browser
+from browser import contrasts
 from processes import events
 
 from gluon_lm.history import RunHistory
@@ -42,18 +42,6 @@ def folder(tmp_path_factory):
         assert train([*flags, "--save", NAMES[1], "--seed", "7", "--dropout", "0.5"]) == 0
         assert report([*NAMES, "--output", "report.html", "--words", "40"]) == 0
     return path
-
-
-def events_of(folder, name, kind):
-    return [event for event in events(folder / name) if event["event"] == kind]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if EXECUTABLE is None:
-        pytest.skip("there is no Chromium here")
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -86,9 +74,9 @@ def test_it_tells_all_of_both_runs(open_report, folder):
     for name in NAMES:
         row = page.locator("#results ~ * tbody tr").filter(has=page.get_by_role("rowheader", name=name, exact=True))
         cells = row.get_by_role("cell").all_inner_texts()
-        best = min(event["loss"] for event in events_of(folder, name, "valid"))
-        (test,) = events_of(folder, name, "test")
-        memory = max(event["peak_memory"] for event in events_of(folder, name, "valid"))
+        best = min(event["loss"] for event in events(folder / name, "valid"))
+        (test,) = events(folder / name, "test")
+        memory = max(event["peak_memory"] for event in events(folder / name, "valid"))
         assert {f"{math.exp(best):,.2f}", f"{math.exp(test['loss']):,.2f}", f"{memory / 1e6:,.0f} MB"} <= set(cells)
         assert cells[:2] == ["finished", "lstm 8x8"] and "200" in cells
     settings = page.get_by_role("region", name="What differs between the runs").get_by_role("row").all_inner_texts()
@@ -112,7 +100,7 @@ def test_values_are_read_by_keyboard_and_pointer_and_runs_are_hidden(open_report
             break
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
-    second = [events_of(folder, name, "valid")[1] for name in NAMES]
+    second = [events(folder / name, "valid")[1] for name in NAMES]
     step, values = second[0]["step"], [f"{math.exp(event['loss']):,.2f}" for event in second]
     assert reading.inner_text() == f"Step {step}: {NAMES[0]} {values[0]}, {NAMES[1]} {values[1]}"
     page.get_by_role("checkbox", name=NAMES[0]).uncheck()
@@ -142,7 +130,7 @@ def test_a_curve_goes_through_what_was_logged(open_report, folder):
         }"""
     )
     (low, low_at), (high, high_at) = marks[0], marks[-1]
-    evaluated = events_of(folder, NAMES[0], "valid")
+    evaluated = events(folder / NAMES[0], "valid")
     for (x, y), event in zip(points, (evaluated[0], evaluated[-1])):
         height = low_at + (event["loss"] - math.log(low)) / math.log(high / low) * (high_at - low_at)
         assert (x, y) == pytest.approx((size[0] * event["step"] / 200, height), abs=1.5)  # pixels

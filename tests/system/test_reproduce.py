@@ -6,15 +6,13 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import reproduce
 import yaml
-from processes import figures
+from processes import figures, running, wait_until
 
 from gluon_lm.finetune import parse_finetune
 from gluon_lm.train import parse_train
@@ -59,57 +57,26 @@ def arguments(project):
     return [word for name, value in options.items() for word in (f"--{name}", str(project.path / value))]
 
 
-def start(arguments: list[str], *rows: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, reproduce.__file__, *rows, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ},
-    )
-
-
-def processes_about(folder: Path) -> list[int]:
-    """Processes with a folder in their command line."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.fsencode(folder) in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return [pid for pid in found if pid != os.getpid()]
-
-
-def wait_until(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
 def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_into_the_readme(project, arguments):
     run = project.path / "runs" / "short"
 
     def steps() -> int:
         return int(os.readlink(run / "latest").rpartition("-")[2]) if (run / "latest").exists() else 0
 
-    process = start(arguments, "tuned")
-    found = project.path / "found.json"
-    wait_until(lambda: found.exists() and "test" in json.loads(found.read_text()).get("short", {}))
-    of_short = steps()
-    wait_until(lambda: steps() > of_short)
+    script = (sys.executable, reproduce.__file__, *arguments)
+    process = project.start_process(*script, "tuned")
+    wait_until(lambda: steps() > 84, 240, process)  # those of "short", so that "long" is under way
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    wait_until(lambda: not processes_about(project.path))
-    printed, _ = start(arguments, "tuned", "memory", "--render").communicate(timeout=280)
+    wait_until(lambda: not running(project.path), 120)
+    printed, _ = project.start_process(*script, "tuned", "memory", "--render").communicate(timeout=280)
 
     project.train("whole", *shlex.split(MODEL), "--epochs", 6)
     plain = {("long", s): project.run("evaluate", "whole", "--split", s) for s in ("valid", "test")}
     project.run("finetune", "whole", "--epochs", 2)
     dynamic = ("dynamiceval", "whole/finetune_model", "--lamb", 0.1, "--batch-size", 4)
     plain["tuned", "valid"], plain["tuned", "test"] = project.run(*dynamic, "--val"), project.run(*dynamic)
+    found = project.path / "found.json"
     kept = json.loads(found.read_text())
     for (row, split), expected in plain.items():
         assert kept[row][split] == figures(expected, split)[0], printed
@@ -127,7 +94,7 @@ def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_in
     assert "not run" not in readme
 
     # What is kept belongs to those who ran it: rows are run wherever their run is not.
-    again, _ = start([*arguments, "--runs", str(project.path / "elsewhere")], "short").communicate(timeout=280)
+    again, _ = project.start_process(*script, "--runs", project.path / "elsewhere", "short").communicate(timeout=280)
     assert "End of training" in again
     anew = json.loads(found.read_text())
     assert anew["short"]["test"] == kept["short"]["test"] and anew["long"] == kept["long"]

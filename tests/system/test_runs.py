@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from processes import wait_for
+from processes import wait_until
 
 
 def listed(project, *flags):
@@ -26,7 +26,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project, monkeypatch):
     assert (project.path / "all/diverged/log.txt").read_text().splitlines()[-1].endswith(diverged.splitlines()[-1])
     process = project.start_training("all/open", "--epochs", 100000, "--checkpoint-every", 20)
     try:
-        wait_for((project.path / "all/open/latest").exists, process)
+        wait_until((project.path / "all/open/latest").exists, process=process)
         assert listed(project)[0]["open"]["state"] == "running"
         for flags in (("--resume", "all/open"), (*project.training_flags, "--save", "all/open", "--overwrite")):
             assert "all/open: another process is training this run" in project.refused("train", *flags)
@@ -36,7 +36,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project, monkeypatch):
         stopped = listed(project)[0]["open"]
         process = project.start("train", "--resume", "all/open")
         status = project.path / "all/open/status.json"
-        wait_for(lambda: json.loads(status.read_text())["state"] == "running", process)
+        wait_until(lambda: json.loads(status.read_text())["state"] == "running", process=process)
         assert listed(project)[0]["open"]["state"] == "running"
     finally:
         process.kill()
@@ -54,8 +54,7 @@ def test_the_state_of_every_run_is_what_happened_to_it(project, monkeypatch):
 
     done, events = runs["done"], project.events("all/done")
     assert (done["state"], done["reason"], done["model"], done["corpus"]) == ("finished", None, "lstm 8x8", "text")
-    valid = [event for event in events if event["event"] == "valid"]
-    best = min(valid, key=lambda event: event["loss"])
+    best = min(project.events("all/done", "valid"), key=lambda event: event["loss"])
     assert (done["best_step"], done["best_perplexity"]) == (best["step"], pytest.approx(math.exp(best["loss"])))
     assert done["test_perplexity"] == pytest.approx(math.exp(events[-1]["loss"]))
     assert (done["steps"], done["epoch"], done["epochs"]) == (events[-1]["step"], 2, 2)
@@ -141,7 +140,6 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(project):
     reader = accumulator.EventAccumulator(str(project.path / "run/tensorboard"), {accumulator.SCALARS: 0})
     reader.Reload()
     found = {tag: [(one.step, one.value) for one in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
-    events = project.events("run")
     for tag in (
         "train/loss",
         "train/lr",
@@ -151,7 +149,7 @@ def test_tensorboard_has_the_numbers_of_the_log_once_each(project):
         "test/loss",
     ):
         kind, _, name = tag.partition("/")
-        expected = [(event["step"], event[name]) for event in events if event["event"] == kind]
+        expected = [(event["step"], event[name]) for event in project.events("run", kind)]
         assert [step for step, _ in found[tag]] == [step for step, _ in expected]
         assert [value for _, value in found[tag]] == pytest.approx([value for _, value in expected], rel=1e-6)
     (text, *_) = reader.Tensors("configuration/text_summary")

@@ -14,13 +14,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from pathlib import Path
 from urllib.parse import urlencode
 
 import mxnet as mx
 import pytest
 import uvicorn
-from serving import PATIENCE, ROOT, Server, environment, train_tiny_run, until
+from processes import ROOT, environment, wait_until
+from serving import PATIENCE, Server, train_tiny_run
 
 from gluon_lm.export import main as export
 from gluon_lm.serve import main
@@ -261,12 +261,13 @@ def test_it_says_what_it_is_and_how_it_is(server):
     assert model["limits"]["max_words"] == 60 and model["description"]["model"]["cell"] == "lstm"
     assert model["description"]["training"]["run"] == "run" and model["description"]["training"]["steps"] == 3
     (loaded,) = (line for line in server.lines if line.startswith("loaded "))
-    assert loaded.endswith("/run/checkpoints/step-3\n")
+    assert loaded.endswith("/run/checkpoints/step-3")
     assert server.ask("GET", "/healthz").json == {"ok": True}
+    wait_until(lambda: is_idle(server))  # clients of other tests may just have left
     before = server.figure("gluon_lm_words_total")
     server.ask_json("/v1/generate", {"words": 12, "n": 2})
     assert server.figure("gluon_lm_words_total") == before + 24
-    until(lambda: server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0)
+    wait_until(lambda: is_idle(server))
     figures = server.ask("GET", "/metrics").text
     assert re.search(r'^gluon_lm_requests_total\{method="POST",route="/v1/generate",status="200"\} \d+$', figures, re.M)
     assert re.search(r'^gluon_lm_request_seconds_bucket\{route="/v1/generate",le="\+Inf"\} \d+$', figures, re.M)
@@ -280,7 +281,7 @@ def test_it_says_what_it_is_where_the_name_of_its_run_is_no_utf8(run):
 
 def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
     server.ask("GET", "/a%0Ab%1b")
-    until(lambda: any(line.startswith("127.0.0.1 GET /a%0Ab%1b 404 ") for line in server.lines))
+    wait_until(lambda: any(line.startswith("127.0.0.1 GET /a%0Ab%1b 404 ") for line in server.lines))
     with socket.create_connection((server.host, server.port), PATIENCE) as client:
         client.sendall(b"GET /\x7f\xe2\x80\xa8 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         with contextlib.suppress(ConnectionError):
@@ -292,8 +293,8 @@ def test_a_line_is_logged_for_each_request_and_none_can_be_forged(server):
         with contextlib.suppress(ConnectionError):
             while client.recv(4096):
                 pass
-    until(lambda: any(line.startswith("9.9.9.9?GET?/?200") for line in server.lines))
-    assert all(line.rstrip("\n").isprintable() for line in server.lines)
+    wait_until(lambda: any(line.startswith("9.9.9.9?GET?/?200") for line in server.lines))
+    assert all(line.isprintable() for line in server.lines)
 
 
 def test_no_request_that_its_description_allows_or_forbids_makes_it_fail(server):
@@ -346,7 +347,7 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
                 assert [next(events)[0] for _ in range(3)] == ["start", "word", "word"]
             with ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(server.ask_json, "/v1/generate", {"words": 5})
-                until(lambda: server.figure("gluon_lm_waiting") == 1)
+                wait_until(lambda: server.figure("gluon_lm_waiting") == 1)
                 for refused in (
                     server.ask_json("/v1/generate", {"words": 5}),
                     server.ask_json("/v1/score", {"text": "the"}),
@@ -356,15 +357,14 @@ def test_a_full_queue_refuses_and_a_client_that_leaves_makes_room(run):
                 assert not waiting.done()
                 clients.close()
                 assert waiting.result(PATIENCE).status == 200
-        until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        wait_until(lambda: server.figure("gluon_lm_live_texts") == 0)
         # A client that leaves without having been told anything yet.
         with socket.create_connection((server.host, server.port), PATIENCE) as client:
             client.sendall(raw_request({"words": ENDLESS}))
-            until(lambda: server.figure("gluon_lm_live_texts") == 1)
-        until(lambda: server.figure("gluon_lm_live_texts") == 0)
-        until(lambda: server.num_answered(499) == 3)
-        assert server.num_answered(200) == 1
-        until(lambda: len([line for line in server.lines if "/v1/generate 499 " in line]) == 3)
+            wait_until(lambda: server.figure("gluon_lm_live_texts") == 1)
+        wait_until(lambda: server.figure("gluon_lm_live_texts") == 0)
+        wait_until(lambda: [server.num_answered(status) for status in (200, 499)] == [1, 3])
+        server.process.wait_for("/v1/generate 499 ", times=3)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
             reader.connect((server.host, server.port))
             reader.sendall(raw_request({"words": ENDLESS, "stream": True}))
             assert server.ask_json("/v1/generate", {"words": 20}).status == 200
-            until(lambda: server.figure("gluon_lm_live_texts") == 0)
+            wait_until(lambda: server.figure("gluon_lm_live_texts") == 0)
             told = b""
             while not told.endswith(b"\r\n0\r\n\r\n"):
                 told += reader.recv(1 << 16) or b"the server closed the connection\r\n0\r\n\r\n"
@@ -430,12 +430,11 @@ def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
         with server.stream(words=ENDLESS) as events:
             *_, (kind, data) = events
         assert kind == "error" and "2 s" in data["detail"]
-        until(lambda: server.num_answered(503) == 3)
-        assert server.num_answered(200) == 1
+        wait_until(lambda: [server.num_answered(status) for status in (200, 503)] == [1, 3])
         with socket.create_connection((server.host, server.port), PATIENCE) as client:
             client.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
             assert client.recv(4096).startswith(b"HTTP/1.1 408 ")
-        assert server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0
+        wait_until(lambda: is_idle(server))
         # At shutdown, too, and with the other signal.
         with server.stream(words=ENDLESS) as events:
             assert next(events)[0] == "start"
@@ -449,8 +448,8 @@ def test_a_signal_finishes_what_is_running_and_takes_nothing_new(run):
         with server.stream(words=words) as events:
             assert next(events)[0] == "start" and next(events)[0] == "word"
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: any(line.startswith("SIGTERM: finishing 1 text") for line in server.lines))
-            until(lambda: not is_listening(server))
+            server.process.wait_for("SIGTERM: finishing 1 text")
+            wait_until(lambda: not is_listening(server))
             *_, (kind, done) = events
         assert kind == "done" and len(done["texts"][0]["words"]) == words
         assert server.process.wait(PATIENCE) == 0
@@ -463,7 +462,7 @@ def test_ctrl_c_twice_stops_at_once_and_without_a_traceback(run):
             with socket.create_connection((server.host, server.port), PATIENCE) as half:
                 half.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
                 server.process.send_signal(signal.SIGINT)
-                until(lambda: any(line.startswith("SIGINT: finishing 1 text") for line in server.lines))
+                server.process.wait_for("SIGINT: finishing 1 text")
                 assert server.stop(signal.SIGINT) == 0
         assert not [line for line in server.lines if "Traceback" in line or "Error" in line], server.lines
 
@@ -482,7 +481,7 @@ def test_it_goes_on_when_nobody_reads_its_log_and_ctrl_c_ends_it(run):
     """As in ``serve | tee log``: the terminal's Ctrl-C ends both."""
     words = [sys.executable, "-u", "-m", "gluon_lm.serve", str(run), "--port", "0"]
     with subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        words, env=environment(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
         try:
             line = next(line for line in iter(server.stdout.readline, "") if "serving at" in line)
@@ -514,9 +513,13 @@ def test_a_client_that_reads_nothing_of_a_long_answer_is_let_go(monkeypatch):
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(1)
-            until(lambda: not server.server_state.connections)
+            wait_until(lambda: not server.server_state.connections)
             server.should_exit = True
             ended.result(PATIENCE)
+
+
+def is_idle(server):
+    return server.figure("gluon_lm_live_texts") == server.figure("gluon_lm_waiting") == 0
 
 
 def is_listening(server):
@@ -580,11 +583,8 @@ def test_flags_that_cannot_be_are_refused(capsys):
 
 
 def test_the_load_test_measures_a_server_and_stops_it(run):
-    script = Path(__file__).resolve().parents[2] / "scripts/load_test.py"
-    words = [run, "--clients", 3, "--requests", 6, "--words", 4, "--soak", 20]
-    measured = subprocess.run(
-        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=120
-    )
+    words = [ROOT / "scripts/load_test.py", run, "--clients", 3, "--requests", 6, "--words", 4, "--soak", 20]
+    measured = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120)
     assert measured.returncode == 0, measured.stderr
     rows = [line.split() for line in measured.stdout.splitlines()]
     one, three = (next(row for row in rows if row[:1] == [clients]) for clients in ("1", "3"))

@@ -13,7 +13,7 @@ import termios
 import threading
 
 import pytest
-from processes import wait_for
+from processes import environment, wait_until
 
 TRAIN = ("train",)
 LAUNCH = ("launch", "--workers", 2, "--", "--kvstore", "dist_sync")
@@ -33,7 +33,7 @@ class Terminal:
         self.process = subprocess.Popen(
             project.command(*words),
             cwd=project.path,
-            env={**project.environment(), "TERM": "xterm"},
+            env=environment(TERM="xterm"),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -85,13 +85,14 @@ def test_a_closed_terminal_stops_training_with_a_checkpoint(project, start, comm
     flags = [*project.training_flags, "--epochs", 100_000, "--eval-every", 1_000_000, "--save", "run"]
     terminal = start(*command, *flags)
     metrics = project.path / "run/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, terminal.process)  # the first step is taken
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, process=terminal.process)  # a first step is taken
+    wait_until(lambda: b"tokens (train / valid / test)" in terminal.written, process=terminal.process)
     if command is TRAIN:  # a launcher's workers write to pipes
-        wait_for(lambda: b"epoch   1/100000 " in terminal.written and b" left" in terminal.written, terminal.process)
+        wait_until(lambda: b"epoch   1/100000 " in terminal.written, process=terminal.process)
+        wait_until(lambda: b" left" in terminal.written, process=terminal.process)
     terminal.close()
     terminal.process.send_signal(signal.SIGHUP)  # a shell tells its jobs once more
     assert terminal.process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert b"tokens (train / valid / test)" in terminal.written
     status = json.loads((project.path / "run/status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", None)
     assert (project.path / "run/latest/state.json").exists()
@@ -106,8 +107,8 @@ def test_under_nohup_training_goes_on(project, start, command):
     flags = [*project.training_flags, "--epochs", 100_000, "--save", "run"]
     terminal = start(*command, *flags, at_hang_up=signal.SIG_IGN)
     metrics = project.path / "run/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, terminal.process)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, process=terminal.process)
     terminal.close()
     terminal.process.send_signal(signal.SIGHUP)
     size = metrics.stat().st_size
-    wait_for(lambda: metrics.stat().st_size > size + 2000, terminal.process)
+    wait_until(lambda: metrics.stat().st_size > size + 2000, process=terminal.process)

@@ -23,7 +23,7 @@ from subprocess import PIPE
 import mxnet as mx
 import numpy as np
 import pytest
-from processes import wait_for
+from processes import environment, wait_until
 
 import gluon_lm
 from gluon_lm.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig, resolve
@@ -41,10 +41,10 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_training_learns_and_the_commands_agree(project):
     output = project.train("run", "--epochs", 8, "--lr", 10)
-    valid = [e["loss"] for e in project.events("run") if e["event"] == "valid"]
+    valid = [e["loss"] for e in project.events("run", "valid")]
     assert valid[-1] < 1.2  # nats; a uniform guess among the 12 words has 2.5, the grammar itself 0.6
     assert "recipe lm" in output.splitlines()[0]
-    test = next(e for e in project.events("run") if e["event"] == "test")
+    (test,) = project.events("run", "test")
     evaluated = project.run("evaluate", "run", "--eval-batch-size", 10)
     assert f"loss {test['loss']:.5f}" in evaluated
     assert f"tokens {test['num_tokens']}" in evaluated
@@ -115,7 +115,9 @@ def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project,
     process = project.start_training("killed", *flags)
     checkpoints = project.path / "killed" / "checkpoints"
     for steps in (20, 60):
-        wait_for(lambda steps=steps: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process)
+        wait_until(
+            lambda steps=steps: any(int(p.name[5:]) >= steps for p in checkpoints.glob("step-*")), process=process
+        )
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL  # and had not ended by then
@@ -125,7 +127,7 @@ def test_killed_twice_in_mid_epoch_and_resumed_ends_as_if_never_stopped(project,
     assert "resuming at step" in output
     assert project.parameters("killed") == project.parameters("whole")
     assert project.results("killed") == project.results("whole")
-    steps = [e["step"] for e in project.events("killed") if e["event"] == "train"]
+    steps = [e["step"] for e in project.events("killed", "train")]
     assert steps == sorted(set(steps))
 
 
@@ -303,7 +305,7 @@ def test_a_checkpoint_goes_on_with_other_devices(project):
 def test_ctrl_c_once_saves_tests_and_exits_with_130(project):
     process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
     latest = project.path / "run" / "latest"
-    wait_for(latest.exists, process)
+    wait_until(latest.exists, process=process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -349,13 +351,18 @@ def test_a_program_may_train_in_a_thread(project):
 
 def test_ctrl_c_that_ends_the_reader_of_the_output_too_costs_nothing(project):
     """As in ``train | tee log``: the terminal tells both."""
-    process = project.start_training("run", "--epochs", 100000, "--checkpoint-every", 20)
-    wait_for((project.path / "run" / "latest").exists, process)
-    process.send_signal(signal.SIGSTOP)  # so that both come at once
-    process.stdout.close()
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=60) == 130
+    flags = (*project.training_flags, "--save", "run", "--epochs", 100000, "--checkpoint-every", 20)
+    words = project.command("train", *flags)
+    with subprocess.Popen(words, env=environment(), stdout=PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            wait_until((project.path / "run/latest").exists, process=process)
+            process.send_signal(signal.SIGSTOP)  # so that both come at once
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
     status = json.loads((project.path / "run/status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", None)
     assert project.events("run")[-1]["event"] == "test"
@@ -366,11 +373,9 @@ def test_ctrl_c_twice_exits_at_once(project):
     test_text = project.path / "text/test.txt"
     test_text.write_text(test_text.read_text() * 4000)  # so that testing the best model takes long
     process = project.start_training("run", "--epochs", 100000)
-    wait_for((project.path / "run/latest").exists, process)
+    wait_until((project.path / "run/latest").exists, process=process)
     process.send_signal(signal.SIGINT)
-    for line in process.stdout:
-        if "--resume run" in line:  # stopped and saved; the test comes next
-            break
+    process.wait_for("--resume run")  # stopped and saved; the test comes next
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -381,9 +386,9 @@ def test_sigterm_ends_the_test_of_a_finished_training_which_resuming_does_anew(p
     test_text = project.path / "text/test.txt"
     test_text.write_text(test_text.read_text() * 16000)  # so that the test takes seconds
     process = project.start_training("run", "--epochs", 1)
-    wait_for((project.path / "run/latest").exists, process)
-    wait_for(lambda: "training ends at step" in (project.path / "run/log.txt").read_text(), process)
-    time.sleep(0.5)
+    wait_until((project.path / "run/latest").exists, process=process)
+    wait_until(lambda: "training ends at step" in (project.path / "run/log.txt").read_text(), process=process)
+    time.sleep(0.5)  # and the test has begun
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "test ppl" not in output, output
@@ -403,27 +408,29 @@ def test_a_signal_in_the_midst_of_a_line_that_nobody_reads_is_heeded():
         "        LOGGER.info('x' * 1000)\n"
         "os._exit(stop.exit_code)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(gluon_lm.__file__).parents[1])}
-    environment.pop("PYTHONUNBUFFERED", None)
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=PIPE, stderr=PIPE)
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-c", script], env=buffered, stdout=PIPE, stderr=PIPE)
     waiting = array.array("i", [0])
 
     def is_full() -> bool:
         fcntl.ioctl(process.stdout, termios.FIONREAD, waiting)
         return waiting[0] > 60_000
 
-    wait_for(is_full, process)
-    time.sleep(0.2)  # and it is blocked
-    process.terminate()
-    time.sleep(0.5)
-    output, errors = process.communicate(timeout=60)
+    try:
+        wait_until(is_full, process=process)
+        time.sleep(0.2)  # and it is blocked
+        process.terminate()
+        time.sleep(0.5)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 143 and not errors, errors
 
 
 def test_sigterm_saves_and_exits_without_testing(project):
     process = project.start_training("run", "--epochs", 100000)
     metrics = project.path / "run/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, process)  # the first step is taken
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, process=process)  # the first step is taken
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
@@ -585,7 +592,7 @@ def test_a_learning_rate_holds_though_the_process_is_killed_before_it_wrote_a_ch
     assert project.parameters("killed") == project.parameters("run")
     project.run("train", "--resume", "run/checkpoints/step-5", "--max-steps", 6)  # which had another one
     assert "\nlr: 1.0  # checkpoint\n" in (project.path / "run/config.yaml").read_text()
-    assert [event["lr"] for event in project.events("run") if event["event"] == "train"][-1] == 1
+    assert project.events("run", "train")[-1]["lr"] == 1
 
 
 def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
@@ -611,7 +618,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(project):
 def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_finds_a_new_best(project):
     flags = ("--lr", 8, "--clip", 1, "--decay", "none", "--eval-every", 4, "--max-steps", 16)
     project.train("run", *flags)
-    losses = [event["loss"] for event in project.events("run") if event["event"] == "valid"]
+    losses = [event["loss"] for event in project.events("run", "valid")]
     kept = sorted(path.name for path in (project.path / "run/checkpoints").iterdir())
     assert min(losses) == losses[3] and min(losses[:3]) != losses[2] and kept == ["step-12", "step-16"]
     output = project.run("train", "--resume", "run/checkpoints/step-12", "--lr", 1e-6, "--max-steps", 24)
@@ -622,7 +629,7 @@ def test_going_on_from_before_a_best_checkpoint_that_took_the_place_of_another_f
 def test_a_learning_rate_that_has_all_but_vanished_ends_nothing(project):
     flags = ("--lr", 1e-25, "--lr-decay", 1e9, "--eval-every", 2)
     output = project.train("run", *flags, "--max-steps", 14)
-    assert [event["lr"] for event in project.events("run") if event["event"] == "valid"][-1] < 1e-45
+    assert project.events("run", "valid")[-1]["lr"] < 1e-45
     assert "test ppl" in output
     assert "test ppl" in project.run("train", "--resume", "run", "--max-steps", 20)
 
@@ -645,8 +652,8 @@ def test_a_run_that_is_done_says_that_nothing_is_left(project):
 
 def test_every_step_is_in_some_line_of_the_log_also_where_an_interval_is_longer_than_an_epoch(project):
     project.train("run", "--epochs", 2, "--log-interval", 1000)
-    steps = [event["step"] for event in project.events("run") if event["event"] == "train"]
-    assert steps == [event["step"] for event in project.events("run") if event["event"] == "valid"] and len(steps) == 2
+    logged, evaluated = ([event["step"] for event in project.events("run", kind)] for kind in ("train", "valid"))
+    assert logged == evaluated and len(logged) == 2
 
 
 @pytest.mark.parametrize("suffixes", [".pt", ".params.pt"])
@@ -660,7 +667,7 @@ def test_what_training_took_is_counted_over_a_stop(project):
     shutil.rmtree(project.path / "run/checkpoints/step-30")
     state = json.loads((project.path / "run/checkpoints/step-20/state.json").read_text())
     project.run("train", "--resume", "run/checkpoints/step-20", "--max-steps", 31)
-    (event,) = [event for event in project.events("run") if event["event"] == "valid"]
+    (event,) = project.events("run", "valid")
     assert 0 < state["training"]["seconds"] < event["seconds"]
 
 
@@ -739,23 +746,7 @@ def test_an_existing_run_is_kept_unless_it_may_be_replaced(project):
 
 
 def test_the_default_folder_is_named_and_runs_latest_points_to_it(project):
-    flags = [
-        f
-        for f in (
-            "--data",
-            "text",
-            "--emsize",
-            8,
-            "--nhid",
-            8,
-            "--batch-size",
-            4,
-            "--bptt",
-            5,
-            "--max-steps",
-            3,
-        )
-    ]
+    flags = ("--data", "text", "--emsize", 8, "--nhid", 8, "--batch-size", 4, "--bptt", 5, "--max-steps", 3)
     project.run("train", *flags)
     latest = (project.path / "runs/latest").resolve()
     assert latest.name.startswith("text-lstm-")
@@ -764,7 +755,7 @@ def test_the_default_folder_is_named_and_runs_latest_points_to_it(project):
 
 def test_max_steps_eval_every_patience_and_kept_checkpoints(project):
     project.train("run", "--epochs", 100, "--eval-every", 10, "--patience", 3, "--lr", 1e-30, "--keep-checkpoints", 1)
-    valid = [e for e in project.events("run") if e["event"] == "valid"]
+    valid = project.events("run", "valid")
     assert [e["step"] for e in valid] == list(range(10, 10 * len(valid) + 1, 10))
     assert [e["best"] for e in valid[-4:]] == [True, False, False, False]
     names = {p.name for p in (project.path / "run/checkpoints").iterdir()}
@@ -794,7 +785,7 @@ def test_mxnets_own_recurrent_layers_train_as_onednns_do(project):
     for folder, by_onednn in (("onednn", "1"), ("own", "0")):
         done = subprocess.run(
             [sys.executable, "-c", TRAIN_ONE_AFTER_ANOTHER, folder, " ".join(models), *map(str, flags)],
-            env={**project.environment(), "MXNET_USE_MKLDNN_RNN": by_onednn},
+            env=environment(MXNET_USE_MKLDNN_RNN=by_onednn),
             capture_output=True,
             text=True,
             timeout=120,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import environment
 
 from gluon_lm import generate, score
 
@@ -161,10 +162,10 @@ def test_what_is_open_already_is_written_to_and_not_replaced(run):
     generate_ten = [*run.command("generate", "run", "--words", 10, "--outf", "/dev/stdout", "--quiet")]
     with open(run.path / "whole.txt", "wb") as file:
         for words in (["echo", "before"], generate_ten, ["echo", "after"]):
-            subprocess.run(words, stdout=file, env=run.environment(), check=True, timeout=120)
+            subprocess.run(words, stdout=file, env=environment(), check=True, timeout=120)
     first, text, last = (run.path / "whole.txt").read_text().splitlines()
     assert (first, last) == ("before", "after") and len(text.split()) == 10
-    piped = subprocess.run(generate_ten, stdout=subprocess.PIPE, env=run.environment(), check=True, timeout=120)
+    piped = subprocess.run(generate_ten, stdout=subprocess.PIPE, env=environment(), check=True, timeout=120)
     assert piped.stdout.decode().strip() == text
 
 
@@ -182,9 +183,7 @@ def test_a_text_that_ends_early_is_counted_as_it_is(run):
 def test_lines_come_from_standard_input_where_the_file_is_a_hyphen(run):
     (run.path / "lines.txt").write_text("the cat sees a tree .\na dog\n")
     command = run.command("score", "run", "-", "--quiet")
-    piped = subprocess.run(
-        command, input=b"the cat sees a tree .\na dog\n", stdout=subprocess.PIPE, env=run.environment()
-    )
+    piped = subprocess.run(command, input=b"the cat sees a tree .\na dog\n", stdout=subprocess.PIPE, env=environment())
     assert piped.returncode == 0
     assert piped.stdout.decode() == run.run("score", "run", "lines.txt", "--quiet")
 

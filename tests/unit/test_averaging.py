@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from mxnet import gluon
+from reference import published_trigger
 
 from gluon_lm.optim.averaging import WeightAverage, has_stalled
 
@@ -175,20 +176,6 @@ def test_a_saved_average_goes_on_as_if_never_stopped(num_steps):
 
 
 # ---------------------------------------------------------------- when to begin
-
-
-def published_trigger(losses, n):
-    """Number t of the evaluation at which algorithm 1 of Merity et al. 2017 begins to average; None if it does not.
-
-    In the form of their code: at evaluation t, with v_0 ... v_{t-1} in the log, if t > n and v_t > min of v_0 ...
-    v_{t-n-1}.
-    """
-    log = []
-    for t, v in enumerate(losses):
-        if t > n and v > min(log[i] for i in range(t - n)):
-            return t
-        log.append(v)
-    return None
 
 
 @given(st.lists(st.integers(0, 6).map(float), min_size=1, max_size=15), st.integers(1, 6))

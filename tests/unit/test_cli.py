@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import importlib
 import inspect
-import os
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from processes import ROOT
 
 import gluon_lm
 from gluon_lm import launch
@@ -25,8 +25,6 @@ from gluon_lm.errors import CheckpointError, ConfigError, GluonLMError
 from gluon_lm.finetune import parse_finetune
 from gluon_lm.train import parse_train, train_parser
 from gluon_lm.training.command import FIXED, FIXED_ON_RESUME
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(gluon_lm.__file__)))
 
 
 def parse(line):

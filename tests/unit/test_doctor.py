@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-from machine import ROOT, compile_driver, make_site, run_python
+from machine import compile_driver, make_site, run_python
+from processes import environment
 
 from gluon_lm.gpus import has_machine_code
 
@@ -97,7 +97,7 @@ def test_training_says_of_a_gpu_without_machine_code_what_the_doctor_says(tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "LD_LIBRARY_PATH": str(driver)},
+        env=environment(LD_LIBRARY_PATH=str(driver)),
         capture_output=True,
         text=True,
         timeout=120,

@@ -9,7 +9,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-from builders import VOCAB_SIZE, build_model, relative_error, values_of
+from builders import VOCAB_SIZE, build_model, random_ids, relative_error, values_of
 
 from gluon_lm.data.windows import Streams
 from gluon_lm.errors import DataError, TrainingDiverged
@@ -45,11 +45,8 @@ RULES = {
 }
 
 
-def text(num_tokens, seed=8):
-    return np.random.RandomState(seed).randint(0, VOCAB_SIZE, num_tokens).astype(np.int32)
-
-
-TRAINING_TEXT, TEXT = text(113), text(43, seed=9)  # 113 = 5 streams of 22 or 23 words: the last window is short
+TRAINING_TEXT = random_ids(113)  # 5 streams of 22 or 23 words: the last window is short
+TEXT = random_ids(43, seed=9)
 
 
 def statistics_of(model, **how):

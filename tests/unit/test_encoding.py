@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from processes import environment
 
-import gluon_lm
 from gluon_lm.data import Vocabulary, encoding
 from gluon_lm.data.encoding import (
     Cache,
@@ -31,8 +31,6 @@ from gluon_lm.data.encoding import (
 )
 from gluon_lm.data.tokenizers import TOKENIZERS
 from gluon_lm.errors import DataError
-
-ROOT = str(Path(gluon_lm.__file__).resolve().parent.parent)
 
 
 def naive_tokens(text: str) -> list[str]:
@@ -395,7 +393,7 @@ def start_encoder(path: Path, cache_dir: Path, *kill: object) -> subprocess.Pope
     arguments = [str(path), str(cache_dir), *map(str, kill or ("", "", 0))]
     return subprocess.Popen(
         [sys.executable, "-c", ENCODER, *arguments],
-        env={**os.environ, "PYTHONPATH": ROOT},
+        env=environment(),
         text=True,
         stdout=subprocess.PIPE,
     )

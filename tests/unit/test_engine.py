@@ -10,6 +10,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 from builders import VOCAB_SIZE, build_model
+from processes import wait_until
 
 from gluon_lm.data import Vocabulary
 from gluon_lm.generation.generator import generate
@@ -176,9 +177,7 @@ def test_more_than_it_may_accept_is_refused_and_a_cancelled_text_makes_room(engi
     waiting = engine.generate([TextRequest(5, seed=1, prompt=["w1"])] * 4)
     last = engine.score([["w1"]])
     assert last.result(PATIENCE)  # a scoring needs no slot
-    deadline = time.monotonic() + PATIENCE
-    while engine.num_waiting > 4:  # it has a result before it is forgotten
-        assert time.monotonic() < deadline
+    wait_until(lambda: engine.num_waiting == 4)  # it has a result before it is forgotten
     waiting += engine.generate([TextRequest(5, seed=1)])
     for refused in (lambda: engine.generate([TextRequest(5)]), lambda: engine.score([[]])):
         with pytest.raises(Busy):
@@ -257,10 +256,7 @@ def test_a_callback_that_fails_ends_its_own_text_alone(engine):
     with pytest.raises(KeyError, match="mine"):
         failing.result(PATIENCE)
     assert len(spared.result(PATIENCE)) == 5 and len(other.result(PATIENCE)) == 30
-    deadline = time.monotonic() + PATIENCE
-    while engine.num_live and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert engine.num_live == 0
+    wait_until(lambda: engine.num_live == 0)
 
 
 def test_text_in_place_of_words_is_its_callers_error_alone(engine):

@@ -110,6 +110,8 @@ def test_a_seal_edited_by_hand_is_refused(sealed):
     file.write_text(file.read_text().replace("Infinity", "2.5"))
     with pytest.raises(ValueError, match="^seal.json is not as it was written$"):
         read_seal(folder, "seal.json")
+
+
 def test_what_takes_the_place_of_another_has_its_permissions(tmp_path):
     file, folder = tmp_path / "config.yaml", tmp_path / "exported"
     file.write_text("old")

@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-from builders import VOCAB_SIZE, build_model, values_of
+from builders import VOCAB_SIZE, build_model, random_ids, values_of
 
 from gluon_lm.evaluation import neural_cache as cache_module
 from gluon_lm.evaluation.neural_cache import NeuralCache
@@ -16,6 +16,7 @@ from gluon_lm.evaluation.static import evaluate
 
 EOS = 3
 NUM_TOKENS = 57
+TEXT = random_ids(NUM_TOKENS)
 MODELS = {
     "lstm-tied": {"tied": True},
     "gru-untied": {"model": "gru"},
@@ -29,12 +30,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(cache_module, "_ROWS_PER_BLOCK", 8)
 
 
-def text(vocab_size=VOCAB_SIZE):
-    return np.random.RandomState(8).randint(0, vocab_size, NUM_TOKENS).astype(np.int32)
-
-
 def run(model, cache, ids=None, bptt=None):
-    return evaluate(model, text() if ids is None else ids, EOS, mx.cpu(0), bptt=bptt, window_losses=cache.losses)
+    return evaluate(model, TEXT if ids is None else ids, EOS, mx.cpu(0), bptt=bptt, window_losses=cache.losses)
 
 
 def naive_loss(cell, parameters, ids, window, theta, weight):
@@ -60,7 +57,7 @@ def naive_loss(cell, parameters, ids, window, theta, weight):
 @pytest.mark.parametrize("window", [1, 5, 8, 20, NUM_TOKENS - 1, 1000])
 def test_equals_the_definition(kind, window):
     model = build_model(**MODELS[kind])
-    expected = naive_loss(MODELS[kind].get("model", "lstm"), values_of(model), text(), window, 1.5, 0.3)
+    expected = naive_loss(MODELS[kind].get("model", "lstm"), values_of(model), TEXT, window, 1.5, 0.3)
     result = run(model, NeuralCache(window, 1.5, 0.3))
     assert result.num_tokens == NUM_TOKENS
     assert result.loss_sum == pytest.approx(expected, rel=1e-5)
@@ -69,13 +66,13 @@ def test_equals_the_definition(kind, window):
 @pytest.mark.parametrize("bptt", [1, 2, 7, 8, 9, 56, 57, 500])
 def test_the_window_of_the_model_changes_nothing(bptt):
     model = build_model(model="gru")
-    expected = naive_loss("gru", values_of(model), text(), 11, 1.5, 0.3)
+    expected = naive_loss("gru", values_of(model), TEXT, 11, 1.5, 0.3)
     assert run(model, NeuralCache(11, 1.5, 0.3), bptt=bptt).loss_sum == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_more_is_computed_at_once_than_is_allowed(monkeypatch):
     model = build_model()
-    expected = naive_loss("lstm", values_of(model), text(), 1000, 1.5, 0.3)
+    expected = naive_loss("lstm", values_of(model), TEXT, 1000, 1.5, 0.3)
     monkeypatch.setattr(cache_module, "_BLOCK_ELEMENTS", 200)
     sizes = []
     softmax = mx.nd.softmax
@@ -87,7 +84,7 @@ def test_no_more_is_computed_at_once_than_is_allowed(monkeypatch):
 @pytest.mark.parametrize("kind", MODELS)
 def test_without_a_share_of_the_cache_the_model_is_left_as_it_is(kind):
     model = build_model(**MODELS[kind])
-    expected = evaluate(model, text(), EOS, mx.cpu(0), bptt=10)
+    expected = evaluate(model, TEXT, EOS, mx.cpu(0), bptt=10)
     assert run(model, NeuralCache(5, 1.5, 0.0), bptt=10) == expected
 
 
@@ -96,7 +93,7 @@ def test_a_flat_cache_is_the_frequency_of_words():
     model = build_model()
     for parameter in model.named_parameters().values():
         parameter.set_data(mx.nd.zeros(parameter.shape))
-    ids, window, weight = text(), 10, 0.4
+    ids, window, weight = TEXT, 10, 0.4
     expected = math.log(VOCAB_SIZE)
     for t in range(1, NUM_TOKENS):
         before = ids[max(0, t - window) : t]
@@ -117,7 +114,7 @@ def test_words_that_are_not_in_the_cache_keep_their_share_of_the_model(recwarn):
 @pytest.mark.parametrize("cell", ["lstm", "rnn_relu"])
 def test_scores_that_are_far_apart(cell, theta):
     model = build_model(model=cell)
-    expected = naive_loss(cell, values_of(model), text(), 20, theta, 0.3)
+    expected = naive_loss(cell, values_of(model), TEXT, 20, theta, 0.3)
     assert run(model, NeuralCache(20, theta, 0.3)).loss_sum == pytest.approx(expected, rel=1e-5)
 
 
@@ -125,21 +122,21 @@ def test_a_word_that_the_model_has_all_but_ruled_out():
     """Its probability is too small for a float32; from its second time on the cache has it."""
     model = build_model(tied=True)
     bias = np.zeros(VOCAB_SIZE)
-    bias[text()[20]] = -200
+    bias[TEXT[20]] = -200
     model.head.decoder.bias.set_data(mx.nd.array(bias))
-    expected = naive_loss("lstm", values_of(model), text(), 1000, 1.5, 0.3)
+    expected = naive_loss("lstm", values_of(model), TEXT, 1000, 1.5, 0.3)
     assert run(model, NeuralCache(1000, 1.5, 0.3)).loss_sum == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_text_of_one_word_has_no_cache():
-    model, ids = build_model(), text()[:1]
+    model, ids = build_model(), TEXT[:1]
     alone = reference.text_loss("lstm", values_of(model), ids, EOS)
     assert run(model, NeuralCache(5, 1.0, 0.9), ids).loss_sum == pytest.approx(alone, rel=1e-5)
 
 
 def test_several_streams_and_parameters_out_of_bounds_are_refused():
     with pytest.raises(ValueError, match="2 streams: the cache reads one"):
-        evaluate(build_model(), text(), EOS, mx.cpu(0), num_streams=2, window_losses=NeuralCache(5, 1, 0.1).losses)
+        evaluate(build_model(), TEXT, EOS, mx.cpu(0), num_streams=2, window_losses=NeuralCache(5, 1, 0.1).losses)
     for window, theta, weight in ((0, 1, 0.1), (5, -1, 0.1), (5, math.nan, 0.1), (5, 1, 1.0), (5, 1, -0.1)):
         with pytest.raises(ValueError, match="must be 1 or more, 0 or more, and in"):
             NeuralCache(window, theta, weight)

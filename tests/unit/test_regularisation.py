@@ -10,6 +10,8 @@ from builders import (
     VOCAB_SIZE,
     assert_drops,
     build_model,
+    build_step,
+    communicator_on,
     drawn_masks,
     forward_backward,
     gradients_of,
@@ -21,7 +23,6 @@ from builders import (
 from gluon_lm.config import CELLS, ModelConfig, OptimConfig
 from gluon_lm.data.windows import Streams
 from gluon_lm.distributed.communicator import SingleDevice
-from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.models import LanguageModel
 from gluon_lm.training.step import TrainingStep, step_seed
 
@@ -279,11 +280,8 @@ def test_weight_drop_leaves_the_first_step_from_zero_as_it_is(cell, hybridize):
 
 def take_step(num_devices, window, alpha, beta, **settings):
     """The model, and what one training step from the zero state returns, before any update."""
-    devices = [mx.cpu(i) for i in range(num_devices)]
-    communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
-    model = build_model(devices, **settings)
-    optim = OptimConfig(lr=1e-30, clip_norm=None, alpha=alpha, beta=beta)
-    return model, TrainingStep(model, communicator, optim)(window, 3, 0)
+    model, step = build_step(communicator_on(num_devices), lr=1e-30, alpha=alpha, beta=beta, **settings)
+    return model, step(window, 3, 0)
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

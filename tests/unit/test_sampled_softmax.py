@@ -9,17 +9,23 @@ import mxnet as mx
 import numpy as np
 import pytest
 import reference
-from builders import build_model, gradients_of, int32, relative_error, values_of
+from builders import (
+    build_model,
+    build_step,
+    communicator_on,
+    gradients_of,
+    int32,
+    random_ids,
+    relative_error,
+    take_steps,
+    values_of,
+)
 
 from gluon_lm import losses
-from gluon_lm.config import OptimConfig
 from gluon_lm.data.windows import Streams
-from gluon_lm.distributed.communicator import SingleDevice
-from gluon_lm.distributed.kvstore import KVStoreCommunicator
 from gluon_lm.losses import backward_through_head
 from gluon_lm.models import SampledHead
 from gluon_lm.optim import rows
-from gluon_lm.training.step import TrainingStep
 
 V, S = 60, 12
 
@@ -177,29 +183,12 @@ BATCH, BPTT = 4, 5
 NUM_TOKENS = 3 * BPTT * BATCH + 6  # the last window is short
 
 
-def build_step(
-    num_devices=1, lr=0.5, clip_norm=0.3, weight_decay=0.0, optimizer="sgd", small_batch_size=None, **config
-):
-    devices = [mx.cpu(i) for i in range(num_devices)]
-    communicator = SingleDevice(devices) if num_devices == 1 else KVStoreCommunicator(devices)
-    model = build_model(devices, vocab_size=V, **config)
-    optim = OptimConfig(
-        optimizer=optimizer,
-        lr=lr,
-        clip_norm=clip_norm,
-        weight_decay=weight_decay,
-        small_batch_size=small_batch_size,
-    )
-    return model, TrainingStep(model, communicator, optim)
+def build_step_on(num_devices=1, **settings):
+    return build_step(communicator_on(num_devices), **{"clip_norm": 0.3, "vocab_size": V, **settings})
 
 
-def train(step, steps, seed=3):
-    ids = np.random.RandomState(4).randint(0, V, NUM_TOKENS).astype(np.int32)
-    windows = list(Streams(ids, BATCH, 0).windows(BPTT))
-    for k in steps:
-        if k % len(windows) == 0:
-            step.states = None
-        step(windows[k % len(windows)], seed, k)
+def train(step, numbers, seed=3):
+    return take_steps(step, Streams(random_ids(NUM_TOKENS, 4, V), BATCH, 0).windows(BPTT), numbers, seed)
 
 
 @pytest.fixture
@@ -217,16 +206,16 @@ def drawn(monkeypatch):
 
 
 def test_each_step_and_device_has_its_own_sample_that_depends_on_the_seed_alone(drawn):
-    train(build_step(num_devices=2, num_sampled=S)[1], range(5))
+    train(build_step_on(num_devices=2, num_sampled=S)[1], range(5))
     first = drawn.copy()
     assert len({tuple(ids) for ids in first}) == 10
     drawn.clear()
     mx.nd.random.uniform(shape=(3,))
     np.random.rand()
-    train(build_step(num_devices=2, num_sampled=S)[1], range(3, 5))  # as a run that is resumed there
+    train(build_step_on(num_devices=2, num_sampled=S)[1], range(3, 5))  # as a run that is resumed there
     assert drawn == first[6:]
     drawn.clear()
-    train(build_step(num_devices=2, num_sampled=S)[1], range(5), seed=4)
+    train(build_step_on(num_devices=2, num_sampled=S)[1], range(5), seed=4)
     assert not {tuple(ids) for ids in drawn} & {tuple(ids) for ids in first}
 
 
@@ -239,7 +228,7 @@ def test_updating_the_filled_rows_alone_is_updating_all(head, clip_norm, small_b
     found = []
     for worth_it in (0, 10**9):
         monkeypatch.setattr(rows, "_WORTH_IT", worth_it)
-        model, step = build_step(clip_norm=clip_norm, small_batch_size=small_batch_size, **head)
+        model, step = build_step_on(clip_norm=clip_norm, small_batch_size=small_batch_size, **head)
         first = values_of(model)
         longest = Streams(np.arange(NUM_TOKENS, dtype=np.int32) % V, BATCH, 0).window(0, 2 * BPTT)
         step.rehearse(longest)
@@ -254,6 +243,6 @@ def test_updating_the_filled_rows_alone_is_updating_all(head, clip_norm, small_b
 @pytest.mark.parametrize("settings", [{"weight_decay": 0.01}, {"optimizer": "adam"}, {"num_devices": 2}], ids=str)
 def test_what_changes_every_row_updates_all(settings, monkeypatch):
     monkeypatch.setattr(rows, "_WORTH_IT", 0)
-    _, step = build_step(num_sampled=S, **settings)
+    _, step = build_step_on(num_sampled=S, **settings)
     train(step, range(2))
     assert not step._filled.by_index
