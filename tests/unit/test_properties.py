@@ -103,11 +103,11 @@ def as_yaml(values: dict) -> str:
 @given(LAYERS, LAYERS, st.sampled_from(["lm", "mxnet", "demo", "awd", "mos"]))
 def test_merging_layers_obeys_its_laws(flag_values, file_values, recipe):
     assume(flag_values.get("gpus") != -1 and file_values.get("gpus") != -1)  # another word for --no-cuda
-    flags, file = as_flags(flag_values), as_yaml(file_values)
-    merged = resolve(flags, file, recipe)
+    flags, file = as_flags(flag_values), as_yaml({"recipe": recipe, **file_values})
+    merged = resolve(flags, file)
     alone = {
         "flags": resolve(flags, recipe=recipe),
-        "file": resolve(None, file, recipe),
+        "file": resolve(None, file),
         "none": resolve(recipe=recipe),
     }
     for name in FIELDS:

@@ -18,7 +18,7 @@ TOKENS_TN = np.random.RandomState(1).randint(0, len(VOCABULARY), (6, 2))
 
 @pytest.fixture
 def run(tmp_path):
-    return save_run(tmp_path / "run", dropout=0.5)
+    return save_run(tmp_path / "run", dropout=0.2)
 
 
 def in_training(model, seed):
@@ -42,15 +42,15 @@ def test_a_model_is_loaded_as_it_was_saved(run):
 def test_a_loaded_model_trains_on_alone_and_beside_another(run):
     model, other = (gluon_lm.load_model(run, mx.cpu())[0] for _ in range(2))
     assert not np.array_equal(in_training(model, 1), in_training(model, 2))
-    trainer = mx.gluon.Trainer({**model.collect_params(), **other.collect_params()}, "adam", {"learning_rate": 0.03})
+    trainer = mx.gluon.Trainer({**model.collect_params(), **other.collect_params()}, "adam", {"learning_rate": 0.05})
     targets_TN, losses = np.roll(TOKENS_TN, -1, axis=0), {model: [], other: []}
-    for _ in range(20):
+    for _ in range(60):
         for each, found in losses.items():
             loss, _ = forward_backward(each, TOKENS_TN, targets_TN, each.begin_state(2, mx.cpu()))
             found.append(loss)
         trainer.step(TOKENS_TN.size)
     for found in losses.values():
-        assert found[-1] < 0.8 * found[0]
+        assert sum(found[-10:]) < 0.8 * sum(found[:10])
 
 
 def test_a_model_for_use_has_no_dropout_and_no_gradients(run):
