@@ -8,7 +8,7 @@ from importlib import import_module
 
 from gluon_lm import __version__
 from gluon_lm.cli import as_command
-from gluon_lm.config import nearest, show
+from gluon_lm.config import did_you_mean, show
 from gluon_lm.errors import ConfigError
 
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = argv
     if command not in COMMANDS:
-        hint = nearest(command, COMMANDS)
+        hint = did_you_mean(command, COMMANDS)
         raise ConfigError(f"{show(command)}: must be a command, one of {', '.join(COMMANDS)}{hint}")
     return int(import_module(f"gluon_lm.{command}").main(rest))
 

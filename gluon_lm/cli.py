@@ -25,12 +25,12 @@ from gluon_lm.config import (
     DataConfig,
     DeviceConfig,
     Kind,
-    Layer,
     Section,
     Setting,
+    Settings,
     build,
+    did_you_mean,
     flag_of,
-    nearest,
     option,
     pathname,
     read_value,
@@ -94,14 +94,14 @@ class Parsed:
     """
 
     arguments: argparse.Namespace
-    settings: Layer
+    settings: Settings
     run: str | None
 
     def build(self, section: type[_Section]) -> _Section:
         """One section of these settings, defaults elsewhere; `ConfigError` for contradictory values."""
         return build(section, self.settings)
 
-    def of(self, *sections: type[Section]) -> Layer:
+    def of(self, *sections: type[Section]) -> Settings:
         """The settings of the given sections only."""
         names = {field.name for section in sections for field in dataclasses.fields(section)}
         return {name: setting for name, setting in self.settings.items() if name in names}
@@ -241,7 +241,7 @@ class CommandParser(argparse.ArgumentParser):
         for word in rest:
             flag, equals, _ = word.partition("=")
             if word.startswith("-") and word != "-":
-                hint = nearest(flag, self._option_string_actions) or f"; see {self.prog} --help"
+                hint = did_you_mean(flag, self._option_string_actions) or f"; see {self.prog} --help"
                 hint = f"; {self._instead[flag]}" if flag in self._instead else hint
                 problems.append(f"{show(flag)}: unknown flag{hint}")
                 previous = "" if equals else flag
@@ -249,7 +249,7 @@ class CommandParser(argparse.ArgumentParser):
                 previous = ""  # the unknown flag's value, and no problem of its own
             else:
                 problems.append(f"{show(word)}: is not the value of any flag; see {self.prog} --help")
-        settings: Layer = {}
+        settings: Settings = {}
         for name, (flag, raw) in vars(namespace).pop("given", {}).items():
             settings[name] = Setting(read_value(self._declared[name], raw, flag, problems), f"flag {flag}")
         run, named = getattr(namespace, "run", None), settings.pop(_RUN, None)

@@ -20,7 +20,7 @@ from .kinds import (
     switch,
     text,
 )
-from .layers import Layer, Setting, build, config_folder, nearest, read_config, recipe_names, resolve
+from .resolution import Setting, Settings, build, config_folder, did_you_mean, read_config, recipe_names, resolve
 from .rules import device_count, share_problems, validate, vocabulary_problems
 from .sections import (
     CELLS,
@@ -47,7 +47,7 @@ __all__ = [
     "DataConfig",
     "DeviceConfig",
     "Kind",
-    "Layer",
+    "Settings",
     "ModelConfig",
     "OPTIMIZER_STATES",
     "OptimConfig",
@@ -66,7 +66,7 @@ __all__ = [
     "get",
     "integer",
     "key_of",
-    "nearest",
+    "did_you_mean",
     "option",
     "optional",
     "origins_in",

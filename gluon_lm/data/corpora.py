@@ -13,7 +13,7 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 
-from ..config import DataConfig, key_of, nearest, show
+from ..config import DataConfig, did_you_mean, key_of, show
 from ..errors import DataError
 from ..logs import LOGGER
 from .download import Mirror, ParquetMirror, PlainMirror, PublishedFile, ZipMirror, download_files
@@ -347,7 +347,7 @@ def find_spec(name: str) -> CorpusSpec | None:
 def unknown_corpus(name: str, otherwise: str = "") -> str:
     """The message for a name that is no corpus, nor anything else (`otherwise`) that it could be."""
     names = [known for spec in CORPORA.values() for known in (spec.name, *spec.aliases)]
-    hint = nearest(key_of(Path(name).name), names)
+    hint = did_you_mean(key_of(Path(name).name), names)
     return f"{show(name)}: must be a corpus ({', '.join(CORPORA)}){otherwise}{hint}"
 
 

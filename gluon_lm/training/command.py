@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import Config, Layer, get, origins_in, resolve, show, validate
+from ..config import Config, Settings, get, origins_in, resolve, show, validate
 from ..data import Corpus, Vocabulary, load_corpus
 from ..errors import ConfigError
 from ..logs import Verbosity
@@ -45,7 +45,7 @@ class TrainCommand:
         the last two, `config` holds the command line alone, unchecked: `over` applies it to that run's configuration.
     overwrite, print_config, dry_run : bool
     verbosity : Verbosity
-    settings : Layer
+    settings : Settings
         The flags that were given.
     stem : str or None
         What the name of a new run begins with if `save` does not name it; the time follows.
@@ -63,7 +63,7 @@ class TrainCommand:
     print_config: bool = False
     dry_run: bool = False
     verbosity: Verbosity = Verbosity.NORMAL
-    settings: Layer = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
     stem: str | None = None
     kept_origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -127,7 +127,7 @@ class TrainCommand:
         before = resolve(config_file=config_file, default_recipe=None).config
         was_locked = before.model.has_locked_dropout
         problems: list[str] = []
-        settings: Layer = {}
+        settings: Settings = {}
         for name, setting in self.settings.items():
             value, old = setting.value, was_locked if name == "locked" else get(before, name)
             if value == old or name not in fixed:

@@ -52,10 +52,10 @@ class Setting:
         return flag_within(self.source) or self.source
 
 
-Layer = dict[str, Setting]
+Settings = dict[str, Setting]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean X?`` where one of `known` is close to `name`, else nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
@@ -132,13 +132,13 @@ def _unknown_key(key: Any) -> str:
     known = [name.replace("-", "_") for name in (*names_by_key(), *keep_names())]
     if f"--{key_of_field}" in INSTEAD_OF_TRAINING:
         return f"unknown key {key}; {INSTEAD_OF_TRAINING[f'--{key_of_field}']}"
-    hint = nearest(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
+    hint = did_you_mean(str(key).lower().replace("-", "_")[:80], known) or "; --print-config lists every key"
     return f"unknown key {show(key)}{hint}"
 
 
-def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Layer, str | None]:
+def _read_yaml(source: str | Path, origin: str, problems: list[str]) -> tuple[Settings, str | None]:
     """The settings of a YAML file, and the recipe that it names."""
-    layer: Layer = {}
+    layer: Settings = {}
     recipe: str | None = None
     seen: dict[str, int] = {}
     for key, raw, line in _yaml_lines(source, origin):
@@ -172,7 +172,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
-def _choose_recipe(flags: Layer, file: Layer) -> str:
+def _choose_recipe(flags: Settings, file: Settings) -> str:
     both = {**file, **flags}
     if "num_experts" in both and both["num_experts"].value is not None:
         return "mos"
@@ -204,33 +204,33 @@ _REPLACES: tuple[tuple[str, Callable[[Any], bool], frozenset[str]], ...] = (
 )
 
 
-def _replaced_by(layer: Layer) -> set[str]:
+def _replaced_by(layer: Settings) -> set[str]:
     replaced = [names for field, is_such, names in _REPLACES if field in layer and is_such(layer[field].value)]
     return set().union(*replaced)
 
 
-def _implied_by_keeping(source: str, merged: Layer) -> Layer:
+def _implied_by_keeping(source: str, merged: Settings) -> Settings:
     """What the keep probabilities of `source` imply for other fields, unless a layer sets those.
 
     As in OpenSeq2Seq, each concerns one place only, while our rates are also defaults for other places. There each word
     has its own masks, which holds here too unless the model, or a rate under our name, asks for locked ones.
     """
     rates = {"dropout_input", "dropout_hidden"}
-    implied: Layer = {name: Setting(0.0, source) for name in rates}
+    implied: Settings = {name: Setting(0.0, source) for name in rates}
     asks_for_locked = any(not merged[name].as_keep_probability for name in rates & merged.keys())
     if _value(merged, "model") not in REGULARISED_CELLS and not asks_for_locked:
         implied["locked"] = Setting(False, source)
     return implied
 
 
-def _value(layer: Layer, name: str) -> Any:
+def _value(layer: Settings, name: str) -> Any:
     """A field's value in `layer`, or its default."""
     return layer[name].value if name in layer else fields_by_name()[name].default
 
 
-def _merge(layers: Iterable[Layer], fixed: Set[str] = frozenset()) -> Layer:
+def _merge(layers: Iterable[Settings], fixed: Set[str] = frozenset()) -> Settings:
     """Lay `layers`, lowest first, over each other; no other field replaces one of the `fixed`."""
-    merged: Layer = {}
+    merged: Settings = {}
     for layer in layers:
         gpus, cuda = layer.get("gpus"), layer.get("cuda")
         if gpus and gpus.value == (-1,) and not (cuda and cuda.value):
@@ -259,7 +259,7 @@ class Resolved:
 
 
 def resolve(
-    flags: Layer | None = None,
+    flags: Settings | None = None,
     config_file: str | Path | None = None,
     recipe: str | None = None,
     default_recipe: str | None = DEFAULT_RECIPE,
@@ -269,7 +269,7 @@ def resolve(
 
     Parameters
     ----------
-    flags : Layer, optional
+    flags : Settings, optional
         What was given on the command line.
     config_file : Path or str, optional
         A YAML file, or YAML text if it is a `str`.
@@ -287,7 +287,7 @@ def resolve(
     """
     problems: list[str] = []
     flags = flags or {}
-    file: Layer = {}
+    file: Settings = {}
     file_recipe: str | None = None
     origin = str(config_file) if isinstance(config_file, Path) else "config.yaml"
     if config_file is not None:
@@ -306,11 +306,11 @@ def resolve(
     else:
         recipe, recipe_source = (_choose_recipe(flags, file) if default_recipe else None), "default"
 
-    base: Layer = {}
+    base: Settings = {}
     if recipe is not None and recipe not in recipe_names():
         # A run's own file has every value, so it is valid even where its recipe is not known.
         is_needed = recipe_source != origin or not is_complete
-        hint = nearest(recipe, recipe_names())
+        hint = did_you_mean(recipe, recipe_names())
         named = named_setting("recipe", recipe, {"recipe": recipe_source})
         if is_needed:
             if Path(recipe).stem not in recipe_names() and (recipe.endswith((".yaml", ".yml")) or "/" in recipe):
@@ -334,7 +334,7 @@ def resolve(
     return Resolved(Config(**sections), {"recipe": recipe_source, **sources}, recipe)
 
 
-def _rate_of_another_optimizer(base: Layer, file: Layer, where: str, recipe: str) -> list[str]:
+def _rate_of_another_optimizer(base: Settings, file: Settings, where: str, recipe: str) -> list[str]:
     """What is wrong where a file names an optimiser other than the recipe's, but repeats its learning rate."""
     if not {"optimizer", "lr"} <= base.keys() & file.keys():
         return []
@@ -360,11 +360,11 @@ def read_config(source: str | Path) -> Config:
     return resolve(config_file=source, default_recipe=None).config
 
 
-def _make(section: type[_Section], values: Layer) -> _Section:
+def _make(section: type[_Section], values: Settings) -> _Section:
     return section(**{f.name: values[f.name].value for f in dataclasses.fields(section) if f.name in values})
 
 
-def build(section: type[_Section], values: Layer) -> _Section:
+def build(section: type[_Section], values: Settings) -> _Section:
     """One section from the settings that were given, the defaults elsewhere.
 
     Raises
