@@ -150,6 +150,6 @@ def test_the_first_steps_of_a_published_recipe_follow_gluonnlps(project):
     assert ended.returncode == 0, ended.stderr
     losses = json.loads((project.path / "l.json").read_text())["losses"]
     assert losses["gluonnlp"] == pytest.approx(losses["gluon_lm"], rel=1e-5) and len(losses["gluon_lm"]) == 4
-    assert abs(losses["gluon_lm"][3] - losses["gluon_lm"][0]) > 0.1  # they have learnt something to agree about
+    assert max(losses["gluon_lm"]) - min(losses["gluon_lm"]) > 0.1  # their steps matter to the losses that agree
     assert "4 of 4 step" not in follow("--steps", 4).stderr
     assert "l.json: holds other losses" in follow("--steps", 3).stderr
