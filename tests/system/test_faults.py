@@ -32,7 +32,7 @@ from gluon_lm.data.download import PlainMirror, PublishedFile, download_files
 from gluon_lm.errors import DataError
 from gluon_lm.files import digest_of
 from gluon_lm.locks import is_in_use, sole_use
-from gluon_lm.prediction import load_predictor
+from gluon_lm.trained import load_predictor
 from gluon_lm.training import checkpoint, run_folder
 from gluon_lm.training.run_folder import RunFolder
 
