@@ -162,7 +162,12 @@ def test_what_cannot_be_is_refused_in_one_line(project, flags, reason):
         ("worker", signal.SIGKILL, r"worker \d \(pid \d+\) was killed by SIGKILL"),
         ("server", signal.SIGKILL, r"server 0 \(pid \d+\) was killed by SIGKILL"),
         ("scheduler", signal.SIGKILL, r"scheduler \(pid \d+\) was killed by SIGKILL"),
-        ("worker", signal.SIGSTOP, r"no worker has made progress for 30 s; worker \d \(pid \d+\): stopped \(state T\)"),
+        pytest.param(
+            "worker",
+            signal.SIGSTOP,
+            r"no worker has made progress for 30 s; worker \d \(pid \d+\): stopped \(state T\)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_process_that_is_lost_ends_all_and_the_run_goes_on_to_the_same_numbers(project, role, number, said):
@@ -209,6 +214,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_text_that_takes_longer_than_the_timeout_is_encoded(project):
     for split, num_lines in (("train", 24), ("valid", 2), ("test", 2)):
         (project.path / "text" / f"{split}.txt").write_text("the walrus sees a tree .\n" * num_lines)

@@ -165,6 +165,7 @@ def assert_goes_on_to_the_same_numbers(project, flags, *alone):
     project.assert_agree("run", "alone")
 
 
+@pytest.mark.slow
 @with_sshd
 def test_a_machine_that_is_cut_off_in_mid_run_ends_all_on_both_sides_of_the_cut(project, network):
     flags = ("--checkpoint-every", 4, "--eval-every", 1000)

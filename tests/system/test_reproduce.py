@@ -57,6 +57,7 @@ def arguments(project):
     return [word for name, value in options.items() for word in (f"--{name}", str(project.path / value))]
 
 
+@pytest.mark.slow
 def test_rows_that_were_killed_go_on_to_the_figures_of_the_plain_commands_and_into_the_readme(project, arguments):
     run = project.path / "runs" / "short"
 
