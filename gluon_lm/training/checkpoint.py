@@ -217,10 +217,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     state = verify_checkpoint(path)
     try:
-        carried = load_arrays(path / CARRIED)
+        carried = _load_arrays(path / CARRIED)
         return Checkpoint(
-            parameters=load_arrays(path / PARAMETERS),
-            optimizer=load_arrays(path / OPTIMIZER),
+            parameters=_load_arrays(path / PARAMETERS),
+            optimizer=_load_arrays(path / OPTIMIZER),
             carried=[carried[str(i)] for i in range(len(carried))],
             training=_read_training(state["training"]),
             compression=dict(state["compression"]),
@@ -235,7 +235,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _load_some_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
-    arrays = load_arrays(path)
+    arrays = _load_arrays(path)
     if not arrays:
         raise ValueError(f"{path.name} has no arrays")
     return arrays
@@ -460,7 +460,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, mx.nd.NDArray]) -> None:
     write_arrays(path, ((name, array.asnumpy()) for name, array in arrays.items()))
 
 
-def load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
+def _load_arrays(path: Path) -> dict[str, mx.nd.NDArray]:
     """The arrays of a checkpoint's file on the host; `CheckpointError` if it cannot be read."""
     try:
         return {name: mx.nd.array(array, ctx=mx.cpu(), dtype=array.dtype) for name, array in read_arrays(path)}
