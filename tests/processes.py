@@ -27,8 +27,11 @@ Value = TypeVar("Value")
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a process that a test starts: the tests' own, this package, and these variables."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    """The environment of a process that a test starts: the tests' own, this package, and these variables.
+
+    If a library crashes it, it says what it was doing.
+    """
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **variables}
 
 
 def as_script(file: str) -> tuple[str, ...]:

@@ -269,7 +269,7 @@ def horovodrun(num_processes, folder, *arguments, meanwhile=lambda process: None
     command += ["--network-interfaces", "lo", sys.executable, *arguments]
     variables = {
         "HOROVOD_TERMINATION_SECONDS": "5",  # a process that has been stopped hears no signal
-        **environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1", PYTHONFAULTHANDLER="1"),
+        **environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1"),
         "GLUON_LM_CACHE": str(folder / "cache"),
     }
     process = Process(*command, cwd=folder, env=variables, start_new_session=True)
