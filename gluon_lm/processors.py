@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from pathlib import Path
 
 from .control_groups import processor_share
+
+# Numbers of Linux on x86-64: arch_prctl(2), its request for a feature whose registers are large, and the tiles' data.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA = 158, 0x1023, 18
 
 
 def usable_cores() -> int:
@@ -40,6 +44,17 @@ def cpu_model() -> str:
 def cpu_flags() -> frozenset[str]:
     """The processor's features as Linux names them, such as ``avx512_bf16``; empty on other systems."""
     return frozenset(_cpu_info("flags").split())
+
+
+def may_multiply_tiles() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (Intel AMX), and the kernel allows it to this process.
+
+    The kernel is asked for it, once for all threads: it ends a process that just uses the tiles. Linux before 5.16,
+    and a machine that hides this part of its processor, do not allow it.
+    """
+    if "amx_bf16" not in cpu_flags():
+        return False
+    return ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA) == 0
 
 
 def _cpu_info(field: str) -> str:

@@ -14,7 +14,7 @@ from .distributed.control import processes_here
 from .errors import ConfigError
 from .logs import LOGGER
 from .memory import recurrent_bytes
-from .processors import usable_cores
+from .processors import may_multiply_tiles, usable_cores
 
 # Parameter numbers of mallopt(3) in glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -25,7 +25,7 @@ _LIBRARY_BYTES = 600 << 20  # of address space; with less, MXNet's library crash
 
 
 def prepare_training(config: Config) -> None:
-    """`prepare_process` for a training run, as suits its size."""
+    """`prepare_process` for a training run, as suits its size and its precision."""
     tokens = config.training.batch_size * (config.training.bptt + (config.optim.max_seq_len_delta or 0))
     is_large, varies = recurrent_bytes(config, tokens) > _LEAN_ABOVE_BYTES, config.optim.max_seq_len_delta is not None
     num_contexts = (config.devices.cpus or 1) * (processes_here() if config.devices.has_workers else 1)
@@ -33,6 +33,8 @@ def prepare_training(config: Config) -> None:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if varies:  # a pool that needs the exact size would keep a block for each length of a window
         os.environ.setdefault("MXNET_GPU_MEM_POOL_TYPE", "Round")
+    if config.training.amp == "bfloat16" and "mxnet" not in sys.modules and may_multiply_tiles():
+        os.environ.setdefault("DNNL_MAX_CPU_ISA", "AVX512_CORE_AMX")  # which oneDNN 2.4 uses only if it is told so
     prepare_process(num_contexts, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
 
 
@@ -87,7 +89,8 @@ def prepare_process(num_cpu_contexts: int = 1, keep_up_to: int | None = None, ow
         os.environ.setdefault("OMP_WAIT_POLICY", "active")
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     keeps_memory = keep_freed_memory(keep_up_to)
-    settings = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MXNET_USE_MKLDNN_RNN")}
+    told = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MXNET_USE_MKLDNN_RNN", "DNNL_MAX_CPU_ISA")
+    settings = {name: os.environ.get(name) for name in told}
     LOGGER.debug(
         "gluon_lm %s, Python %s, %d cores; %s; freed memory is %s",
         __version__,

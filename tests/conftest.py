@@ -28,7 +28,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
-_OF_LIBRARIES = ("MXNET_", "OMP_", "GOMP_", "NVIDIA_")
+_OF_LIBRARIES = ("MXNET_", "OMP_", "GOMP_", "NVIDIA_", "DNNL_")
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name.startswith(_OF_LIBRARIES)}
 
 # No test is timed, and each run of the tests is like the last. To look for more: --hypothesis-profile search

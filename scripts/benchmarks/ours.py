@@ -12,11 +12,13 @@ from .harness import SEED, Size, timed_steps, zipf_ids
 EVALUATION_STREAMS = 10  # the batch size that the examples evaluate with
 
 
-def prepare_as_training(size: Size, devices: DeviceConfig, max_seq_len_delta: int | None = None) -> None:
+def prepare_as_training(
+    size: Size, devices: DeviceConfig, max_seq_len_delta: int | None = None, amp: str | None = None
+) -> None:
     """What `gluon_lm.train` sets before MXNet is imported."""
     from gluon_lm.runtime import prepare_training
 
-    training = TrainingConfig(batch_size=size.batch_size, bptt=size.bptt)
+    training = TrainingConfig(batch_size=size.batch_size, bptt=size.bptt, amp=amp or "none")
     optim = replace(size.optim, max_seq_len_delta=max_seq_len_delta)
     prepare_training(Config(model=size.model, optim=optim, training=training, devices=devices))
 
@@ -38,7 +40,7 @@ def ours_step(
 ):
     """Our training step, made as `gluon_lm.train` makes it."""
     devices = devices or DeviceConfig(cuda=False)
-    prepare_as_training(size, devices, max_seq_len_delta)
+    prepare_as_training(size, devices, max_seq_len_delta, amp)
     model, communicator = ours_model(size, devices)
     if amp is not None:
         model.train_in_half_precision(amp)

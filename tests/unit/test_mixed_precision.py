@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import mxnet as mx
 import numpy as np
 import pytest
 from builders import build_model, forward_backward, gradients_of, int32, relative_error, values_of
 from hypothesis import given, strategies as st
+from processes import environment
 
 from gluon_lm import losses
 from gluon_lm.errors import ConfigError
 from gluon_lm.losses import backward_through_head
 from gluon_lm.models import language_model, precision
+from gluon_lm.processors import cpu_flags
 from gluon_lm.training.loss_scale import LossScale
 
 CPU = mx.cpu(0)
@@ -249,6 +253,27 @@ def test_beside_the_heads_products_bfloat16_changes_no_bit(settings, monkeypatch
     assert len(compared) > 5
     for name, value in compared.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.skipif("amx_bf16" not in cpu_flags(), reason="this processor lacks AMX for bfloat16")
+def test_the_bounds_hold_on_the_processors_matrix_unit():
+    code = """
+import sys, pytest
+from gluon_lm.config import Config, TrainingConfig
+from gluon_lm.runtime import prepare_training
+prepare_training(Config(training=TrainingConfig(amp="bfloat16")))
+raise SystemExit(pytest.main([sys.argv[1], "-q", "-s", "-k", "bfloat16 and roundings", "-p", "no:cacheprovider"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, __file__],
+        env=environment(DNNL_VERBOSE="1"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Intel AMX with bfloat16" in done.stdout and "src_bf16" in done.stdout and "4 passed" in done.stdout
 
 
 @needs_bfloat16

@@ -10,7 +10,7 @@ import mxnet as mx
 import pytest
 
 from gluon_lm import runtime
-from gluon_lm.config import Config, DeviceConfig, Setting, recipe_names, resolve
+from gluon_lm.config import Config, DeviceConfig, Setting, TrainingConfig, recipe_names, resolve
 from gluon_lm.distributed.devices import memory_in_use
 from gluon_lm.errors import ConfigError
 
@@ -111,6 +111,36 @@ def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_a
     assert not {"NVIDIA_TF32_OVERRIDE", "MXNET_GPU_MEM_POOL_TYPE"} & set(variables)
     runtime.prepare_training(resolve({"tf32": Setting(False, "test")}, recipe="awd").config)
     assert (variables["NVIDIA_TF32_OVERRIDE"], variables["MXNET_GPU_MEM_POOL_TYPE"]) == ("0", "Round")
+
+
+def test_the_matrix_unit_is_used_for_bfloat16_alone_and_where_it_may_be(environment, monkeypatch):
+    variables, _ = environment
+    in_bfloat16, allowed = Config(training=TrainingConfig(amp="bfloat16")), [True]
+    monkeypatch.setattr(runtime, "may_multiply_tiles", lambda: allowed[0])
+    runtime.prepare_training(Config())
+    assert "DNNL_MAX_CPU_ISA" not in variables
+    runtime.prepare_training(in_bfloat16)
+    assert variables["DNNL_MAX_CPU_ISA"] == "AVX512_CORE_AMX"
+    variables["DNNL_MAX_CPU_ISA"] = "AVX512_CORE"  # a user's choice
+    runtime.prepare_training(in_bfloat16)
+    assert variables.pop("DNNL_MAX_CPU_ISA") == "AVX512_CORE"
+    allowed[0] = False
+    runtime.prepare_training(in_bfloat16)
+    allowed[0] = True
+    monkeypatch.setitem(sys.modules, "mxnet", mx)  # which may have multiplied without it
+    runtime.prepare_training(in_bfloat16)
+    assert "DNNL_MAX_CPU_ISA" not in variables
+
+
+def test_the_matrix_unit_may_be_used_where_the_kernel_says_so():
+    code = """
+import ctypes
+from gluon_lm.processors import may_multiply_tiles
+may, permitted = may_multiply_tiles(), ctypes.c_uint64()
+ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(permitted))  # ARCH_GET_XCOMP_PERM
+raise SystemExit(may != bool(permitted.value >> 18 & 1))
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 @pytest.mark.parametrize("limit", ["None", "4 << 20"])
