@@ -135,8 +135,8 @@ class Guard:
             host = headers.get(b"host", b"").decode("latin-1")
             if not _is_among(host, self._allowed_hosts):
                 return 421, f"Host {_printable(host)}: is not a name of this server; see --allowed-hosts of serve"
-            if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
-                return 403, "Sec-Fetch-Site cross-site: a page of another site may not post here; use this server's own"
+            if scope["method"] == "POST" and _is_of_another_site(headers, host, self._allowed_hosts):
+                return 403, "a page of another site may not post here; use this server's own, or see --allowed-hosts"
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:
@@ -206,6 +206,19 @@ def _is_among(host: str, allowed: frozenset[str]) -> bool:
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name))
     return not host or name == "localhost" or name.endswith(".localhost") or name in allowed
+
+
+def _is_of_another_site(headers: Mapping[bytes, bytes], host: str, allowed: frozenset[str]) -> bool:
+    """Whether a browser says that a request is from a page which neither this host nor an allowed one has served."""
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if site is not None or origin is None:
+        return site == b"cross-site"
+    # Over plain HTTP, browsers say the site to addresses of their own machine alone.
+    try:
+        page = urlsplit(origin.decode("latin-1")).hostname
+    except ValueError:
+        return True
+    return page is None or page not in {urlsplit(f"//{host}").hostname, *allowed}
 
 
 def _printable(sent: str) -> str:

@@ -44,6 +44,12 @@ def server(run):
         yield server
 
 
+@pytest.fixture(scope="module")
+def server_with_names(run):
+    with Server(run, "--allowed-hosts", "lm.example") as server:
+        yield server
+
+
 def multipart(fields, file=None):
     """A form as ``curl -F`` sends it."""
     parts = [f'--edge\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
@@ -410,6 +416,28 @@ def test_what_a_page_of_another_site_posts_is_refused(server, path, body, kind):
     assert server.ask("GET", "/", **{"Sec-Fetch-Site": "cross-site"}).status == 200  # a link leads here
     for site in ("same-origin", "same-site", "none"):
         assert server.ask("POST", path, body, kind, **{"Sec-Fetch-Site": site}).status == 200, site
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("192.0.2.7:8000", "http://192.0.2.7:8000", 200),
+        ("192.0.2.7:8000", "http://192.0.2.7", 200),
+        ("LM.example:8000", "http://lm.example:8000", 200),
+        ("127.0.0.1:8000", "http://lm.example", 200),  # behind a proxy that addresses it so
+        ("[2001:db8::7]:8000", "http://[2001:db8::7]:8000", 200),
+        ("192.0.2.7:8000", "http://192.0.2.8:8000", 403),
+        ("lm.example:8000", "http://evil.example", 403),
+        ("lm.example:8000", "http://lm.example.evil", 403),
+        ("192.0.2.7:8000", "null", 403),
+        ("192.0.2.7:8000", "http://[", 403),
+    ],
+)
+def test_over_plain_http_a_page_is_known_by_its_origin(server_with_names, host, origin, status):
+    """Browsers name the site only to https and to their own machine."""
+    answer = server_with_names.ask("POST", "/", b"words=5", URLENCODED, Host=host, Origin=origin)
+    assert answer.status == status
+    assert status == 200 or "another site" in answer.text
 
 
 def test_what_takes_too_long_is_ended_and_a_slow_reader_stops_nobody(run):
