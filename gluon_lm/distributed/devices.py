@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -61,14 +60,8 @@ def resolve_devices(config: DeviceConfig, streams: int | None = None, number: in
     devices = [mx.gpu(i) for i in wanted]
     for device in devices:
         if not _is_usable(device, reasons):
-            raise DistributedError(
-                f"{flag}: "
-                + reasons.get(
-                    device.device_id,
-                    f"MXNet {mx.__version__} sees {device} but cannot compute on it; python -m gluon_lm.doctor says "
-                    "more. Use another GPU, or --cpus N",
-                )
-            )
+            reason = reasons.get(device.device_id, f"{_cannot_compute(device)}. Use another GPU, or --cpus N")
+            raise DistributedError(f"{flag}: {reason}")
     return devices
 
 
@@ -77,8 +70,14 @@ def _find_gpus(num_gpus: int, reasons: Mapping[int, str], streams: int | None, n
     # The driver tells all processes of a machine the same GPUs that are good, so each gets a different one of them.
     good = [i for i in range(num_gpus) if i not in reasons]
     in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
-    usable = (gpu for gpu in in_turn if _is_usable(gpu, reasons))
-    found = list(usable if streams else itertools.islice(usable, 1))
+    found: list[mx.Context] = []
+    for gpu in in_turn:
+        if not _is_usable(gpu, reasons):
+            LOGGER.warning("%s. Going on without it", _cannot_compute(gpu))
+            continue
+        found.append(gpu)
+        if not streams:
+            break
     if found and streams and streams % len(found):
         most = max(count for count in range(1, len(found)) if streams % count == 0)
         LOGGER.warning(
@@ -144,6 +143,10 @@ def _is_usable(gpu: mx.Context, reasons: Mapping[int, str]) -> bool:
         return float(mx.nd.ones((2,), ctx=gpu).sum().asscalar()) == 2
     except mx.MXNetError:
         return False
+
+
+def _cannot_compute(gpu: mx.Context) -> str:
+    return f"MXNet {mx.__version__} sees {gpu} but cannot compute on it; python -m gluon_lm.doctor says more"
 
 
 def _count_visible_gpus() -> int:

@@ -370,6 +370,18 @@ def test_workers_share_out_the_gpus_that_are_good(monkeypatch):
     assert device_flags.resolve_devices(DeviceConfig(), streams=4) == [mx.gpu(1), mx.gpu(2)]
 
 
+@pytest.mark.parametrize("flags", [{}, {"cuda": True}])
+def test_a_gpu_that_cannot_compute_is_done_without_and_named(monkeypatch, caplog, flags):
+    monkeypatch.setattr(mx.context, "num_gpus", lambda: 3)
+    monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
+    monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: gpu.device_id != 1)
+    for number, streams, taken, tried in ((0, None, [0], 0), (1, None, [2], 1), (0, 4, [0, 2], 1)):
+        caplog.clear()
+        assert device_flags.resolve_devices(DeviceConfig(**flags), streams, number) == [mx.gpu(i) for i in taken]
+        said = [record.getMessage() for record in caplog.records]
+        assert ["sees gpu(1) but cannot compute on it" in line for line in said] == [True] * tried
+
+
 def test_as_many_gpus_are_taken_as_share_the_streams_evenly(monkeypatch, caplog):
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 8)
     monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
