@@ -331,9 +331,10 @@ def run_command(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         lines = _explain(error)
         if debug or not lines:
             raise
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return 2
+        # Here, because what the error holds is freed after this block, and MXNet may wait or crash then.
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
 
 
 def as_command(main: _Main) -> _Main:

@@ -111,6 +111,7 @@ class Supervisor(EventLoop):
         self._members: dict[str, _Member] = {}
         self._code: int | None = None
         self._error: Exception | None = None
+        self._told: set[str] = set()  # errors of processes that it says
         self._stop: int | None = None
         self._was_signalled = self._is_urgent = False
         self._idle_s = 0.0
@@ -154,6 +155,11 @@ class Supervisor(EventLoop):
     def _fail(self, reason: str) -> None:
         if not self._is_decided():
             self._error = DistributedError(reason)
+
+    def _fail_with(self, member: _Member) -> None:
+        if not self._is_decided():
+            self._told = set(member.errors)
+        self._fail(_last_of(member))
 
     # ------------------------------------------------------------ agents
 
@@ -206,7 +212,7 @@ class Supervisor(EventLoop):
             for error in dict.fromkeys(member.errors):
                 names_by_error.setdefault(error, []).append(name)
         for error, names in names_by_error.items():
-            if error not in str(self._error or ""):
+            if error not in self._told and f"{_ERROR}{error}" not in str(self._error or ""):
                 self._printer.print("stderr", f"[{', '.join(names)}] {_ERROR}{error}")
 
     def _agents_left(self) -> list[_Agent]:
@@ -293,14 +299,14 @@ class Supervisor(EventLoop):
         member.code = code
         if member.process.role != "worker":
             if code != 0:
-                self._fail(_last_of(member))
+                self._fail_with(member)
             return
         if self._stop is None and member.has_left and code - 128 in STOP_SIGNALS:
             self._stop = code - 128  # somebody asked this worker, and all have stopped with it
         numbers = () if self._stop is None else STOP_SIGNALS  # it may have got a different one
         code_when_stopped = 128 + (self._stop or 0)
         if code and (code - 128 if code > 0 else -code) not in numbers:
-            self._fail(_last_of(member))
+            self._fail_with(member)
         elif code < 0:
             self._finish(code_when_stopped)  # it was not ready yet to stop by itself
         elif all(worker.code is not None for worker in self._workers):
