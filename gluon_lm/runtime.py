@@ -33,7 +33,8 @@ def prepare_training(config: Config) -> None:
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     if varies:  # a pool that needs the exact size would keep a block for each length of a window
         os.environ.setdefault("MXNET_GPU_MEM_POOL_TYPE", "Round")
-    if config.training.amp == "bfloat16" and "mxnet" not in sys.modules and may_multiply_tiles():
+    # Asked in any case: the variable may have come from a process that trained in bfloat16 and started this one.
+    if config.training.amp == "bfloat16" and may_multiply_tiles() and "mxnet" not in sys.modules:
         os.environ.setdefault("DNNL_MAX_CPU_ISA", "AVX512_CORE_AMX")  # which oneDNN 2.4 uses only if it is told so
     prepare_process(num_contexts, _GIVEN_BACK_BYTES if is_large or varies else None, own_layers=is_large)
 
