@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import mxnet as mx
 import numpy as np
@@ -124,6 +125,18 @@ def test_a_worker_that_stops_by_the_signal_of_another_one_outlives_its_reader(mo
         stop = StopRequest()
         assert trainer._must_stop(stop) and stop.exit_code == 143
         assert logs.detach_if_unread(BrokenPipeError(), pipe)
+
+
+@pytest.mark.parametrize(("agreed", "is_whole"), [(0, True), (signal.SIGTERM, False)])
+def test_a_signal_to_one_worker_alone_at_the_very_end_does_not_make_a_finished_run_a_stopped_one(agreed, is_whole):
+    trainer = object.__new__(Trainer)
+    trainer._communicator, trainer._agreed_signal = TwoWorkers(lambda own: own), agreed
+    trainer._communicator.rank = 1
+    trainer._windows, trainer._bar = SimpleNamespace(longest=lambda: None), SimpleNamespace(close=lambda: None)
+    trainer._train = lambda stop: None
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    assert trainer._train_and_test(stop) is is_whole
 
 
 def test_a_signal_that_comes_twice_interrupts_no_worker_of_a_launcher(monkeypatch):
