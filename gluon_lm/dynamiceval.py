@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .distributed.devices import resolve_single_device
     from .evaluation.dynamic import dynamic_evaluate, gradient_statistics
     from .trained import load_trained
-    from .training.checkpoint import TRAINING_TEXT
+    from .training.checkpoint import TRAINING_TEXT, training_and_text
     from .training.run_folder import find_run
 
     run, named_checkpoint = find_run(parsed.run)
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error}; dynamic evaluation needs the training text of the run as well as the {split} text: name a text "
             "that has both with --data"
         ) from error
-    if trained.state["text"][TRAINING_TEXT] != corpus.hashes["train"]:
+    _, trained_on = training_and_text(trained.path, trained.state)
+    if trained_on.get(TRAINING_TEXT) != corpus.hashes["train"]:
         raise DataError(
             f"--data {' '.join(data.data)}: its training text is not the one that {run.path} was trained on; "
             "name that one"

@@ -89,6 +89,8 @@ def _is_device_or_pipe(path: Path) -> bool:
 
 def _copy_permissions(old: Path, fresh: Path) -> None:
     mode = stat.S_IMODE(old.stat().st_mode)
+    if fresh.is_dir():
+        mode |= stat.S_IRWXU  # or else whoever made it could neither fill nor remove it
     if stat.S_IMODE(fresh.stat().st_mode) != mode:  # where all files have the same, they cannot be changed
         fresh.chmod(mode)
 

@@ -173,7 +173,7 @@ def _contradictions(config: Config, sources: Mapping[str, str], fixed: Set[str])
                 refuse(averaging, "lr_decay", "averaging takes the place of a falling learning rate", fix)
     if optim.asgd and optim.when is not None:
         reason = "the learning rate stays as it is while the weights are averaged"
-        refuse("asgd", "when", reason, f"use --when none, or {flag_of('no_asgd')}")
+        refuse("asgd", "when", reason, _ways_out(fixed, ("use --when none", "when"), ("use --no-asgd", "asgd")))
     if optim.shuffle and optim.max_seq_len_delta is not None:
         refuse("shuffle", "max_seq_len_delta", "shuffled windows all have the same length")
     model = config.model
@@ -217,8 +217,8 @@ def _without_effect(config: Config, sources: Mapping[str, str], fixed: Set[str])
     model, optim, training = config.model, config.optim, config.training
     idle: dict[str, tuple[str, str, str]] = {}  # why, and what would give it an effect: the fix and its field
     if not (optim.ntasgd or optim.asgd):
-        condition = "ntasgd" if optim.optimizer == "sgd" else "optimizer"
-        idle["nonmono"] = ("the weights are not averaged", "add --ntasgd", condition)
+        way = ("add --ntasgd", "ntasgd") if optim.optimizer == "sgd" else ("add --ntasgd --optimizer sgd", "optimizer")
+        idle["nonmono"] = ("the weights are not averaged", *way)
     if model.num_layers == 1:
         alone = ("there is one layer", "raise --num-layers", "num_layers")
         idle["dropout_inner_input"] = alone

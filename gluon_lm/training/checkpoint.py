@@ -300,8 +300,7 @@ def newest_checkpoint(run: RunFolder) -> Path:
     """The newest checkpoint, damaged or not; `CheckpointError` if there is none."""
     checkpoints = run.saved_checkpoints()
     if not checkpoints:
-        again = f"train again with --save {run.path} --overwrite in place of --resume"
-        raise CheckpointError(f"{run.path}: has no checkpoint yet; {again}")
+        raise CheckpointError(f"{run.path}: has no checkpoint yet; {run.train_anew}")
     return checkpoints[-1]
 
 

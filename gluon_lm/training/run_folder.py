@@ -87,6 +87,11 @@ class RunFolder:
                     f"--overwrite --save {self.path}: is not a run of ours (config.yaml and checkpoints/), "
                     "so it is not replaced; name another folder"
                 )
+            if not os.access(self.path, os.W_OK | os.X_OK):  # its files could not be removed
+                raise ConfigError(
+                    f"--overwrite --save {self.path}: is write-protected, so it is not replaced; make it writable, or "
+                    "name another folder"
+                )
         check_folder("--save", self.path)
 
     @contextlib.contextmanager
@@ -116,6 +121,13 @@ class RunFolder:
             finally:
                 shutil.rmtree(fresh.path, ignore_errors=True)
             yield
+
+    @property
+    def train_anew(self) -> str:
+        """How to have it trained from its beginning, in words."""
+        if self.path.name == FINETUNED:
+            return f"finetune anew: python -m gluon_lm.finetune {self.path.parent} --overwrite"
+        return f"train anew: --save {self.path} --overwrite without --resume"
 
     @property
     def is_there(self) -> bool:

@@ -126,6 +126,7 @@ def start_run(command: TrainCommand, initial: Path | None = None) -> int:
     _say_whether_averaging_starts(trainer)
     if initial is not None and checkpoint is not None:
         trainer.start_from(checkpoint, initial)
+        checkpoint = None  # or training would hold its arrays beside the model's
         LOGGER.info("beginning with %s", initial)
     if command.dry_run:
         LOGGER.log(RESULT, "dry run: everything is in order, and no run was written")
@@ -148,12 +149,15 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         _check_fixed(command, before, run, path)
         corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
-        again = f"train again with --save {run.path} --overwrite in place of --resume"
-        _check_text(checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {again}")
+        _check_text(
+            checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {run.train_anew}"
+        )
         if is_named and "lr" not in command.settings:
             command = command.with_lr(before.optim.lr)
         trainer = _build(command, corpus, communicator, run)
         trainer.restore(checkpoint)
+        restored = checkpoint.training
+        del checkpoint  # or training would hold its arrays beside the model's
         _say_whether_averaging_starts(trainer)
         # Given now, or at an earlier start that ended before it wrote a checkpoint.
         if "lr" in command.settings or before.optim.lr != command.config.optim.lr:
@@ -169,9 +173,9 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
             return 0
         if not communicator.is_primary:
             return trainer.fit()
-        for abandoned in set_aside_after(run, checkpoint.training):
+        for abandoned in set_aside_after(run, restored):
             LOGGER.info("%s is newer than the named checkpoint; it is set aside as %s", *abandoned)
-        repair_links(run, checkpoint.training)
+        repair_links(run, restored)
         run.update_config(command.describe())
         return _fit_and_tell(trainer, run)
 

@@ -485,7 +485,7 @@ def test_a_text_that_was_moved_is_named_anew(project):
     project.run("evaluate", "run")  # the run remembers it
     append(project.path / "moved/train.txt")
     line = project.refused("train", "--resume", "run", "--epochs", 3, "--data", "moved")
-    assert "another text" in line and line.endswith("train again with --save run --overwrite in place of --resume")
+    assert "another text" in line and line.endswith("train anew: --save run --overwrite without --resume")
 
 
 def test_a_run_without_a_checkpoint_is_trained_again(project):
@@ -493,8 +493,33 @@ def test_a_run_without_a_checkpoint_is_trained_again(project):
     shutil.rmtree("run/checkpoints")
     (project.path / "run/checkpoints").mkdir()
     line = project.refused("train", "--resume", "run")
-    assert line.endswith("no checkpoint yet; train again with --save run --overwrite in place of --resume")
+    assert line.endswith("no checkpoint yet; train anew: --save run --overwrite without --resume")
     project.train("run", "--overwrite", "--max-steps", 1)
+
+
+def test_a_run_that_is_write_protected_is_not_replaced(project):
+    project.have_trained("run")
+    before = project.parameters("run")
+    (project.path / "run").chmod(0o555)
+    # What even root may write has to be given up first.
+    as_others = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    command = project.command("train", *project.training_flags, "--save", "run", "--overwrite")
+    output, _ = (process := project.start_process(*as_others, *command)).communicate(timeout=60)
+    assert process.returncode == 2 and "--save run: is write-protected, so it is not replaced" in output
+    assert project.parameters("run") == before and not list(project.path.glob(".run*"))
+
+
+def test_a_finetuning_without_a_checkpoint_is_begun_anew(project):
+    project.train("run", "--model", "awd-lstm")
+    project.run("finetune", "run", "--epochs", 1)
+    shutil.rmtree("run/finetune_model/checkpoints")
+    (project.path / "run/finetune_model/checkpoints").mkdir()
+    for line in (
+        project.refused("finetune", "run", "--continue-train"),
+        project.refused("train", "--resume", "run/finetune_model"),
+    ):
+        assert line.endswith("no checkpoint yet; finetune anew: python -m gluon_lm.finetune run --overwrite")
+    project.run("finetune", "run", "--overwrite", "--epochs", 1)
 
 
 def test_a_text_that_was_moved_is_the_one_that_a_checkpoint_from_before_is_evaluated_on(project):
@@ -642,6 +667,10 @@ def test_a_state_that_is_none_is_refused(project):
         state.write_bytes(content)
         assert "step-" in project.refused("train", "--resume", "run", "--epochs", 3), how
     assert not (project.path / "unpickled").exists()
+    for text, said in (({"name": "5"}, "is not the one that run was trained on"), ([], "step-")):
+        content = {**whole, "text": text}
+        state.write_text(json.dumps({**content, "digest": digest_of(content)}))
+        assert said in project.refused("dynamiceval", "run"), text
 
 
 ALIASES = "\n".join(["gpus: &a0 [0]", *(f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])

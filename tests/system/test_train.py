@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from gluon_lm.logs import LOGGER
 from gluon_lm.models import LanguageModel
 from gluon_lm.tracking import write_status
 from gluon_lm.trained import load_model
-from gluon_lm.training.checkpoint import load_parameters
+from gluon_lm.training.checkpoint import Checkpoint, load_parameters
 from gluon_lm.training.run_folder import replace_symlink
 from gluon_lm.training.trainer import Trainer
 
@@ -139,11 +140,6 @@ def test_a_finished_run_can_be_resumed_for_longer(project):
     assert project.results("grown")[-1] == project.results("whole")[-1]
 
 
-def is_averaging(project):
-    state = json.loads((project.path / "run/latest/state.json").read_text())
-    return state["training"]["averaging_since"] is not None
-
-
 def test_what_comes_too_late_is_said_on_resume(project):
     output = project.train("run", "--epochs", 3, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--when", 2)
     assert "not be averaged: training ends after 3 epochs (--epochs), and averaging starts after epoch 3" in output
@@ -151,10 +147,30 @@ def test_what_comes_too_late_is_said_on_resume(project):
     assert "not be averaged" not in output
     output = project.run("train", "--resume", "run", "--epochs", 5, "--when", 3, "--nonmono", 2)
     assert "--when 3: has no effect any more, 4 epochs are done" in output
-    assert ("--nonmono 2: has no effect any more, the weights are averaged already" in output) is is_averaging(project)
-    assert "any more" not in project.run("train", "--resume", "run", "--epochs", 6, "--nonmono", 2)
-    again = project.run("train", "--resume", "run", "--epochs", 7, "--when", 3, 9)
-    assert ("--when 3,9: has no effect any more, the weights are averaged already" in again) is is_averaging(project)
+    assert "--nonmono 2: has no effect" not in output  # the weights are not averaged yet
+
+
+def test_what_averaging_has_made_too_late_is_said_on_resume(project):
+    averaged = ("--lr", 40, "--clip", 1, "--lr-decay", "none", "--ntasgd", "--nonmono", 1, "--eval-every", 10)
+    assert "averaging the weights from step" in project.train("run", *averaged, "--epochs", 3)
+    for epochs, flag, value in ((4, "--nonmono", 2), (7, "--when", 6)):
+        output = project.run("train", "--resume", "run", "--epochs", epochs, flag, value)
+        assert f"{flag} {value}: has no effect any more, the weights are averaged already" in output
+    assert "any more" not in project.run("train", "--resume", "run", "--epochs", 8, "--nonmono", 2)
+
+
+def test_training_does_not_hold_the_checkpoint_that_it_goes_on_from(project, monkeypatch):
+    held = []
+
+    def fit(trainer):
+        held.append([kept for kept in gc.get_objects() if isinstance(kept, Checkpoint)])
+        return 0
+
+    project.train("run", "--optimizer", "adam", "--lr", 0.01, "--max-steps", 3)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    project.run("train", "--resume", "run", "--max-steps", 4)
+    project.run("train", "--init-from", "run", "--save", "other", "--max-steps", 4)
+    assert held == [[], []]
 
 
 def test_the_newest_run_is_resumed_by_the_link_that_names_it(project):

@@ -531,6 +531,12 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
             "of them out",
         ),
         (
+            "--model awd-lstm --asgd",
+            "--when 5",
+            "--asgd (RUN) with --when 5: the learning rate stays as it is while the weights are averaged; use --when "
+            "none, or in a new run use --no-asgd",
+        ),
+        (
             "--num-sampled 8",
             "--amp bfloat16",
             "--amp bfloat16 with --num-sampled 8 (RUN): bfloat16 applies to the products of the full output layer, "
@@ -555,7 +561,8 @@ def test_what_a_run_must_keep_may_be_repeated_and_not_changed(write_run):
         (
             "--optimizer adam",
             "--nonmono 3",
-            "--nonmono 3: has no effect here, the weights are not averaged; leave it out, or in a new run add --ntasgd",
+            "--nonmono 3: has no effect here, the weights are not averaged; leave it out, or in a new run add --ntasgd "
+            "--optimizer sgd",
         ),
         (
             "--optimizer sgd",

@@ -116,7 +116,7 @@ def test_what_takes_the_place_of_another_has_its_permissions(tmp_path):
     file, folder = tmp_path / "config.yaml", tmp_path / "exported"
     file.write_text("old")
     folder.mkdir()
-    modes = [(0o600, 0o700), (0o664, 0o2775), (0o444, 0o711)]
+    modes = [(0o600, 0o700), (0o664, 0o2775), (0o444, 0o711), (0o644, 0o555)]
     for file_mode, folder_mode in modes:
         file.chmod(file_mode)
         folder.chmod(folder_mode)
@@ -125,7 +125,7 @@ def test_what_takes_the_place_of_another_has_its_permissions(tmp_path):
         with replaced_folder(folder) as fresh_folder:
             (fresh_folder / "model").write_text("new")
         assert file.read_text() == (folder / "model").read_text() == "new"
-        assert [stat.S_IMODE(path.stat().st_mode) for path in (file, folder)] == [file_mode, folder_mode]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (file, folder)] == [file_mode, folder_mode | stat.S_IRWXU]
 
 
 def test_short_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
