@@ -60,20 +60,22 @@ def resolve_devices(config: DeviceConfig, streams: int | None = None, number: in
     devices = [mx.gpu(i) for i in wanted]
     for device in devices:
         if not _is_usable(device, reasons):
-            reason = reasons.get(device.device_id, f"{_cannot_compute(device)}. Use another GPU, or --cpus N")
-            raise DistributedError(f"{flag}: {reason}")
+            raise DistributedError(f"{flag}: {reasons.get(device.device_id) or _cannot_compute(device)}")
     return devices
 
 
-def _find_gpus(num_gpus: int, reasons: Mapping[int, str], streams: int | None, number: int) -> list[mx.Context]:
-    """The usable GPUs that `resolve_devices` takes where none is named; none if there is none."""
+def _find_gpus(num_gpus: int, reasons: dict[int, str], streams: int | None, number: int) -> list[mx.Context]:
+    """The usable GPUs that `resolve_devices` takes where none is named; none if there is none.
+
+    What is found against a GPU is added to `reasons`.
+    """
     # The driver tells all processes of a machine the same GPUs that are good, so each gets a different one of them.
     good = [i for i in range(num_gpus) if i not in reasons]
     in_turn = (mx.gpu(good[(number + i) % len(good)]) for i in range(len(good)))
     found: list[mx.Context] = []
     for gpu in in_turn:
         if not _is_usable(gpu, reasons):
-            LOGGER.warning("%s. Going on without it", _cannot_compute(gpu))
+            reasons[gpu.device_id] = _cannot_compute(gpu)
             continue
         found.append(gpu)
         if not streams:
@@ -146,7 +148,10 @@ def _is_usable(gpu: mx.Context, reasons: Mapping[int, str]) -> bool:
 
 
 def _cannot_compute(gpu: mx.Context) -> str:
-    return f"MXNet {mx.__version__} sees {gpu} but cannot compute on it; python -m gluon_lm.doctor says more"
+    return (
+        f"MXNet {mx.__version__} sees {gpu} but cannot compute on it; python -m gluon_lm.doctor says more. Use another "
+        "GPU, or --cpus N"
+    )
 
 
 def _count_visible_gpus() -> int:

@@ -373,7 +373,7 @@ def test_workers_share_out_the_gpus_that_are_good(monkeypatch):
 @pytest.mark.parametrize("flags", [{}, {"cuda": True}])
 def test_a_gpu_that_cannot_compute_is_done_without_and_named(monkeypatch, caplog, flags):
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 3)
-    monkeypatch.setattr(device_flags, "reasons_against_gpus", dict)
+    monkeypatch.setattr(device_flags, "reasons_against_gpus", lambda: {})
     monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: gpu.device_id != 1)
     for number, streams, taken, tried in ((0, None, [0], 0), (1, None, [2], 1), (0, 4, [0, 2], 1)):
         caplog.clear()
@@ -398,13 +398,14 @@ def test_as_many_gpus_are_taken_as_share_the_streams_evenly(monkeypatch, caplog)
 
 @pytest.mark.parametrize("streams", [None, 4])
 @pytest.mark.parametrize(("flags", "flag"), [({"cuda": True}, "--cuda"), ({"single_gpu": True}, "--single-gpu")])
-def test_a_gpu_that_is_asked_for_is_never_the_cpu(monkeypatch, flags, flag, streams):
+def test_a_gpu_that_is_asked_for_is_never_the_cpu(monkeypatch, caplog, flags, flag, streams):
     monkeypatch.setattr(mx.context, "num_gpus", lambda: 2)
     monkeypatch.setattr(device_flags, "_is_usable", lambda gpu, reasons: False)
     for reasons, said in (({0: "is too old", 1: "is too old"}, "is too old"), ({}, r"MXNet .* cannot compute on it")):
-        monkeypatch.setattr(device_flags, "reasons_against_gpus", lambda reasons=reasons: reasons)
+        monkeypatch.setattr(device_flags, "reasons_against_gpus", lambda reasons=reasons: dict(reasons))
         with pytest.raises(DistributedError, match=f"^{flag}: {said}"):
             device_flags.resolve_devices(DeviceConfig(**flags), streams=streams)
+    assert not caplog.records  # the error says it
 
 
 @without_gpu
