@@ -195,8 +195,8 @@ class Trainer:
             self._step.rehearse(longest)
         self._train(stop)
         self._bar.close()
-        # Of several workers, one alone may have been asked too late for all to agree to it.
-        heeded = stop.signal if self._communicator.size == 1 or self._agreed_signal else None
+        # A worker that only waits for the first one may have been asked to stop alone, without all agreeing to it.
+        heeded = stop.signal if self._communicator.is_primary or self._agreed_signal else None
         is_whole = heeded is None
         if heeded in (None, signal.SIGINT) and self._communicator.is_primary:
             is_whole &= self._test_best(stop, heeded)

@@ -137,6 +137,9 @@ def test_a_signal_to_one_worker_alone_at_the_very_end_does_not_make_a_finished_r
     stop = StopRequest()
     stop.signal = signal.SIGTERM
     assert trainer._train_and_test(stop) is is_whole
+    trainer._communicator.rank, stop.signal, tested = 0, signal.SIGINT, []
+    trainer._test_best = lambda stop, heeded: tested.append(heeded) or True
+    assert trainer._train_and_test(stop) is False and tested == [signal.SIGINT]  # Ctrl-C, heard by all just then
 
 
 def test_a_signal_that_comes_twice_interrupts_no_worker_of_a_launcher(monkeypatch):
