@@ -242,6 +242,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             fresh.rename(target)
         synchronise(target.parent)
     finally:
+        with contextlib.suppress(OSError):
+            fresh.chmod(stat.S_IRWXU)  # by now the old one, maybe, which may have been write-protected
         shutil.rmtree(fresh, ignore_errors=True)
 
 

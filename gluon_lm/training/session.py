@@ -45,7 +45,7 @@ from .checkpoint import (
     set_aside_after,
 )
 from .command import FIXED_ON_RESUME, TrainCommand
-from .run_folder import CONFIG, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink, where_it_leads
+from .run_folder import CONFIG, FINETUNED, LATEST, STATE, VOCABULARY, RunFolder, replace_symlink, where_it_leads
 from .trainer import Trainer
 
 
@@ -149,9 +149,10 @@ def resume_run(command: TrainCommand, run: RunFolder, path: Path | None) -> int:
         _check_fixed(command, before, run, path)
         corpus = command.load_corpus(Vocabulary.load(path / VOCABULARY))
         check_alike({"checkpoint": f"{path.name} ({file_hash(path / STATE)[:12]})"}, communicator)
-        _check_text(
-            checkpoint, run.path, corpus, f"restore the text or name its place with --data, or {run.train_anew}"
-        )
+        fix = "restore the text or name its place with --data"
+        if run.path.name != FINETUNED:  # which the text of the run that it began with has to fit, too
+            fix += f", or {run.train_anew}"
+        _check_text(checkpoint, run.path, corpus, fix)
         if is_named and "lr" not in command.settings:
             command = command.with_lr(before.optim.lr)
         trainer = _build(command, corpus, communicator, run)

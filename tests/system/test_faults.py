@@ -497,16 +497,37 @@ def test_a_run_without_a_checkpoint_is_trained_again(project):
     project.train("run", "--overwrite", "--max-steps", 1)
 
 
+def without_rights_of_root():
+    """What a command begins with that is to be refused what others are refused."""
+    if os.geteuid() != 0:
+        return []
+    words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if shutil.which("setpriv") is None or subprocess.run([*words, "true"]).returncode != 0:
+        pytest.skip("root cannot give up its rights to files here")
+    return words
+
+
 def test_a_run_that_is_write_protected_is_not_replaced(project):
     project.have_trained("run")
     before = project.parameters("run")
     (project.path / "run").chmod(0o555)
-    # What even root may write has to be given up first.
-    as_others = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     command = project.command("train", *project.training_flags, "--save", "run", "--overwrite")
-    output, _ = (process := project.start_process(*as_others, *command)).communicate(timeout=60)
+    process = project.start_process(*without_rights_of_root(), *command)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "--save run: is write-protected, so it is not replaced" in output
     assert project.parameters("run") == before and not list(project.path.glob(".run*"))
+
+
+def test_nothing_is_left_of_a_write_protected_export_that_is_replaced(project):
+    project.have_trained("run")
+    project.run("export", "run", "--output", "exported")
+    (project.path / "exported").chmod(0o555)
+    process = project.start_process(
+        *without_rights_of_root(), *project.command("export", "run", "--output", "exported")
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert sorted(path.name for path in project.path.glob("*export*")) == ["exported"], output
 
 
 def test_a_finetuning_without_a_checkpoint_is_begun_anew(project):
@@ -520,6 +541,10 @@ def test_a_finetuning_without_a_checkpoint_is_begun_anew(project):
     ):
         assert line.endswith("no checkpoint yet; finetune anew: python -m gluon_lm.finetune run --overwrite")
     project.run("finetune", "run", "--overwrite", "--epochs", 1)
+    append(project.path / "text/train.txt")
+    assert "finetune anew" not in project.refused(
+        "finetune", "run", "--continue-train"
+    )  # it has the same text
 
 
 def test_a_text_that_was_moved_is_the_one_that_a_checkpoint_from_before_is_evaluated_on(project):
