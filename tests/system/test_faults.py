@@ -542,9 +542,7 @@ def test_a_finetuning_without_a_checkpoint_is_begun_anew(project):
         assert line.endswith("no checkpoint yet; finetune anew: python -m gluon_lm.finetune run --overwrite")
     project.run("finetune", "run", "--overwrite", "--epochs", 1)
     append(project.path / "text/train.txt")
-    assert "finetune anew" not in project.refused(
-        "finetune", "run", "--continue-train"
-    )  # it has the same text
+    assert "finetune anew" not in project.refused("finetune", "run", "--continue-train")  # it has the same text
 
 
 def test_a_text_that_was_moved_is_the_one_that_a_checkpoint_from_before_is_evaluated_on(project):
