@@ -31,8 +31,8 @@ class ServeOptions(Section):
     allowed_hosts: str | None = option(
         None,
         optional(text("NAME,NAME")),
-        "host names that requests may be addressed to, besides localhost and IP addresses, and under which pages that "
-        "post here may have been reached (default: any, but on a loopback address none)",
+        "host names that requests may be addressed to, besides localhost and IP addresses, and names or addresses "
+        "under which browsers reach a proxy over plain HTTP (default: any, but on a loopback address none)",
     )
 
 

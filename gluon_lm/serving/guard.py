@@ -136,7 +136,8 @@ class Guard:
             if not _is_among(host, self._allowed_hosts):
                 return 421, f"Host {_printable(host)}: is not a name of this server; see --allowed-hosts of serve"
             if scope["method"] == "POST" and _is_of_another_site(headers, host, self._allowed_hosts):
-                return 403, "a page of another site may not post here; use this server's own, or see --allowed-hosts"
+                own = "use this server's own, which over plain HTTP --allowed-hosts must name behind a proxy"
+                return 403, f"a page of another site may not post here; {own}"
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         answer = asyncio.ensure_future(self._app(scope, _replay(body, gone), send))
         try:

@@ -115,10 +115,10 @@ def test_gpus_are_told_of_tf32_and_of_windows_that_vary_before_their_libraries_a
 
 def test_the_matrix_unit_is_used_for_bfloat16_alone_and_where_it_may_be(environment, monkeypatch):
     variables, _ = environment
-    in_bfloat16, allowed = Config(training=TrainingConfig(amp="bfloat16")), [True]
-    monkeypatch.setattr(runtime, "may_multiply_tiles", lambda: allowed[0])
+    in_bfloat16, allowed, asked = Config(training=TrainingConfig(amp="bfloat16")), [True], []
+    monkeypatch.setattr(runtime, "may_multiply_tiles", lambda: asked.append(1) or allowed[0])
     runtime.prepare_training(Config())
-    assert "DNNL_MAX_CPU_ISA" not in variables
+    assert "DNNL_MAX_CPU_ISA" not in variables and not asked
     runtime.prepare_training(in_bfloat16)
     assert variables["DNNL_MAX_CPU_ISA"] == "AVX512_CORE_AMX"
     variables["DNNL_MAX_CPU_ISA"] = "AVX512_CORE"  # a user's choice
@@ -128,8 +128,10 @@ def test_the_matrix_unit_is_used_for_bfloat16_alone_and_where_it_may_be(environm
     runtime.prepare_training(in_bfloat16)
     allowed[0] = True
     monkeypatch.setitem(sys.modules, "mxnet", mx)  # which may have multiplied without it
+    asked.clear()
     runtime.prepare_training(in_bfloat16)
     assert "DNNL_MAX_CPU_ISA" not in variables
+    assert asked  # for MXNet may have been told by the process that started this one
 
 
 def test_the_matrix_unit_may_be_used_where_the_kernel_says_so():
